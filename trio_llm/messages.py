@@ -1,0 +1,252 @@
+"""All messages: what clients, actors, the pure core and the runner say to each other (floor 0).
+
+Words, one per idea: request (HTTP, handle), sequence (core), row (inside a step), block, step, plan, result.
+Hot messages hold columns (tuples of equal length), not one object per row: a frozen object per row costs
+ten times as much at 256 rows. Prompts travel once, at admission; block tables travel as additions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import attrs
+
+FinishReason = Literal["stop", "length", "abort"]
+
+# --- what a request asks for -------------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class SamplingParams:
+    """How tokens are chosen and when a request ends. Names, defaults and ranges are vLLM's.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_k: Keep the k likeliest tokens; 0 or -1 keeps all.
+        min_p: Drop tokens less likely than min_p times the likeliest.
+        presence_penalty, frequency_penalty: Subtracted from the logits of tokens already in the output.
+        repetition_penalty: Divides (multiplies, when negative) the logits of tokens in the prompt or output.
+        logit_bias: Token id -> added to its logit.
+        allowed_token_ids: The only tokens that may be sampled.
+        bad_words_token_ids: Token sequences whose last token is masked after the rest of it was produced.
+        seed: Same seed, same prompt, same output, whatever else is in the batch; None draws a fresh one.
+        max_tokens: At most so many output tokens; None is what is left of the context.
+        min_tokens: End-of-sequence, stop ids and stop strings are held back until so many.
+        stop: Strings that end the output; found across token borders.
+        logprobs: Report the sampled token and this many of the likeliest; -1 for the whole vocabulary.
+        prompt_logprobs: The same for each prompt token after the first.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = attrs.field(factory=dict)
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    seed: int | None = None
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+@attrs.frozen(kw_only=True)
+class PoolingParams:
+    """How the hidden states of a prompt become one vector (embeddings)."""
+
+    pooling: Literal["mean", "last"] = "mean"
+    normalize: bool = True
+    dimensions: int | None = None
+
+
+# --- scheduler -> runner, once a step ----------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Admission:
+    """What the runner must know of a sequence before its first row.
+
+    `token_ids` is the prompt, followed after a preemption by the output so far; the first
+    `num_prompt_tokens` are the prompt.
+    """
+
+    request_id: int
+    token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    params: SamplingParams | PoolingParams
+
+
+@attrs.frozen
+class StepPlan:
+    """One forward over a ragged batch. Columns of one entry per row unless said otherwise.
+
+    Applied in this order: `dropped` (sequences the runner forgets), `admitted` (sequences it learns),
+    `new_blocks`, then the rows run. Applying the same plan twice changes nothing (a failed step is retried in halves).
+
+    Attributes:
+        request_ids: The rows, in batch order; at most one row per sequence.
+        starts: Position of the row's first token; everything before it is in the KV cache.
+        counts: Tokens the row computes.
+        token_ids: Flat over the rows, sum(counts) long.
+        samples: True where the row's last token is the last one known, so that a token is sampled after it
+            (for a pooling row: where its vector is complete).
+        new_blocks: Per row, per KV group: (index in the block table, block ids to write from there on).
+            An empty tuple where a row has none. Block 0 is the null block: never written, never read.
+    """
+
+    step: int
+    dropped: tuple[int, ...]
+    admitted: tuple[Admission, ...]
+    request_ids: tuple[int, ...]
+    starts: tuple[int, ...]
+    counts: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    samples: tuple[bool, ...]
+    new_blocks: tuple[tuple[tuple[int, tuple[int, ...]], ...], ...]
+
+
+# --- runner -> scheduler -----------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class TokenLogprobs:
+    """Log-probabilities at one position, natural log, of the raw logits.
+
+    `top` holds (token id, logprob), likeliest first; it may or may not contain `token_id` itself.
+    `rank` is 1 for the likeliest token.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+
+@attrs.frozen
+class StepResult:
+    """What a step produced. Columns are aligned with the plan's rows.
+
+    Attributes:
+        token_ids: The tokens sampled in each row: empty, or one (more with speculation).
+        logprobs: Per row, one entry per sampled token; None where a row did not ask, or at all.
+        prompt_logprobs: request_id -> one entry per prompt position of this chunk (None for position 0).
+        embeddings: request_id -> the finished vector.
+        failed: request_id -> why this row alone failed (for example logits that are not finite).
+        seconds: Time in the model and the sampler, measured by the runner.
+    """
+
+    step: int
+    token_ids: tuple[tuple[int, ...], ...]
+    logprobs: tuple[tuple[TokenLogprobs, ...] | None, ...] | None = None
+    prompt_logprobs: Mapping[int, tuple[TokenLogprobs | None, ...]] | None = None
+    embeddings: Mapping[int, tuple[float, ...]] | None = None
+    failed: Mapping[int, str] = attrs.field(factory=dict)
+    seconds: float = 0.0
+
+
+# --- scheduler -> client -----------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Usage:
+    """Token counts of one request; `cached_tokens` of the prompt came from the prefix cache."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@attrs.frozen
+class Tokens:
+    """Tokens one step added to a sequence."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+
+
+@attrs.frozen
+class PromptLogprobs:
+    """Log-probabilities of the whole prompt, once, before the first `Tokens`; None for the first position."""
+
+    entries: tuple[TokenLogprobs | None, ...]
+
+
+@attrs.frozen
+class Embedding:
+    """The vector of a pooling request; `Finished` follows."""
+
+    vector: tuple[float, ...]
+
+
+@attrs.frozen
+class Finished:
+    """The last message of a sequence that ended well.
+
+    `stop_token_id` is the stop id or secondary end-of-sequence id that ended it, None for the primary one.
+    """
+
+    reason: FinishReason
+    usage: Usage
+    stop_token_id: int | None = None
+
+
+@attrs.frozen
+class Failed:
+    """The last message of a sequence that did not; `error` is one of trio_llm.errors."""
+
+    error: Exception
+
+
+Event = Tokens | PromptLogprobs | Embedding | Finished | Failed
+
+# --- model -> everyone, once at start ----------------------------------------------------------------------------
+
+
+@attrs.frozen
+class KVGroup:
+    """Attention layers that share one block table.
+
+    Attributes:
+        layers: Indices of the layers that own KV storage in this group.
+        block_size: Tokens per block. A power of two; groups of one model may differ (the layers of different
+            head sizes share one pool of equal-sized blocks).
+        window: Tokens visible to a query, itself included; None for all.
+    """
+
+    layers: tuple[int, ...]
+    block_size: int
+    window: int | None = None
+
+
+@attrs.frozen(kw_only=True)
+class ModelInfo:
+    """What floors above the model know of it.
+
+    Attributes:
+        num_kv_blocks: Blocks in the pool, the null block 0 included.
+        block_bytes: Bytes of one block over all the layers it serves.
+        eos_token_ids: From generation_config, the primary one first.
+    """
+
+    name: str
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    kv_groups: tuple[KVGroup, ...]
+    num_kv_blocks: int
+    block_bytes: int
+    dtype: str
+    default_sampling: Mapping[str, float | int] = attrs.field(factory=dict)
