@@ -46,7 +46,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    logit_bias: Mapping[int, float] = attrs.field(factory=dict)
+    logit_bias: Mapping[int, float] = attrs.field(factory=dict[int, float])
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     seed: int | None = None
@@ -151,7 +151,7 @@ class StepResult:
     logprobs: tuple[tuple[TokenLogprobs, ...] | None, ...] | None = None
     prompt_logprobs: Mapping[int, tuple[TokenLogprobs | None, ...]] | None = None
     embeddings: Mapping[int, tuple[float, ...]] | None = None
-    failed: Mapping[int, str] = attrs.field(factory=dict)
+    failed: Mapping[int, str] = attrs.field(factory=dict[int, str])
     seconds: float = 0.0
 
 
@@ -249,4 +249,4 @@ class ModelInfo:
     num_kv_blocks: int
     block_bytes: int
     dtype: str
-    default_sampling: Mapping[str, float | int] = attrs.field(factory=dict)
+    default_sampling: Mapping[str, float | int] = attrs.field(factory=dict[str, float | int])
