@@ -1,0 +1,46 @@
+"""What every test gets: no network, no VLLM_* variables of yours, reproducible Hypothesis, GPU tests only on GPUs."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+# Before anything imports transformers or tokenizers: nothing is looked up on a hub, and no fork warning is printed.
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import hypothesis
+import pytest
+
+# No deadline: a test never fails because the machine is busy. Derandomised: a failure here is a failure everywhere.
+hypothesis.settings.register_profile("trio-llm", deadline=None, derandomize=True, database=None, print_blob=True)
+hypothesis.settings.load_profile("trio-llm")
+
+_connect = socket.socket.connect
+
+
+def _connect_on_this_machine(self: socket.socket, address: Any) -> None:
+    """Connect, unless the address is not on this machine."""
+    if self.family != socket.AF_UNIX and not (address[0] == "localhost" or address[0].startswith(("127.", "::1"))):
+        raise RuntimeError(f"a test tried to reach {address}: tests never touch the network")
+    _connect(self, address)
+
+
+@pytest.fixture(autouse=True)
+def isolated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the developer's environment and the network out of every test."""
+    monkeypatch.setattr(socket.socket, "connect", _connect_on_this_machine)
+    for name in [name for name in os.environ if name.startswith("VLLM_")]:
+        monkeypatch.delenv(name)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip GPU tests where there is no GPU, without importing torch unless one was asked for."""
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
