@@ -8,7 +8,7 @@ ten times as much at 256 rows. Prompts travel once, at admission; block tables t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, Protocol
 
 import attrs
 
@@ -159,6 +159,13 @@ class StepResult:
 
 
 @attrs.frozen
+class Started:
+    """The first step that holds a row of this sequence was planned; `cached_tokens` of the prompt need no computing."""
+
+    cached_tokens: int
+
+
+@attrs.frozen
 class Usage:
     """Token counts of one request; `cached_tokens` of the prompt came from the prefix cache."""
 
@@ -208,7 +215,39 @@ class Failed:
     error: Exception
 
 
-Event = Tokens | PromptLogprobs | Embedding | Finished | Failed
+Event = Started | Tokens | PromptLogprobs | Embedding | Finished | Failed
+
+# --- client -> scheduler -----------------------------------------------------------------------------------------
+
+
+class Reply(Protocol):
+    """The sending end of one request's reply channel. Bounded to what the request can ever produce."""
+
+    def send_nowait(self, event: Event, /) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@attrs.frozen
+class Submit:
+    """An accepted request. `params` are final (seed drawn, max_tokens resolved); `arrived_s` is on the engine's clock."""
+
+    request_id: int
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams | PoolingParams
+    priority: int
+    salt: bytes
+    leader: int | None
+    arrived_s: float
+    reply: Reply
+
+
+@attrs.frozen
+class Abort:
+    """Nobody wants the rest of this request; unknown and ended ids are ignored."""
+
+    request_id: int
+
 
 # --- model -> everyone, once at start ----------------------------------------------------------------------------
 
