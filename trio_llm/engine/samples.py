@@ -1,0 +1,26 @@
+"""n samples of one prompt are n requests: the same helper for the server and for `LLM`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from trio_llm.engine.engine import Engine
+from trio_llm.engine.stream import Stream
+from trio_llm.messages import SamplingParams
+
+
+@asynccontextmanager
+async def open_samples(
+    engine: Engine, prompt_token_ids: Sequence[int], params: SamplingParams, *, priority: int = 0, salt: bytes = b""
+) -> AsyncIterator[list[Stream]]:
+    """Open `params.n` streams of one prompt, all or none; leaving the block aborts those that still run.
+
+    The later ones wait for the first one's prefill and then find the prompt in the prefix cache. With a seed,
+    sample i uses seed + i; the first sample is therefore the one that n = 1 gives.
+
+    Raises:
+        What `Engine.open_stream` raises; streams opened before the refusal are aborted.
+    """
+    raise NotImplementedError
+    yield []
