@@ -289,3 +289,13 @@ class ModelInfo:
     block_bytes: int
     dtype: str
     default_sampling: Mapping[str, float | int] = attrs.field(factory=dict[str, float | int])
+
+
+@attrs.frozen
+class Progress:
+    """How far loading is: `done` of `total`, counted in `unit`. `stage` is a few words for a human."""
+
+    stage: str
+    done: int
+    total: int
+    unit: Literal["tensors", "bytes", "steps"] = "tensors"
