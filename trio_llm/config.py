@@ -1,4 +1,4 @@
-"""Every setting, once: name, type, default, environment variable, flags and help (floor 0).
+"""Every setting, once: name, type, default, limits, environment variable, flags and help (floor 0).
 
 The command line, the environment, config.yaml, `--print-config` and the README's table are all made from
 these classes. Precedence: defaults < config.yaml < environment < flags.
@@ -6,20 +6,77 @@ these classes. Precedence: defaults < config.yaml < environment < flags.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import attrs
 
+from trio_llm.errors import ConfigError
 
-def setting(default: Any, help: str, *, env: str | None = None, flags: tuple[str, ...] = ()) -> Any:
-    """Declare one setting. `flags` are its spellings on the command line, the first one shown."""
-    return attrs.field(default=default, metadata={"help": help, "env": env, "flags": flags})
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    env: str | None = None,
+    flags: tuple[str, ...] = (),
+    at_least: float | None = None,
+    at_most: float | None = None,
+    power_of_two: bool = False,
+    secret: bool = False,
+) -> Any:
+    """Declare one setting. `flags` are its spellings on the command line, the first one shown.
+
+    A value out of range is a ConfigError wherever it comes from. A secret is never shown, not even by repr.
+    """
+    return attrs.field(
+        default=default,
+        validator=_check_limits,
+        repr=(lambda value: "***" if value else repr(value)) if secret else True,
+        metadata={
+            "help": help,
+            "env": env,
+            "flags": flags,
+            "at_least": at_least,
+            "at_most": at_most,
+            "power_of_two": power_of_two,
+            "secret": secret,
+        },
+    )
+
+
+def _check_limits(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if reason := out_of_range(attribute, value):
+        raise ConfigError(key=attribute.name, value=value, source=type(instance).__name__, allowed=reason)
+
+
+def out_of_range(attribute: attrs.Attribute[Any], value: Any) -> str | None:
+    """Say what a setting's numbers may be, or nothing where this one is fine."""
+    if value is None or not isinstance(value, int | float):
+        return None
+    low, high = attribute.metadata["at_least"], attribute.metadata["at_most"]
+    if not math.isfinite(value):
+        return "must be a finite number"
+    if (low is not None and value < low) or (high is not None and value > high):
+        return f"must be {low} to {high}" if high is not None else f"must be at least {low}"
+    if attribute.metadata["power_of_two"] and int(value).bit_count() != 1:
+        return "must be a power of two"
+    return None
 
 
 @attrs.frozen(kw_only=True)
 class ServerConfig:
+    """How the HTTP server listens, logs and stops."""
+
     host: str = setting("0.0.0.0", "Address to listen on.", env="VLLM_HOST", flags=("--host",))
-    port: int = setting(8000, "Port to listen on; 0 takes a free one.", env="VLLM_PORT", flags=("--port", "-p"))
+    port: int = setting(
+        8000,
+        "Port to listen on; 0 takes a free one.",
+        env="VLLM_PORT",
+        flags=("--port", "-p"),
+        at_least=0,
+        at_most=65535,
+    )
     log_level: Literal["debug", "info", "warning", "error"] = setting(
         "info", "Least severe level logged.", env="VLLM_LOG_LEVEL", flags=("--log-level",)
     )
@@ -27,16 +84,24 @@ class ServerConfig:
     served_model_name: tuple[str, ...] = setting(
         (), "Names the model answers to; default: the model's directory name.", flags=("--served-model-name",)
     )
-    chat_template: str | None = setting(None, "File with a Jinja chat template.", flags=("--chat-template",))
-    shutdown_timeout_s: float = setting(
-        30.0, "Seconds that accepted requests get to finish after SIGTERM.", flags=("--shutdown-timeout",)
+    chat_template: str | None = setting(
+        None, "File with a Jinja chat template; default: the model's.", flags=("--chat-template",)
     )
-    max_connections: int = setting(4096, "Open connections; one more is answered 503.", flags=("--max-connections",))
-    max_body_bytes: int = setting(2 * 1024 * 1024, "Largest JSON request body.", flags=("--max-body-bytes",))
+    shutdown_timeout_s: float = setting(
+        30.0, "Seconds that accepted requests get to finish after SIGTERM.", flags=("--shutdown-timeout",), at_least=0
+    )
+    max_connections: int = setting(
+        4096, "Open connections; one more is answered 503.", flags=("--max-connections",), at_least=1
+    )
+    max_body_bytes: int = setting(
+        2 * 1024 * 1024, "Largest JSON request body.", flags=("--max-body-bytes",), at_least=1
+    )
 
 
 @attrs.frozen(kw_only=True)
 class EngineConfig:
+    """Which model runs, and how much of it at once."""
+
     model: str | None = setting(
         None,
         "Directory of a Hugging Face checkpoint, or a hub id; default: /models/Qwen2.5-0.5B-Instruct where it "
@@ -52,27 +117,39 @@ class EngineConfig:
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "Where the model runs.", flags=("--device",))
     max_model_len: int | None = setting(
-        None, "Longest prompt plus output, in tokens; default: the model's, capped to what the KV pool holds.",
+        None,
+        "Longest prompt plus output, in tokens; default: the model's, capped to what the KV pool holds.",
         flags=("--max-model-len",),
+        at_least=1,
     )
     max_batch_size: int = setting(
-        256, "Sequences in one step.", flags=("--max-batch-size", "--max-num-seqs")
+        256, "Sequences in one step.", flags=("--max-batch-size", "--max-num-seqs"), at_least=1
     )
-    max_num_batched_tokens: int = setting(2048, "Tokens in one step.", flags=("--max-num-batched-tokens",))
+    max_num_batched_tokens: int = setting(2048, "Tokens in one step.", flags=("--max-num-batched-tokens",), at_least=1)
     max_waiting_batches: int = setting(
-        2, "Requests that may wait, in units of max_batch_size; one more is answered 503.",
+        2,
+        "Requests that may wait, in units of max_batch_size; one more is answered 503.",
         flags=("--max-waiting-batches",),
+        at_least=0,
     )
     num_kv_blocks: int = setting(
-        1024, "KV-cache blocks.", env="VLLM_KV_BLOCKS", flags=("--kv-blocks", "--num-gpu-blocks-override")
+        1024,
+        "KV-cache blocks.",
+        env="VLLM_KV_BLOCKS",
+        flags=("--kv-blocks", "--num-gpu-blocks-override"),
+        at_least=2,
     )
-    block_size: int = setting(16, "Tokens in one KV block; a power of two.", flags=("--block-size",))
+    block_size: int = setting(
+        16, "Tokens in one KV block; a power of two.", flags=("--block-size",), at_least=1, power_of_two=True
+    )
     enable_prefix_caching: bool = setting(
         True, "Share KV blocks between requests that begin alike.", flags=("--enable-prefix-caching",)
     )
     long_prefill_token_threshold: int = setting(
-        0, "At most so many prompt tokens of one sequence in a step; 0 for no limit.",
+        0,
+        "At most so many prompt tokens of one sequence in a step; 0 for no limit.",
         flags=("--long-prefill-token-threshold",),
+        at_least=0,
     )
     scheduling_policy: Literal["fcfs", "priority"] = setting(
         "fcfs", "Order of waiting requests.", flags=("--scheduling-policy",)
@@ -84,28 +161,51 @@ class EngineConfig:
         None, "Quantize weights on load: int8 per output channel.", flags=("--quantization",)
     )
     tensor_parallel_size: int = setting(
-        1, "Devices that share every layer.", env="VLLM_TENSOR_PARALLEL_SIZE", flags=("--tensor-parallel-size", "-t", "-tp")
+        1,
+        "Devices that share every layer.",
+        env="VLLM_TENSOR_PARALLEL_SIZE",
+        flags=("--tensor-parallel-size", "-t", "-tp"),
+        at_least=1,
     )
     max_draft_tokens: int = setting(
-        8, "Tokens drafted per step when speculating; inert without a speculative method.",
-        env="VLLM_MAX_DRAFT_TOKENS", flags=("--max-draft-tokens",),
+        8,
+        "Tokens drafted per step when speculating; inert without a speculative method.",
+        env="VLLM_MAX_DRAFT_TOKENS",
+        flags=("--max-draft-tokens",),
+        at_least=0,
     )
-    max_logprobs: int = setting(20, "Most logprobs one request may ask for.", flags=("--max-logprobs",))
-    seed: int = setting(0, "Seed of dummy weights.", flags=("--seed",))
+    max_logprobs: int = setting(
+        20,
+        "Most logprobs one request may ask for; -1 for the whole vocabulary.",
+        flags=("--max-logprobs",),
+        at_least=-1,
+    )
+    seed: int = setting(0, "Seed of dummy weights.", flags=("--seed",), at_least=0)
 
 
 @attrs.frozen(kw_only=True)
 class AuthConfig:
-    api_keys: tuple[str, ...] = setting((), "Keys that open the API; none leaves it open.", env="VLLM_API_KEY", flags=("--api-key",))
+    """Who may ask, and how often."""
+
+    api_keys: tuple[str, ...] = setting(
+        (), "Keys that open the API; none leaves it open.", env="VLLM_API_KEY", flags=("--api-key",), secret=True
+    )
     api_key_file: str | None = setting(None, "File with one API key a line.", flags=("--api-key-file",))
     rate_limit_requests: int = setting(
-        100, "Requests a key, or without keys a remote peer, may make in a window; 0 for no limit.", flags=("--rate-limit-requests",)
+        100,
+        "Requests a key, or without keys a remote peer, may make in a window; 0 for no limit.",
+        flags=("--rate-limit-requests",),
+        at_least=0,
     )
-    rate_limit_window_secs: float = setting(60.0, "Length of that window.", flags=("--rate-limit-window-secs",))
+    rate_limit_window_secs: float = setting(
+        60.0, "Length of that window.", flags=("--rate-limit-window-secs",), at_least=0.001
+    )
 
 
 @attrs.frozen(kw_only=True)
 class Config:
+    """Everything that can be set, by section."""
+
     server: ServerConfig = attrs.field(factory=ServerConfig)
     engine: EngineConfig = attrs.field(factory=EngineConfig)
     auth: AuthConfig = attrs.field(factory=AuthConfig)
