@@ -244,9 +244,13 @@ class Submit:
 
 @attrs.frozen
 class Abort:
-    """Nobody wants the rest of this request; unknown and ended ids are ignored."""
+    """Nobody wants the rest of this request; unknown and ended ids are ignored.
+
+    `reason` is "stop" where a stop string ended it (found by the client), "abort" where the client left.
+    """
 
     request_id: int
+    reason: FinishReason = "abort"
 
 
 # --- model -> everyone, once at start ----------------------------------------------------------------------------
