@@ -70,6 +70,97 @@ class PoolingParams:
     dimensions: int | None = None
 
 
+# --- scheduler -> KV manager, once a step ------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Admit:
+    """Tell the KV manager of a sequence before it first waits for blocks; its tokens travel this once.
+
+    Attributes:
+        salt: Only sequences with the same salt share blocks.
+        read_cache: False where every position must be computed (prompt logprobs, pooling).
+    """
+
+    request_id: int
+    token_ids: tuple[int, ...]
+    salt: bytes = b""
+    read_cache: bool = True
+
+
+@attrs.frozen
+class BlockAsk:
+    """What a step needs of the KV pool. Handled in this order: released, admits, running rows, waiting.
+
+    Attributes:
+        released: Sequences that ended; they leave the manager.
+        released_computed: Per released sequence, tokens whose KV was really computed; -1 where it failed, so that
+            nothing it wrote may be shared.
+        request_ids: Every running sequence, in the order they are to be served.
+        computed: Per running row, tokens whose KV was really computed.
+        ends: Per running row, the position up to which it would compute in this step; the budget may cut it.
+        new_token_ids: Per running row, tokens sampled since the last ask.
+        preempt_order: The same sequences in policy order; when blocks run out the last one goes first.
+        waiting: Candidates in policy order. The first that cannot have its blocks stops admission.
+        token_budget: Tokens of the step, over all rows.
+        max_row_tokens: Tokens of one waiting row; at most the budget.
+    """
+
+    step: int
+    released: tuple[int, ...]
+    released_computed: tuple[int, ...]
+    admits: tuple[Admit, ...]
+    request_ids: tuple[int, ...]
+    computed: tuple[int, ...]
+    ends: tuple[int, ...]
+    new_token_ids: tuple[tuple[int, ...], ...]
+    preempt_order: tuple[int, ...]
+    waiting: tuple[int, ...]
+    token_budget: int
+    max_row_tokens: int
+
+
+# --- KV manager -> scheduler -------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class BlockStats:
+    """The pool after a step's blocks were handed out.
+
+    Attributes:
+        total_blocks: Blocks that can hold tokens (the null block is none of them).
+        used_blocks: Per KV group, blocks that some sequence owns.
+        cached_blocks: Blocks that nobody owns but that a prompt may still hit; they are free all the same.
+        queried_tokens, hit_tokens: Of the sequences admitted for the first time in this step.
+    """
+
+    total_blocks: int
+    used_blocks: tuple[int, ...]
+    cached_blocks: int
+    queried_tokens: int
+    hit_tokens: int
+
+
+@attrs.frozen
+class BlockGrant:
+    """The rows that got their blocks, running ones first. Columns have one entry per row.
+
+    Attributes:
+        num_admitted: So many rows at the end were waiting; their `starts` are their prefix hits.
+        new_blocks: As in StepPlan.
+        preempted: Sequences that lost all their blocks, first victim first; none of them has a row.
+    """
+
+    step: int
+    request_ids: tuple[int, ...]
+    starts: tuple[int, ...]
+    counts: tuple[int, ...]
+    new_blocks: tuple[tuple[tuple[int, tuple[int, ...]], ...], ...]
+    num_admitted: int
+    preempted: tuple[int, ...]
+    stats: BlockStats
+
+
 # --- scheduler -> runner, once a step ----------------------------------------------------------------------------
 
 
@@ -216,6 +307,40 @@ class Failed:
 
 
 Event = Started | Tokens | PromptLogprobs | Embedding | Finished | Failed
+
+# --- scheduler -> its actor and metrics, once a step -------------------------------------------------------------
+
+
+@attrs.frozen
+class StepStats:
+    """One step in numbers.
+
+    Attributes:
+        seconds: Time in the model and the sampler.
+        num_prefill_tokens: Tokens computed in rows that were not decodes; after a preemption some for the second time.
+        num_generated_tokens: Tokens that were sampled and kept.
+        num_running, num_waiting: Sequences after the step.
+    """
+
+    step: int
+    seconds: float
+    num_rows: int
+    num_tokens: int
+    num_prefill_tokens: int
+    num_generated_tokens: int
+    num_running: int
+    num_waiting: int
+    num_preempted: int
+    blocks: BlockStats
+
+
+@attrs.frozen
+class Commit:
+    """What a step's result meant: events in the order they are to be sent, and the step in numbers."""
+
+    events: tuple[tuple[int, Event], ...]
+    stats: StepStats
+
 
 # --- client -> scheduler -----------------------------------------------------------------------------------------
 
