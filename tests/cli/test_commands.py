@@ -1,0 +1,152 @@
+"""The command line as its user meets it: what starts fast, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from trio_llm import __main__
+from trio_llm.cli.commands import cli
+from trio_llm.cli.hints import HINTS
+from trio_llm.cli.settings import fields
+from trio_llm.errors import EngineDeadError
+
+HEAVY = ("torch", "transformers", "numpy", "tokenizers", "quart", "hypercorn", "trio", "rich")
+
+
+def modules_loaded_by(program: str) -> set[str]:
+    """Run a program in a fresh interpreter and return the heavy modules that it loaded."""
+    report = f"\nimport sys; print([name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program + report], capture_output=True, text=True, check=True)
+    return set(eval(done.stdout.splitlines()[-1]))
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    """`import trio_llm` is free: torch and its friends wait until an engine is opened."""
+    assert modules_loaded_by("import trio_llm") == set()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["generate", "--help"], ["--version"]])
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    """`trio-llm --help` answers without torch, transformers or the server."""
+    program = f"""
+import sys
+from trio_llm.__main__ import main
+sys.argv = ["trio-llm", *{arguments}]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+"""
+    assert modules_loaded_by(program) == set()
+
+
+def test_checking_the_settings_loads_no_model() -> None:
+    """`check-config` and `--print-config` answer without torch."""
+    program = """
+import sys
+from trio_llm.__main__ import main
+for arguments in (["check-config"], ["serve", "--print-config"]):
+    sys.argv = ["trio-llm", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code
+"""
+    assert modules_loaded_by(program) == set()
+
+
+@pytest.mark.parametrize("arguments", [["check-config", "--port", "x"], ["serve", "--kv-blocks", "0"]])
+def test_a_wrong_setting_is_one_line_and_exit_code_2(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A setting that does not parse ends in one line on stderr, no traceback, and code 2."""
+    monkeypatch.setattr(sys, "argv", ["trio-llm", *arguments])
+    with pytest.raises(SystemExit) as end:
+        __main__.main()
+    out, err = capsys.readouterr()
+    assert end.value.code == 2
+    assert out == ""
+    assert err.startswith("error: flag --")
+    assert err.count("\n") == 1
+
+
+def test_any_other_refusal_is_one_line_and_exit_code_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An error of ours that is no wrong setting is one line too, with code 1."""
+
+    def fail(**_: object) -> None:
+        raise EngineDeadError("it\nstopped")
+
+    monkeypatch.setattr("trio_llm.cli.commands.cli", fail)
+    with pytest.raises(SystemExit) as end:
+        __main__.main()
+    assert end.value.code == 1
+    assert capsys.readouterr().err == "error: it stopped\n"
+
+
+@pytest.mark.parametrize("flag", HINTS)
+def test_vllm_flags_that_do_not_exist_are_refused_with_a_hint(flag: str) -> None:
+    """A flag known from vLLM that nothing reads here is an error that says what to do instead."""
+    result = CliRunner().invoke(cli, ["serve", flag])
+    assert result.exit_code == 2
+    assert f"No such option: {flag}. {HINTS[flag]}" in result.output
+
+
+def test_hints_never_hide_a_setting() -> None:
+    """No flag of ours has a hint that it does not exist."""
+    spelt = {flag for _, field in fields() for flag in field.metadata["flags"]}
+    assert not spelt & set(HINTS)
+
+
+def test_an_unknown_flag_is_refused_with_the_closest_one() -> None:
+    """A misspelt flag is an error, never ignored."""
+    result = CliRunner().invoke(cli, ["serve", "--max-num-seq", "3"])
+    assert result.exit_code == 2
+    assert "--max-num-seqs" in result.output
+
+
+def test_the_model_can_be_a_bare_word_but_not_twice() -> None:
+    """`trio-llm serve MODEL` is `vllm serve MODEL`; naming it again with a flag is refused."""
+    shown = CliRunner().invoke(cli, ["serve", "some/model", "--print-config"])
+    line = next(line for line in shown.output.splitlines() if line.startswith("engine.model "))
+    assert line.split(maxsplit=2)[1:] == ["some/model", "argument MODEL"]
+    twice = CliRunner().invoke(cli, ["serve", "some/model", "-m", "other"])
+    assert twice.exit_code == 2
+    assert "named twice" in twice.output
+
+
+def test_a_misspelt_variable_is_pointed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A VLLM_ variable that nothing reads is a warning with the name that was meant."""
+    monkeypatch.setenv("VLLM_KV_BLOCK", "7")
+    result = CliRunner().invoke(cli, ["check-config"])
+    assert result.exit_code == 0
+    assert "VLLM_KV_BLOCK is not a variable that trio-llm reads; did you mean VLLM_KV_BLOCKS?" in result.output
+
+
+def test_check_config_counts_what_was_given(tmp_path: Path) -> None:
+    """A good file is confirmed, with the number of settings it holds."""
+    path = tmp_path / "settings.yaml"
+    path.write_text("server: {port: 1}\nengine: {seed: 3}")
+    result = CliRunner().invoke(cli, ["check-config", "-c", str(path)])
+    assert result.output == f"ok: 2 of {len(list(fields()))} settings are given, the others have their defaults\n"
+
+
+def test_help_shows_every_setting() -> None:
+    """Each flag of each setting stands in `trio-llm serve --help`."""
+    shown = CliRunner().invoke(cli, ["serve", "--help"]).output
+    for _, field in fields():
+        for flag in field.metadata["flags"]:
+            assert flag in shown
+
+
+def test_the_environment_report_names_what_a_bug_report_needs() -> None:
+    """`collect-env` tells versions and hardware, whether or not there is a GPU."""
+    shown = CliRunner().invoke(cli, ["collect-env"]).output
+    for word in ("trio-llm", "python", "torch", "quart-trio", "cores usable", "memory", "gpu"):
+        assert word in shown

@@ -1,0 +1,1 @@
+"""The command line (floor 5). Nothing is imported here, so that `trio-llm --help` stays instant."""

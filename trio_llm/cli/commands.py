@@ -1,0 +1,71 @@
+"""The commands, with the imports of each inside it: `--help` needs none of them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+import trio_llm
+from trio_llm.cli.options import SettingsCommand, setting_options, settings_of
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(trio_llm.__version__, prog_name="trio-llm")
+def cli() -> None:
+    """Run language models: an OpenAI-compatible server, and the same engine offline."""
+
+
+@cli.command(cls=SettingsCommand, params=setting_options("server", "engine", "auth"))
+@click.argument("model", required=False)
+@click.option("--print-config", is_flag=True, help="Print every setting and where its value came from, then exit.")
+def serve(config: Path | None, model: str | None, print_config: bool, **options: Any) -> None:
+    """Serve MODEL over HTTP: by default the demo model, on port 8000."""
+    settings = settings_of(config, model, options)
+    if print_config:
+        from trio_llm.cli.show import settings_table
+
+        click.echo(settings_table(settings))
+        return
+    from trio_llm.cli.serve import run
+
+    sys.exit(run(settings))
+
+
+@cli.command(cls=SettingsCommand, params=setting_options("engine"))
+@click.argument("prompts", nargs=-1)
+@click.option(
+    "--file", "-f", type=click.File(encoding="utf-8"), help="Read prompts from a file, one a line; - is stdin."
+)
+@click.option("--raw", is_flag=True, help="Complete the prompt as it is, without the model's chat template.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest answer.")
+@click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, help="Nucleus.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line instead of the text.")
+def generate(config: Path | None, prompts: tuple[str, ...], **options: Any) -> None:
+    """Answer PROMPTS offline, on the same engine that serves; without any, those of --file or stdin."""
+    from trio_llm.cli.generate import run
+
+    run(settings_of(config, None, options), prompts, **{name: options[name] for name in _GENERATE_OPTIONS})
+
+
+_GENERATE_OPTIONS = ("file", "raw", "max_tokens", "temperature", "top_p", "as_json")
+
+
+@cli.command("check-config", cls=SettingsCommand, params=setting_options("server", "engine", "auth"))
+@click.argument("model", required=False)
+def check_config(config: Path | None, model: str | None, **options: Any) -> None:
+    """Read the settings as `serve` would and say whether they are good; loads no model."""
+    settings = settings_of(config, model, options)
+    given = sum(source != "default" for source in settings.sources.values())
+    click.echo(f"ok: {given} of {len(settings.sources)} settings are given, the others have their defaults")
+
+
+@cli.command("collect-env")
+def collect_env() -> None:
+    """Print what a bug report needs: versions, processor, memory, GPU."""
+    from trio_llm.cli.show import environment_report
+
+    click.echo(environment_report())

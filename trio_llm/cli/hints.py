@@ -1,0 +1,36 @@
+"""What to do instead of vLLM's flags that do not exist here. A flag that nothing reads is never accepted."""
+
+_PROXY = "Terminate TLS in a reverse proxy; trio-llm speaks plain HTTP/1.1."
+_KV_POOL = "The KV pool has a fixed number of blocks: set --kv-blocks."
+_ONE_DEVICE = "Not built: the model runs on one device."
+_NO_SPECULATION = "Not built: there is no speculative method yet."
+_NO_TOOLS = "Not built: tool calls and reasoning are not parsed yet."
+
+HINTS = {
+    "--gpu-memory-utilization": _KV_POOL,
+    "--kv-cache-memory-bytes": _KV_POOL,
+    "--cpu-offload-gb": "Not built: weights stay on the device.",
+    "--swap-space": "Nothing is swapped: a preempted sequence is computed again.",
+    "--enable-chunked-prefill": "Always on; --max-num-batched-tokens is the size of a chunk.",
+    "--no-enable-chunked-prefill": "Prefill is always chunked; raise --max-num-batched-tokens for larger chunks.",
+    "--enforce-eager": "There is no graph capture that could be switched off.",
+    "--trust-remote-code": "Code from a model's directory is never run.",
+    "--hf-overrides": "Edit the model's config.json.",
+    "--pipeline-parallel-size": _ONE_DEVICE,
+    "--data-parallel-size": _ONE_DEVICE,
+    "--speculative-config": _NO_SPECULATION,
+    "--spec-model": _NO_SPECULATION,
+    "--spec-method": _NO_SPECULATION,
+    "--spec-tokens": _NO_SPECULATION,
+    "--enable-auto-tool-choice": _NO_TOOLS,
+    "--tool-call-parser": _NO_TOOLS,
+    "--reasoning-parser": _NO_TOOLS,
+    "--enable-lora": "Not built: adapters cannot be loaded.",
+    "--max-num-queued-reqs": "The queue holds --max-waiting-batches times --max-batch-size requests.",
+    "--disable-log-stats": "Steps are not logged; /metrics has the figures.",
+    "--uvicorn-log-level": "There is no uvicorn here: use --log-level.",
+    "--uds": "Unix sockets are not built: use --host and --port.",
+    "--ssl-keyfile": _PROXY,
+    "--ssl-certfile": _PROXY,
+    "--ssl-ca-certs": _PROXY,
+}
