@@ -251,7 +251,7 @@ class StepResult:
 
 @attrs.frozen
 class Started:
-    """The first step that holds a row of this sequence was planned; `cached_tokens` of the prompt need no computing."""
+    """Sent with the first `Tokens`: so many tokens of the prompt came from the prefix cache."""
 
     cached_tokens: int
 
@@ -427,6 +427,17 @@ class StepReport:
     first_token_s: tuple[float, ...]
     inter_token_s: tuple[float, ...]
     ended: tuple[RequestStats, ...]
+
+
+@attrs.frozen
+class StepTrace:
+    """One step as a picture of the schedule needs it: the plan's rows and where the time went."""
+
+    request_ids: tuple[int, ...]
+    starts: tuple[int, ...]
+    counts: tuple[int, ...]
+    stats: StepStats
+    own_s: float | None
 
 
 @attrs.frozen
