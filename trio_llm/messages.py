@@ -454,7 +454,7 @@ class IdleReport:
 class Rejected:
     """A request that was refused at admission, and why (a fixed word, never a client's text)."""
 
-    reason: Literal["invalid", "overloaded", "draining"]
+    reason: Literal["overloaded", "draining"]
 
 
 # --- model -> everyone, once at start ----------------------------------------------------------------------------
