@@ -1,0 +1,296 @@
+"""Batches: thousands of requests in a file, each answered once and only once, whatever kills the server.
+
+A line is `pending` until its record (the line of the output or error file) and its new state are committed in one
+transaction. A server that dies loses the answers it had not committed, and on restart runs exactly those lines
+again. Output files are written from the records at the end, and become visible in the transaction that ends the
+batch. Status is stored because clients cancel; everything else is derived from the lines.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, BinaryIO
+
+import attrs
+
+from trio_llm.server.storage.database import Database, new_id
+from trio_llm.server.storage.files import FileStore, FileWriter
+
+ENDED = ("completed", "failed", "expired", "cancelled")
+TIMES = (
+    "created_at",
+    "in_progress_at",
+    "expires_at",
+    "finalizing_at",
+    "completed_at",
+    "failed_at",
+    "expired_at",
+    "cancelling_at",
+    "cancelled_at",
+)
+
+
+@attrs.frozen
+class LineError:
+    """One reason why an input file cannot be a batch; `line` counts from 1, None for the whole file."""
+
+    code: str
+    message: str
+    line: int | None = None
+    param: str | None = None
+
+
+@attrs.frozen
+class PendingLine:
+    """A line still to be answered: where it stands in the input file."""
+
+    line: int
+    custom_id: str
+    position: int
+    length: int
+
+
+@attrs.frozen
+class LineRecord:
+    """The answer to one line: the JSON text for the output file, or for the error file when it `failed`."""
+
+    line: int
+    text: bytes
+    failed: bool
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class BatchStore:
+    """The batches of a data directory. An owner sees its own only."""
+
+    def __init__(self, database: Database, files: FileStore, clock: Callable[[], float]) -> None:
+        self._database = database
+        self._connection = database.connection
+        self._files = files
+        self._clock = clock
+
+    # --- what clients ask for ------------------------------------------------------------------------------------
+
+    def create(
+        self,
+        *,
+        input_file_id: str,
+        endpoint: str,
+        completion_window: str,
+        window_s: int,
+        metadata: Mapping[str, str],
+        output_expires_after_s: int | None = None,
+        owner: str = "",
+    ) -> dict[str, Any]:
+        """Accept a batch; it is `validating` until `add_lines` or `fail` says otherwise."""
+        batch_id, now = new_id("batch"), int(self._clock())
+        self._connection.execute(
+            "INSERT INTO batches (id, owner, input_file_id, endpoint, completion_window, metadata, status,"
+            " created_at, expires_at, output_expires_after_s) VALUES (?, ?, ?, ?, ?, ?, 'validating', ?, ?, ?)",
+            (
+                batch_id,
+                owner,
+                input_file_id,
+                endpoint,
+                completion_window,
+                json.dumps(dict(metadata)),
+                now,
+                now + window_s,
+                output_expires_after_s,
+            ),
+        )
+        batch = self.get(batch_id, owner)
+        assert batch is not None
+        return batch
+
+    def get(self, batch_id: str, owner: str = "") -> dict[str, Any] | None:
+        """Return OpenAI's batch object, None if this owner has no such batch."""
+        row = self._connection.execute("SELECT * FROM batches WHERE id = ? AND owner = ?", (batch_id, owner)).fetchone()
+        return None if row is None else _to_openai(row)
+
+    def page(self, *, owner: str = "", after: str | None = None, limit: int) -> tuple[list[dict[str, Any]], bool]:
+        """Return one page, newest first, and whether more follow."""
+        rows = self._connection.execute(
+            "SELECT * FROM batches WHERE owner = :owner AND"
+            " (:after IS NULL OR rowid < (SELECT rowid FROM batches WHERE id = :after AND owner = :owner))"
+            " ORDER BY rowid DESC LIMIT :rows",
+            {"owner": owner, "after": after, "rows": limit + 1},
+        ).fetchall()
+        return [_to_openai(row) for row in rows[:limit]], len(rows) > limit
+
+    def cancel(self, batch_id: str, owner: str = "") -> dict[str, Any] | None:
+        """Ask for a batch's end; lines already answered stay answered. No effect on one that has ended."""
+        self._connection.execute(
+            "UPDATE batches SET status = 'cancelling', cancelling_at = ? WHERE id = ? AND owner = ?"
+            " AND status IN ('validating', 'in_progress')",
+            (int(self._clock()), batch_id, owner),
+        )
+        return self.get(batch_id, owner)
+
+    # --- what the batch runner does ------------------------------------------------------------------------------
+
+    def unfinished(self) -> list[str]:
+        """Return the ids of all batches that still need work, oldest first: the runner's queue after a restart."""
+        rows = self._connection.execute(
+            f"SELECT id FROM batches WHERE status NOT IN {ENDED} ORDER BY rowid"  # noqa: S608
+        )
+        return [row["id"] for row in rows]
+
+    def row(self, batch_id: str) -> sqlite3.Row:
+        """Return everything stored of a batch, whoever owns it."""
+        return self._connection.execute("SELECT * FROM batches WHERE id = ?", (batch_id,)).fetchone()
+
+    def add_lines(self, batch_id: str, lines: Iterable[PendingLine]) -> int:
+        """Make the batch's work list, replacing what a validation cut short may have left. Returns its length.
+
+        One transaction over an iterator that reads the input file as it goes: nothing is held whole.
+        """
+        with self._database.transaction() as connection:
+            connection.execute("DELETE FROM lines WHERE batch_id = ?", (batch_id,))
+            connection.executemany(
+                "INSERT INTO lines (batch_id, line, custom_id, position, length) VALUES (?, ?, ?, ?, ?)",
+                ((batch_id, line.line, line.custom_id, line.position, line.length) for line in lines),
+            )
+            total: int = connection.execute("SELECT count(*) FROM lines WHERE batch_id = ?", (batch_id,)).fetchone()[0]
+            connection.execute(
+                "UPDATE batches SET total = ?, status = iif(status = 'validating', 'in_progress', status),"
+                " in_progress_at = ? WHERE id = ?",
+                (total, int(self._clock()), batch_id),
+            )
+        return total
+
+    def fail(self, batch_id: str, errors: Sequence[LineError]) -> None:
+        """End a batch whose input file is not a batch."""
+        with self._database.transaction() as connection:
+            connection.execute("DELETE FROM lines WHERE batch_id = ?", (batch_id,))
+            connection.execute(
+                "UPDATE batches SET status = 'failed', failed_at = ?, errors = ?, total = 0 WHERE id = ?",
+                (int(self._clock()), json.dumps([attrs.asdict(error) for error in errors]), batch_id),
+            )
+
+    def pending(self, batch_id: str, *, after_line: int, limit: int) -> list[PendingLine]:
+        """Return the next lines without an answer, in input order."""
+        rows = self._connection.execute(
+            "SELECT line, custom_id, position, length FROM lines"
+            " WHERE batch_id = ? AND line > ? AND state = 'pending' ORDER BY line LIMIT ?",
+            (batch_id, after_line, limit),
+        )
+        return [PendingLine(**dict(row)) for row in rows]
+
+    def record(self, batch_id: str, records: Sequence[LineRecord]) -> None:
+        """Commit answers, all in one transaction (one fsync). A line that has an answer keeps its first one."""
+        with self._database.transaction() as connection:
+            for record in records:
+                changed = connection.execute(
+                    "UPDATE lines SET state = ?, record = ? WHERE batch_id = ? AND line = ? AND state = 'pending'",
+                    ("failed" if record.failed else "completed", record.text, batch_id, record.line),
+                ).rowcount
+                if changed:
+                    connection.execute(
+                        "UPDATE batches SET completed = completed + ?, failed = failed + ?,"
+                        " prompt_tokens = prompt_tokens + ?, cached_tokens = cached_tokens + ?,"
+                        " completion_tokens = completion_tokens + ? WHERE id = ?",
+                        (
+                            int(not record.failed),
+                            int(record.failed),
+                            record.prompt_tokens,
+                            record.cached_tokens,
+                            record.completion_tokens,
+                            batch_id,
+                        ),
+                    )
+
+    def finish(self, batch_id: str, status: str, unanswered: Callable[[PendingLine], bytes]) -> None:
+        """End a batch as `completed`, `expired` or `cancelled`: write its output and error files, drop its lines.
+
+        `unanswered` makes the error-file line of a line that never got its answer (expired, cancelled).
+        """
+        assert status in ("completed", "expired", "cancelled"), status
+        row = self.row(batch_id)
+        with self._database.transaction() as connection:
+            connection.execute(
+                "UPDATE batches SET status = 'finalizing', finalizing_at = ? WHERE id = ? AND status = 'in_progress'",
+                (int(self._clock()), batch_id),
+            )
+        with ExitStack() as stack:
+            written: dict[str, str] = {}
+            writers: list[FileWriter] = []
+            for state, name in (("completed", "output"), ("failed", "error")):
+                writer = stack.enter_context(
+                    self._files.create(
+                        f"{batch_id}_{name}.jsonl",
+                        "batch_output",
+                        owner=row["owner"],
+                        expires_after_s=row["output_expires_after_s"],
+                    )
+                )
+                for line in self._records(batch_id, state, unanswered):
+                    writer.write(line + b"\n")
+                if writer.size_bytes:
+                    writer.sync()
+                    writers.append(writer)
+                    written[f"{name}_file_id"] = writer.id
+            with self._database.transaction() as connection:
+                for writer in writers:
+                    writer.insert(connection)
+                connection.execute("DELETE FROM lines WHERE batch_id = ?", (batch_id,))
+                connection.execute(
+                    f"UPDATE batches SET status = ?, {status}_at = ?, output_file_id = ?, error_file_id = ?,"  # noqa: S608
+                    " failed = total - completed WHERE id = ?",
+                    (
+                        status,
+                        int(self._clock()),
+                        written.get("output_file_id"),
+                        written.get("error_file_id"),
+                        batch_id,
+                    ),
+                )
+
+    def _records(self, batch_id: str, state: str, unanswered: Callable[[PendingLine], bytes]) -> Iterator[bytes]:
+        """Yield the lines of an output or error file in input order; the error file takes the unanswered too."""
+        states = (state, "pending") if state == "failed" else (state, state)
+        for row in self._connection.execute(
+            "SELECT line, custom_id, position, length, state, record FROM lines"
+            " WHERE batch_id = ? AND state IN (?, ?) ORDER BY line",
+            (batch_id, *states),
+        ):
+            if row["state"] == "pending":
+                yield unanswered(PendingLine(row["line"], row["custom_id"], row["position"], row["length"]))
+            else:
+                yield row["record"]
+
+
+def read_line(file: BinaryIO, line: PendingLine) -> bytes:
+    """Read one line of an open input file."""
+    file.seek(line.position)
+    return file.read(line.length)
+
+
+def _to_openai(row: sqlite3.Row) -> dict[str, Any]:
+    errors = json.loads(row["errors"])
+    return {
+        "id": row["id"],
+        "object": "batch",
+        "endpoint": row["endpoint"],
+        "errors": {"object": "list", "data": errors} if errors else None,
+        "input_file_id": row["input_file_id"],
+        "completion_window": row["completion_window"],
+        "status": row["status"],
+        "output_file_id": row["output_file_id"],
+        "error_file_id": row["error_file_id"],
+        **{name: row[name] for name in TIMES},
+        "request_counts": {"total": row["total"], "completed": row["completed"], "failed": row["failed"]},
+        "usage": {
+            "input_tokens": row["prompt_tokens"],
+            "input_tokens_details": {"cached_tokens": row["cached_tokens"]},
+            "output_tokens": row["completion_tokens"],
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": row["prompt_tokens"] + row["completion_tokens"],
+        },
+        "metadata": json.loads(row["metadata"]) or None,
+    }
