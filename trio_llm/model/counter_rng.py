@@ -1,0 +1,68 @@
+"""Random numbers by counting: the noise of (seed, position, token) is a hash of the three, and of nothing else.
+
+No state and no order of drawing, so a sampled token cannot depend on batch mates, on the row's place, on how
+many candidates were looked at or on a step being repeated. The same integers come out on every device.
+
+Letters: R rows, C candidates, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix64(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Finalise as splitmix64 does. Source: Steele, Lea and Flood 2014, and Stafford's "Mix13" constants."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def row_keys(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.int32]:
+    """Return [R, 2]: an offset and an odd factor for each row's token hashes."""
+    keys = _mix64(_mix64(seeds + _GOLDEN) + positions.astype(np.uint64) * _GOLDEN)
+    pairs = keys.view(np.uint32).reshape(-1, 2) | np.array([0, 1], np.uint32)
+    return pairs.view(np.int32)
+
+
+def token_hashes(vocab_size: int) -> Tensor:
+    """Return [V] int32, one well-mixed integer per token id (so that neighbours have nothing in common)."""
+    hashes = _mix64(np.arange(1, vocab_size + 1, dtype=np.uint64) * _GOLDEN)
+    return torch.from_numpy((hashes >> np.uint64(32)).astype(np.uint32).view(np.int32))
+
+
+def _shift_right(h: Tensor, bits: int) -> Tensor:
+    """Shift zeros in: torch's own >> on int32 repeats the sign bit."""
+    return (h >> bits).bitwise_and_((1 << (32 - bits)) - 1)
+
+
+def uniform(keys: Tensor, hashes: Tensor) -> Tensor:
+    """Return float32 in (0, 1), for keys [R, 2] and token hashes [C] or [R, C].
+
+    Small values keep their full relative precision (steps of 2^-31): they decide who wins a race.
+    """
+    h = (hashes ^ keys[:, :1]).mul_(keys[:, 1:])
+    h = h.bitwise_xor_(_shift_right(h, 15)).mul_(0x2C1B3C6D)
+    h = h.bitwise_xor_(_shift_right(h, 12)).mul_(0x297A2D39)
+    h = h.bitwise_xor_(_shift_right(h, 15)).bitwise_and_(0x7FFFFFFF)
+    return h.to(torch.float32).add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
+
+
+def race(scores: Tensor, keys: Tensor, hashes: Tensor) -> Tensor:
+    """Turn scores into lots: the token with the largest lot wins with probability softmax(scores).
+
+    Args:
+        scores: [R, C] float32 log-weights, -inf for tokens that may not win.
+        keys: [R, 2] from `row_keys`.
+        hashes: [C] or [R, C], the candidates' entries of `token_hashes`.
+    Returns:
+        [R, C] float32.
+    Source: score - log(E), E exponential, is the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030).
+    """
+    exponential = uniform(keys, hashes).neg_().log1p_().neg_()
+    return scores - exponential.log_()

@@ -1,0 +1,191 @@
+"""What is done to logits before a token is chosen: allow, forbid, bias, penalise; in vLLM's order.
+
+Edits are few tokens per row, so they travel as flat (row * V + token id) index arrays and touch those entries
+only: a penalty costs what the sequence's distinct tokens cost, not a pass over the vocabulary, and its memory is the
+history it looks at.
+
+Letters: R rows, V vocabulary, K edited entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import attrs
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trio_llm.messages import Admission, SamplingParams
+
+_Ids = NDArray[np.int64]
+_NO_IDS: _Ids = np.zeros(0, np.int64)
+
+
+class TokenHistory:
+    """The tokens of one sequence, and how often each distinct one stands in its output."""
+
+    def __init__(self, admission: Admission) -> None:
+        prompt, output = (
+            admission.token_ids[: admission.num_prompt_tokens],
+            admission.token_ids[admission.num_prompt_tokens :],
+        )
+        self.output: list[int] = []
+        self._length = len(prompt)
+        self._index: dict[int, int] = {}
+        self._ids = np.zeros(64, np.int64)
+        self._counts = np.zeros(64, np.float32)
+        for token_id in prompt:
+            self._slot(token_id)
+        self.learn(len(prompt), output)
+
+    def _slot(self, token_id: int) -> int:
+        """Return where the token is counted, making room when it is new."""
+        slot = self._index.setdefault(token_id, len(self._index))
+        if slot == len(self._ids):
+            self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
+            self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
+        self._ids[slot] = token_id
+        return slot
+
+    def learn(self, start: int, token_ids: Sequence[int]) -> None:
+        """Append what is new among the tokens at `start` onwards."""
+        assert start <= self._length, "a token between was never told"
+        for token_id in token_ids[self._length - start :]:
+            self._counts[self._slot(token_id)] += 1
+            self.output.append(token_id)
+            self._length += 1
+
+    @property
+    def ids(self) -> _Ids:
+        """Distinct tokens of prompt and output."""
+        return self._ids[: len(self._index)]
+
+    @property
+    def counts(self) -> NDArray[np.float32]:
+        """How often each of `ids` stands in the output; 0 for those of the prompt only."""
+        return self._counts[: len(self._index)]
+
+
+@attrs.frozen(eq=False)
+class RowEdits:
+    """One sequence's edits.
+
+    Attributes:
+        held_back: End-of-sequence and stop ids, masked before position `first_end`.
+        history: None where nothing looks back.
+    """
+
+    allowed: _Ids | None
+    bad_words: tuple[tuple[int, ...], ...]
+    held_back: _Ids
+    first_end: int
+    bias_ids: _Ids
+    bias: NDArray[np.float32]
+    repetition: float
+    presence: float
+    frequency: float
+    history: TokenHistory | None
+
+    @classmethod
+    def of(cls, admission: Admission, params: SamplingParams, eos_token_ids: tuple[int, ...]) -> RowEdits | None:
+        """Return the edits that `params` ask for, None for none."""
+        penalised = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+        held_back = {*eos_token_ids, *params.stop_token_ids} if params.min_tokens else ()
+        only = params.allowed_token_ids
+        if only is None and not (penalised or params.bad_words_token_ids or held_back or params.logit_bias):
+            return None
+        return cls(
+            allowed=None if only is None else np.array(only, np.int64),
+            bad_words=params.bad_words_token_ids,
+            held_back=np.array(sorted(held_back), np.int64),
+            first_end=admission.num_prompt_tokens + params.min_tokens,
+            bias_ids=np.array(list(params.logit_bias), np.int64),
+            bias=np.array(list(params.logit_bias.values()), np.float32),
+            repetition=params.repetition_penalty,
+            presence=params.presence_penalty,
+            frequency=params.frequency_penalty,
+            history=TokenHistory(admission) if penalised or params.bad_words_token_ids else None,
+        )
+
+    @property
+    def penalised(self) -> bool:
+        return self.repetition != 1 or self.presence != 0 or self.frequency != 0
+
+    def masked(self, position: int) -> _Ids:
+        """Return the ids that may not be sampled at `position` (duplicates do no harm)."""
+        output = self.history.output if self.history else []
+        bad = [word[-1] for word in self.bad_words if _ends_with(output, word[:-1])]
+        held_back = self.held_back if position < self.first_end else _NO_IDS
+        return np.concatenate([held_back, np.array(bad, np.int64)])
+
+
+def _ends_with(output: Sequence[int], words: tuple[int, ...]) -> bool:
+    return not words or tuple(output[-len(words) :]) == words
+
+
+@attrs.frozen(eq=False)
+class LogitEdits:
+    """The edits of one step. Indices are flat: row * V + token id.
+
+    Attributes:
+        allowed: (row, ids) of rows that may sample nothing else.
+        masked: [K].
+        biased: [K] and what is added there.
+        seen: [K] of prompt or output tokens, their output counts, and [4, K]: counts, repetition, presence, frequency.
+    """
+
+    allowed: tuple[tuple[int, Tensor], ...]
+    masked: Tensor
+    biased: Tensor
+    bias: Tensor
+    seen: Tensor
+    penalties: Tensor
+
+    def apply(self, logits: Tensor) -> None:
+        """Edit [R, V] float32, contiguous, in place."""
+        for row, ids in self.allowed:
+            kept = logits[row, ids]
+            logits[row].fill_(-torch.inf)
+            logits[row, ids] = kept
+        flat = logits.view(-1)
+        if len(self.masked):
+            flat[self.masked] = -torch.inf
+        if len(self.biased):
+            flat.index_add_(0, self.biased, self.bias)
+        if len(self.seen):
+            counts, repetition, presence, frequency = self.penalties.unbind(0)
+            seen = flat[self.seen]
+            seen = torch.where(seen > 0, seen / repetition, seen * repetition)
+            flat[self.seen] = seen - frequency * counts - presence * (counts > 0)
+
+
+def _concatenate(parts: Iterable[_Ids]) -> _Ids:
+    return np.concatenate([_NO_IDS, *parts])
+
+
+def collect_edits(asked: Sequence[tuple[int, RowEdits, int]], vocab_size: int, device: torch.device) -> LogitEdits:
+    """Lay the edits of some rows end to end.
+
+    Args:
+        asked: (row of the logits, its edits, position of the token to be sampled).
+    """
+
+    def to_device(array: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    penalised = [(row, edits, edits.history) for row, edits, _ in asked if edits.penalised and edits.history]
+    penalties = [
+        np.stack([history.counts, *np.broadcast_to(factors, (len(history.ids), 3)).T])
+        for _, edits, history in penalised
+        for factors in [np.array([edits.repetition, edits.presence, edits.frequency], np.float32)]
+    ]
+    return LogitEdits(
+        allowed=tuple((row, to_device(edits.allowed)) for row, edits, _ in asked if edits.allowed is not None),
+        masked=to_device(_concatenate(row * vocab_size + edits.masked(position) for row, edits, position in asked)),
+        biased=to_device(_concatenate(row * vocab_size + edits.bias_ids for row, edits, _ in asked)),
+        bias=to_device(np.concatenate([edits.bias for _, edits, _ in asked])),
+        seen=to_device(_concatenate(row * vocab_size + history.ids for row, _, history in penalised)),
+        penalties=to_device(np.concatenate([np.zeros((4, 0), np.float32), *penalties], axis=1)),
+    )

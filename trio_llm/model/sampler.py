@@ -1,0 +1,200 @@
+"""From logits to tokens: every row by its own parameters, all rows of a step at once, on the logits' device.
+
+Order as in vLLM: log-probabilities of the raw logits -> allowed tokens, masks, bias, penalties (logit_edits) ->
+greedy argmax | temperature -> min_p -> top_k -> top_p -> draw. A filter keeps everything at or above a threshold, so
+tokens as likely as the last one kept are kept too, and no order among equals matters. What happens to a row is a
+function of that row alone; batch mates decide at most who is computed together.
+
+Letters: R rows sampled in this step, V vocabulary, C candidates.
+"""
+
+from __future__ import annotations
+
+import attrs
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trio_llm.messages import TokenLogprobs
+from trio_llm.model.counter_rng import race, token_hashes
+from trio_llm.model.extremes import Extremes
+from trio_llm.model.logprobs import gather_logprobs
+from trio_llm.model.sampling_rows import FILTERED, LOGPROBS, MIN_P, RANDOM, TEMPERATURE, TOP_K, TOP_P, SamplingBatch
+
+# In place of a token id.
+NOT_FINITE, NOTHING_LEFT = -1, -2
+FAILURES = {
+    NOT_FINITE: "The model produced logits that are not finite.",
+    NOTHING_LEFT: "No token may be sampled: the request's parameters mask the whole vocabulary.",
+}
+
+# So many likeliest tokens are looked at before a row is sorted: the cuts of most requests lie within (a guess).
+# A constant, so that the way a row takes does not depend on its batch mates.
+_CANDIDATES = 128
+
+# Entries drawn at a time on a CPU, so that the passes of a draw stay in the second-level cache.
+_CPU_DRAW_ENTRIES = 2**17
+
+
+@attrs.frozen
+class Sampled:
+    """What was sampled.
+
+    Attributes:
+        token_ids: One per row; NOT_FINITE or NOTHING_LEFT where the row failed.
+        logprobs: One per row, None where it did not ask or failed; None if no row asked.
+    """
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None] | None
+
+
+class Sampler:
+    """Chooses tokens. Holds no state of any sequence."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._hashes = token_hashes(vocab_size).to(device)
+
+    def sample(self, logits: Tensor, batch: SamplingBatch) -> Sampled:
+        """Sample one token per row.
+
+        Args:
+            logits: [R, V] float32, contiguous; overwritten.
+            batch: The same R rows.
+        """
+        asking = np.flatnonzero(batch.flags & LOGPROBS)
+        raw = logits[_index(asking, logits)].log_softmax(-1) if len(asking) else None
+        finite = None
+        if batch.edits is not None:
+            # Looked at first: a mask could hide a NaN, an infinity turn into one.
+            finite = logits.amax(-1).isfinite()
+            batch.edits.apply(logits)
+        extremes = Extremes(logits)
+        ids = extremes.argmax()
+        if batch.union & RANDOM:
+            self._draw(logits, extremes, batch, ids)
+        token_ids = _mark_failures(ids, extremes.top, finite).tolist()
+        if raw is None:
+            return Sampled(token_ids, None)
+        return Sampled(token_ids, _logprobs_of_rows(raw, asking, token_ids, batch.num_logprobs))
+
+    def _draw(self, logits: Tensor, extremes: Extremes, batch: SamplingBatch, ids: Tensor) -> None:
+        """Overwrite the ids of the rows that are RANDOM."""
+        assert batch.params is not None
+        assert batch.keys is not None
+        plain = _index(np.flatnonzero((batch.flags & (RANDOM | FILTERED)) == RANDOM), logits)
+        if len(plain):
+            ids[plain] = self._draw_whole(logits[plain], batch.params[plain], batch.keys[plain], cut=False)
+        if batch.union & FILTERED:
+            filtered = _index(np.flatnonzero(batch.flags & FILTERED), logits)
+            ids[filtered] = self._draw_candidates(
+                logits, extremes, filtered, batch.params[filtered], batch.keys[filtered]
+            )
+            rest = filtered[ids[filtered] < 0]
+            if len(rest):
+                ids[rest] = self._draw_whole(logits[rest], batch.params[rest], batch.keys[rest], cut=True)
+
+    def _draw_candidates(
+        self, logits: Tensor, extremes: Extremes, rows: Tensor, params: Tensor, keys: Tensor
+    ) -> Tensor:
+        """Return [n] ids drawn among the likeliest tokens of n rows; -1 where the cut lies, or may lie, beyond them."""
+        values, candidates = extremes.largest(_CANDIDATES, rows)
+        top = extremes.top[rows, None]
+        scores = (values - top) / params[:, TEMPERATURE, None]
+        cutoff = _cutoff(scores, params)
+        total = None
+        # Where neither min_p nor top_k ends within the candidates, top_p is of a mass that reaches beyond them.
+        beyond = ((scores[:, -1:] >= cutoff) & (params[:, TOP_P, None] < 1))[:, 0].nonzero()[:, 0]
+        if len(beyond):
+            mass = _mass(logits[rows[beyond]], top[beyond], params[beyond], cutoff[beyond])
+            total = torch.zeros_like(top).index_copy_(0, beyond, mass)
+        threshold = _threshold(scores, cutoff, params[:, TOP_P, None], total)
+        lots = race(scores.masked_fill(scores < threshold, -torch.inf), keys, self._hashes[candidates])
+        drawn = candidates.gather(1, lots.argmax(-1, keepdim=True))[:, 0]
+        top_k = params[:, TOP_K]
+        decided = (top_k <= values.shape[1]) | (top_k >= logits.shape[1])
+        return drawn.where(decided & (scores[:, -1] < threshold[:, 0]), -1)
+
+    def _draw_whole(self, logits: Tensor, params: Tensor, keys: Tensor, *, cut: bool) -> Tensor:
+        """Return [n] ids drawn from all of logits [n, V]; `cut` says whether to filter first."""
+        at_once = max(1, _CPU_DRAW_ENTRIES // logits.shape[1]) if logits.is_cpu else len(logits)
+        drawn: list[Tensor] = []
+        for some, own, key in zip(logits.split(at_once), params.split(at_once), keys.split(at_once), strict=True):
+            scores = (some - some.amax(-1, keepdim=True)).div_(own[:, TEMPERATURE, None])
+            if cut:
+                ordered = _descending(scores)
+                threshold = _threshold(ordered, _cutoff(ordered, own), own[:, TOP_P, None], None)
+                scores.masked_fill_(scores < threshold, -torch.inf)
+            drawn.append(Extremes(race(scores, key, self._hashes)).argmax())
+        return torch.cat(drawn)
+
+
+def _index(indices: NDArray[np.intp], like: Tensor) -> Tensor:
+    return torch.from_numpy(indices).to(like.device, non_blocking=True)
+
+
+def _mark_failures(ids: Tensor, top: Tensor, finite: Tensor | None) -> Tensor:
+    """Replace the ids of rows that have no largest logit.
+
+    Args:
+        top: [R], the largest logits after the edits.
+        finite: [R], whether those before the edits were; None where there were no edits.
+    """
+    if finite is None:
+        return ids.where(top.isfinite(), NOT_FINITE)
+    return ids.where(top > -torch.inf, NOTHING_LEFT).where(finite, NOT_FINITE)
+
+
+def _logprobs_of_rows(
+    raw: Tensor, asking: NDArray[np.intp], token_ids: list[int], nums: NDArray[np.int32]
+) -> list[TokenLogprobs | None]:
+    """Spread the log-probabilities [n, V] of the n asking rows over all rows; rows that failed get none."""
+    fine = [i for i, row in enumerate(asking) if token_ids[row] >= 0]
+    rows = asking[fine].tolist()
+    if not rows:
+        return [None] * len(token_ids)
+    entries = gather_logprobs(raw[fine], [token_ids[row] for row in rows], nums[rows].tolist())
+    by_row = dict(zip(rows, entries, strict=True))
+    return [by_row.get(row) for row in range(len(token_ids))]
+
+
+def _cutoff(scores: Tensor, params: Tensor) -> Tensor:
+    """Return [n, 1], the least score that min_p and top_k keep, for scores [n, C] in descending order from 0.
+
+    A top_k that reaches beyond the C scores cuts nothing here.
+    """
+    count = scores.shape[1]
+    top_k = params[:, TOP_K, None].long()
+    kth = scores.gather(1, top_k.clamp(max=count) - 1).where(top_k <= count, -torch.inf)
+    # Never below the least float: what is masked is at -inf and stays out.
+    return torch.maximum(params[:, MIN_P, None].log(), kth).clamp_(min=torch.finfo(scores.dtype).min)
+
+
+def _mass(logits: Tensor, top: Tensor, params: Tensor, cutoff: Tensor) -> Tensor:
+    """Return [n, 1], the sum of exp(score) over all of logits [n, V] whose score is at or above the cutoff."""
+    scores = (logits - top).div_(params[:, TEMPERATURE, None])
+    # The largest score is 0, so the largest probability is one over the mass.
+    return scores.masked_fill_(scores < cutoff, -torch.inf).softmax(-1).amax(-1, keepdim=True).reciprocal_()
+
+
+def _threshold(scores: Tensor, cutoff: Tensor, top_p: Tensor, total: Tensor | None) -> Tensor:
+    """Return [n, 1], the least score of the smallest set at or above the cutoff that holds top_p of the mass.
+
+    Args:
+        scores: [n, C], descending.
+        total: [n, 1], the mass where it reaches beyond the C scores, else 0; None where it never does.
+    """
+    kept = scores >= cutoff
+    ahead = F.pad(scores.exp().mul_(kept).cumsum(-1), (1, 0))
+    mass = ahead[:, -1:] if total is None else torch.where(total > 0, total, ahead[:, -1:])
+    kept &= ahead[:, :-1] < top_p * mass
+    return scores.where(kept, torch.inf).amin(-1, keepdim=True)
+
+
+def _descending(scores: Tensor) -> Tensor:
+    """Sort [n, V]. numpy's vectorised sort takes a fifteenth of torch's time on a CPU."""
+    if scores.is_cpu:
+        return torch.from_numpy(np.sort(scores.numpy(), axis=-1)).flip(-1)
+    return scores.sort(dim=-1, descending=True).values

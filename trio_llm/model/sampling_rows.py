@@ -1,0 +1,122 @@
+"""What each sequence asked of the sampler, one row per sequence, and the columns a step needs of it.
+
+Rows are permanent: a sequence keeps its row from admission until it is dropped, nothing is moved. Plain greedy rows
+cost nothing per step beyond one look at their flags. Everything a step needs is derived from the plan's positions, so
+asking twice gives the same answer.
+
+Letters: R rows sampled in this step, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+
+import attrs
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trio_llm.messages import Admission, SamplingParams
+from trio_llm.model.counter_rng import row_keys
+from trio_llm.model.logit_edits import LogitEdits, RowEdits, collect_edits
+
+# What a row needs beyond argmax.
+RANDOM, FILTERED, EDITED, LOGPROBS = 1, 2, 4, 8
+
+# Colder than this is greedy; vLLM draws the line at the same place.
+_GREEDY_BELOW = 1e-5
+
+# Columns of the packed parameters: one gather and one copy to the device a step.
+TEMPERATURE, TOP_K, TOP_P, MIN_P = range(4)
+
+
+@attrs.frozen(eq=False)
+class SamplingBatch:
+    """The sampled rows of one step, in batch order.
+
+    Attributes:
+        flags: [R] on the host, which of RANDOM, FILTERED, EDITED, LOGPROBS each row needs.
+        union: All flags or-ed.
+        params: [R, 4] float32: temperature, top_k (V for all), top_p (inf for all), min_p; None if none is RANDOM.
+        keys: [R, 2] int32, see counter_rng; None if none is RANDOM.
+        edits: What is done to the logits first; None for nothing.
+        num_logprobs: [R] on the host, how many of the likeliest to report, where LOGPROBS is set.
+    """
+
+    flags: NDArray[np.uint8]
+    union: int
+    params: Tensor | None
+    keys: Tensor | None
+    edits: LogitEdits | None
+    num_logprobs: NDArray[np.int32]
+
+
+class SamplingRows:
+    """Sampling parameters by row, packed when a sequence is admitted."""
+
+    def __init__(self, vocab_size: int, eos_token_ids: Sequence[int], num_rows: int, device: torch.device) -> None:
+        self.vocab_size = vocab_size
+        self.device = device
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._fresh_seed = secrets.randbits(64)
+        self._flags = np.zeros(num_rows, np.uint8)
+        self._params = np.zeros((num_rows, 4), np.float32)
+        self._seeds = np.zeros(num_rows, np.uint64)
+        self._num_logprobs = np.zeros(num_rows, np.int32)
+        self._edits: dict[int, RowEdits] = {}
+
+    def admit(self, row: int, admission: Admission, params: SamplingParams) -> None:
+        """Fill a row. Admitting the same sequence again starts it afresh."""
+        self._edits.pop(row, None)
+        greedy = params.temperature < _GREEDY_BELOW or params.top_k == 1
+        top_k = params.top_k if 0 < params.top_k < self.vocab_size else self.vocab_size
+        filtered = top_k < self.vocab_size or params.top_p < 1 or params.min_p > 0
+        flags = 0 if greedy else RANDOM | (FILTERED if filtered else 0)
+        self._params[row] = params.temperature, top_k, params.top_p if params.top_p < 1 else np.inf, params.min_p
+        # A seed drawn here depends on the request only: its dice stay the same after a preemption or a repeated step.
+        seed = self._fresh_seed + admission.request_id if params.seed is None else params.seed
+        self._seeds[row] = seed % 2**64
+        if params.logprobs is not None:
+            flags |= LOGPROBS
+            self._num_logprobs[row] = self.vocab_size if params.logprobs < 0 else params.logprobs
+        edits = RowEdits.of(admission, params, self._eos_token_ids)
+        if edits is not None:
+            flags |= EDITED
+            self._edits[row] = edits
+        self._flags[row] = flags
+
+    def forget(self, row: int) -> None:
+        self._edits.pop(row, None)
+        self._flags[row] = 0
+
+    @property
+    def history_rows(self) -> list[int]:
+        """Rows that must be told of their output tokens, because penalties or bad words look back at them."""
+        return [row for row, edits in self._edits.items() if edits.history is not None]
+
+    def learn(self, row: int, start: int, token_ids: Sequence[int]) -> None:
+        """Tell a row of `history_rows` that `token_ids` stand at `start` onwards. Telling twice changes nothing."""
+        history = self._edits[row].history
+        assert history is not None
+        history.learn(start, token_ids)
+
+    def select(self, rows: NDArray[np.intp], positions: NDArray[np.int64]) -> SamplingBatch:
+        """Gather what sampling needs.
+
+        Args:
+            rows: [R].
+            positions: [R], the position in its sequence of the token about to be sampled.
+        """
+        flags = self._flags[rows]
+        union = int(np.bitwise_or.reduce(flags, initial=0))
+        params = keys = edits = None
+        if union & RANDOM:
+            params = torch.from_numpy(self._params[rows]).to(self.device, non_blocking=True)
+            packed = row_keys(self._seeds[rows], positions)
+            keys = torch.from_numpy(packed).to(self.device, non_blocking=True)
+        if union & EDITED:
+            asked = [(int(i), self._edits[int(rows[i])], int(positions[i])) for i in np.flatnonzero(flags & EDITED)]
+            edits = collect_edits(asked, self.vocab_size, self.device)
+        return SamplingBatch(flags, union, params, keys, edits, self._num_logprobs[rows])
