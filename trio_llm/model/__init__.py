@@ -1,1 +1,1 @@
-"""The model: checkpoints, layers, attention over the paged KV cache, sampler and runner (floor 2, torch, synchronous)."""
+"""The model: checkpoints, layers, attention over the paged KV cache, sampler, runner (floor 2: torch)."""

@@ -8,12 +8,15 @@ Letters: B rows (sequences), S tokens of this step over all rows, M blocks per t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from trio_llm.model.kv_cache import KVLayout
+
+Value = TypeVar("Value")
 
 
 class AttentionBatch:
@@ -27,6 +30,7 @@ class AttentionBatch:
         tables: Per KV group [B, M] int32; entries before a window and past the end are never read.
         slots: Per KV group [S] int64, where each token's key and value are written.
         starts, counts: The same on the host, one int per row.
+        layout: The pool's.
     """
 
     def __init__(
@@ -46,8 +50,33 @@ class AttentionBatch:
             counts: Per row, tokens computed in this step, at least 1.
             tables: Per KV group [B, M] int32 on any device; M covers at least the row's start + count tokens.
         """
-        raise NotImplementedError
+        self.layout, self.device = layout, device
+        self.starts, self.counts = tuple(starts), tuple(counts)
+        first, count = torch.tensor([self.starts, self.counts], dtype=torch.int64).unbind()
+        row_ends = count.cumsum(0)
+        rows = torch.arange(len(self.counts)).repeat_interleave(count)
+        positions = torch.arange(len(rows)) + (first - row_ends + count)[rows]
+        self.token_ids = torch.as_tensor(token_ids, dtype=torch.int64, device=device)
+        self.positions = positions.to(device)
+        self.cu_q = torch.nn.functional.pad(row_ends, (1, 0)).to(device, torch.int32)
+        self.context_lens = (first + count).to(device, torch.int32)
+        self.tables = tuple(table.to(device) for table in tables)
+        self.slots = self._slots(rows.to(device))
+        self._memo: dict[Hashable, object] = {}
+
+    def _slots(self, rows: Tensor) -> tuple[Tensor, ...]:
+        slots: list[Tensor] = []
+        for table, group in zip(self.tables, self.layout.groups, strict=True):
+            blocks = table[rows, self.positions // group.block_size].to(torch.int64)
+            slots.append(blocks * group.block_size + self.positions % group.block_size)
+        return tuple(slots)
 
     def last_tokens(self) -> Tensor:
         """Return [B] int64, the index in S of each row's last token (whose hidden state is sampled from)."""
-        raise NotImplementedError
+        return self.cu_q[1:].to(torch.int64) - 1
+
+    def memo(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """Return what `make` returned for `key` earlier in this step: what all layers of a kind share."""
+        if key not in self._memo:
+            self._memo[key] = make()
+        return cast("Value", self._memo[key])

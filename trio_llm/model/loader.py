@@ -16,10 +16,15 @@ import torch
 from torch import Tensor
 
 from trio_llm.config import EngineConfig
+from trio_llm.errors import CheckpointError, UnsupportedError
 from trio_llm.messages import Progress
 from trio_llm.model.attention import AttentionBatch
-from trio_llm.model.config import ModelConfig
-from trio_llm.model.kv_cache import AttentionSpec, KVCache, KVLayout
+from trio_llm.model.checkpoint import Checkpoint, FileSource, HeaderSource, open_checkpoint
+from trio_llm.model.config import TORCH_DTYPES, ModelConfig, read_json
+from trio_llm.model.hub import resolve_model
+from trio_llm.model.kv_cache import AttentionSpec, KVCache, KVLayout, plan_kv
+from trio_llm.model.registry import find_family
+from trio_llm.model.weights import RandomSource, Weights
 
 
 class Model(Protocol):
@@ -47,6 +52,7 @@ class ModelPlan:
         architecture: As in config.json.
         dtype: Of weights and activations.
         weight_bytes: What the weights will take once loaded (after quantisation).
+        stored_bytes: What will be read from files.
         max_model_len: The model's own limit, from config.json.
         eos_token_ids: From generation_config.json, else config.json, the primary one first.
         default_sampling: temperature, top_k, top_p, repetition_penalty where generation_config.json gives them.
@@ -59,6 +65,7 @@ class ModelPlan:
     dtype: torch.dtype
     kv_layout: KVLayout
     weight_bytes: int
+    stored_bytes: int
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     default_sampling: Mapping[str, float | int]
@@ -81,13 +88,13 @@ def inspect_model(config: EngineConfig, dtype: torch.dtype | None = None) -> Mod
     """Check a checkpoint's config and headers without reading weights.
 
     Args:
-        config: Of it: model (a directory, or a hub id), load_format, block_size, kv_quantization, quantization.
-        dtype: None for the checkpoint's own (or config.dtype where that is not auto).
+        config: Of it: model (a directory, or a hub id), dtype, load_format, block_size, kv_quantization, quantization.
+        dtype: Overrides config.dtype; None takes it, and the checkpoint's own where it is auto.
     Raises:
         CheckpointError: The files do not fit together; lists everything that is wrong.
         UnsupportedError: A family, rope type or quantisation that is not here, by name.
     """
-    raise NotImplementedError
+    return _inspect(config, dtype)[0]
 
 
 def load_model(
@@ -101,4 +108,94 @@ def load_model(
     Raises:
         CheckpointError: Also for weights that are NaN or infinite.
     """
-    raise NotImplementedError
+    plan, checkpoint = _inspect(config, dtype)
+    family = find_family(plan.architecture)
+    quantize = config.quantization == "int8"
+    if checkpoint is None:
+        weights = Weights(RandomSource(config.seed), plan.dtype, device, quantize)
+        return LoadedModel(model=family(plan.config.text, weights), plan=plan)
+    with FileSource(checkpoint, plan.stored_bytes, report) as source:
+        model = family(plan.config.text, Weights(source, plan.dtype, device, quantize))
+    return LoadedModel(model=model, plan=plan)
+
+
+def _inspect(engine: EngineConfig, dtype: torch.dtype | None) -> tuple[ModelPlan, Checkpoint | None]:
+    directory = resolve_model(engine.model)
+    config = ModelConfig.from_directory(directory)
+    architecture = _architecture(config)
+    family = find_family(architecture)
+    if dtype is None:
+        dtype = config.dtype() if engine.dtype == "auto" else TORCH_DTYPES[engine.dtype]
+    checkpoint = None
+    if engine.load_format == "auto":
+        checkpoint = open_checkpoint(directory, multimodal=config.has("text_config"))
+    headers = HeaderSource(checkpoint)
+    weights = Weights(headers, dtype, torch.device("meta"), engine.quantization == "int8")
+    model = family(config.text, weights)
+    headers.check(directory, model.is_ignored)
+    generation = _generation_config(directory)
+    plan = ModelPlan(
+        directory=directory,
+        architecture=architecture,
+        config=config,
+        dtype=dtype,
+        kv_layout=plan_kv(
+            model.specs, block_size=engine.block_size, dtype=torch.int8 if engine.kv_quantization else dtype
+        ),
+        weight_bytes=weights.tally.nbytes,
+        stored_bytes=headers.stored_bytes,
+        max_model_len=_max_model_len(config.text),
+        eos_token_ids=_eos_token_ids(generation, config),
+        default_sampling=_default_sampling(generation),
+        skipped=checkpoint.skipped if checkpoint else {},
+    )
+    return plan, checkpoint
+
+
+def _architecture(config: ModelConfig) -> str:
+    for key in ("quantization_config", "compression_config"):
+        if config.has(key):
+            method = config.section(key).values.get("quant_method", "unknown")
+            raise UnsupportedError(
+                f"{config.source}: the weights are already quantised ({method!r}); load the original checkpoint, "
+                "and --quantization int8 to quantise it here"
+            )
+    names = config.values.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise CheckpointError(f"{config.source}: architectures is missing")
+    return names[0]
+
+
+def _generation_config(directory: Path) -> ModelConfig:
+    path = directory / "generation_config.json"
+    return ModelConfig(read_json(path) if path.exists() else {}, str(path))
+
+
+def _eos_token_ids(generation: ModelConfig, config: ModelConfig) -> tuple[int, ...]:
+    for source in (generation, config, config.text):
+        if ids := source.token_ids("eos_token_id"):
+            return ids
+    return ()
+
+
+def _default_sampling(generation: ModelConfig) -> dict[str, float | int]:
+    """Return what the checkpoint recommends; where it says not to sample, that is temperature 0."""
+    found: dict[str, float | int] = {}
+    for key in ("temperature", "top_p", "min_p", "repetition_penalty"):
+        if generation.has(key):
+            found[key] = generation.get_float(key)
+    if generation.has("top_k"):
+        found["top_k"] = generation.get_int("top_k", least=0)
+    return found
+
+
+def _max_model_len(config: ModelConfig) -> int:
+    """Return the longest context: YaRN stretches the original one by its factor."""
+    longest = config.get_int("max_position_embeddings")
+    for key in ("rope_parameters", "rope_scaling"):
+        if config.has(key):
+            rope = config.section(key)
+            if "yarn" in (rope.values.get("rope_type"), rope.values.get("type")):
+                original = rope.get_int("original_max_position_embeddings", longest)
+                longest = max(longest, int(original * rope.get_float("factor")))
+    return longest

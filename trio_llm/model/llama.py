@@ -1,0 +1,92 @@
+"""Llama, and what most decoders after it share: pre-norm blocks of attention and a gated feed-forward.
+
+A family that differs in a detail overrides the method that makes the part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from trio_llm.model import ops
+from trio_llm.model.attention import AttentionBatch
+from trio_llm.model.config import ModelConfig
+from trio_llm.model.kv_cache import AttentionSpec, KVCache
+from trio_llm.model.layers import ACTIVATIONS, MAX_LAYERS, Attention, GatedMLP, attention_spec
+from trio_llm.model.rope import Rope, make_rope
+from trio_llm.model.weights import Weights
+
+
+class LlamaLayer:
+    """norm, attention, add; norm, feed-forward, add. The last add is left to the next layer's norm."""
+
+    def __init__(
+        self, weights: Weights, hidden_size: int, eps: float, attention: Attention, mlp: Callable[[Tensor], Tensor]
+    ) -> None:
+        self.input_norm = weights.tensor("input_layernorm.weight", hidden_size)
+        self.post_norm = weights.tensor("post_attention_layernorm.weight", hidden_size)
+        self.attention, self.mlp, self.eps = attention, mlp, eps
+
+    def __call__(self, hidden: Tensor, residual: Tensor, batch: AttentionBatch, kv: KVCache) -> tuple[Tensor, Tensor]:
+        """Return what is to be added, and what to add it to."""
+        hidden, residual = ops.add_rms_norm(hidden, residual, self.input_norm, self.eps)
+        hidden, residual = ops.add_rms_norm(self.attention(hidden, batch, kv), residual, self.post_norm, self.eps)
+        return self.mlp(hidden), residual
+
+
+class Llama:
+    """A Llama decoder. `config` is the text config; letters as in layers.py."""
+
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        self.config = config
+        self.hidden_size = config.get_int("hidden_size")
+        self.vocab_size = config.get_int("vocab_size")
+        self.eps = config.get_float("rms_norm_eps", 1e-6)
+        num_layers = config.get_int("num_hidden_layers", most=MAX_LAYERS)
+        self.specs = tuple(self.make_spec(layer) for layer in range(num_layers))
+        self.rope = make_rope(config, self.specs[0].head_dim).to(weights.device)
+        tied = config.get_bool("tie_word_embeddings", False)
+        # only a table that is also the output matrix is worth quantising: a lookup reads one row of it
+        table = weights if tied else weights.unquantized()
+        self.embed = table.matrix(["model.embed_tokens"], [self.vocab_size], self.hidden_size)
+        self.layers = [self.make_layer(layer, weights.at(f"model.layers.{layer}")) for layer in range(num_layers)]
+        self.norm = weights.tensor("model.norm.weight", self.hidden_size)
+        self.head = self.embed if tied else weights.matrix(["lm_head"], [self.vocab_size], self.hidden_size)
+
+    def is_ignored(self, name: str) -> bool:
+        """Say whether a checkpoint may hold this tensor though nothing reads it.
+
+        Old ones store the rope frequencies; a tied one may store the head as well.
+        """
+        return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and self.head is self.embed)
+
+    def make_spec(self, layer: int) -> AttentionSpec:
+        return attention_spec(self.config, layer)
+
+    def make_layer(self, layer: int, weights: Weights) -> LlamaLayer:
+        attention = self.make_attention(layer, weights.at("self_attn"), self.rope)
+        return LlamaLayer(weights, self.hidden_size, self.eps, attention, self.make_mlp(weights))
+
+    def make_attention(self, layer: int, weights: Weights, rope: Rope) -> Attention:
+        bias = self.config.get_bool("attention_bias", False)
+        spec = self.specs[layer]
+        return Attention(weights, spec, layer, rope, self.hidden_size, eps=self.eps, qkv_bias=bias, out_bias=bias)
+
+    def make_mlp(self, weights: Weights) -> Callable[[Tensor], Tensor]:
+        kind = self.config.choice("hidden_act", ACTIVATIONS, "silu")
+        bias = self.config.get_bool("mlp_bias", False)
+        return GatedMLP(weights.at("mlp"), self.hidden_size, self.config.get_int("intermediate_size"), kind, bias=bias)
+
+    def forward(self, batch: AttentionBatch, kv: KVCache) -> Tensor:
+        """Run the layers; write keys and values of all S tokens; return [S, H], after the final norm."""
+        hidden = ops.embedding(batch.token_ids, self.embed)
+        residual = torch.zeros_like(hidden)
+        for layer in self.layers:
+            hidden, residual = layer(hidden, residual, batch, kv)
+        return ops.add_rms_norm(hidden, residual, self.norm, self.eps)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return [R, V] float32 for hidden rows [R, H]."""
+        return ops.linear(hidden, self.head).float()

@@ -1,0 +1,199 @@
+"""Every operation of the models in plain torch: the reference that kernels are tested against, and the CPU path.
+
+Letters: S tokens, Hq/Hkv heads, D head size, N outputs, K inputs, E experts, I expert width, H hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import attrs
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trio_llm.model.attention import AttentionBatch
+from trio_llm.model.kv_cache import AttentionSpec, LayerKV
+from trio_llm.model.rope import Rope
+
+Activation = Literal["silu", "gelu_tanh"]
+INT8_MAX = 127
+DEQUANT_ELEMENTS = 4 * 1024 * 1024  # weights expanded at a time where no int8 kernel fits: 16 MiB of float32 (guessed)
+
+
+@attrs.frozen(eq=False)
+class Dense:
+    """A weight in the model's dtype: weight [N, K] (experts [E, N, K]), bias [N] or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@attrs.frozen(eq=False)
+class Int8:
+    """A weight of one scale per output channel: weight [N, K] int8 * scale [N] (experts [E, N, K] and [E, N])."""
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None = None
+
+
+Matrix = Dense | Int8
+
+
+@attrs.frozen(eq=False)
+class Experts:
+    """The feed-forward experts of one layer.
+
+    Attributes:
+        gate_up: [E, 2I, H], gate first.
+        down: [E, H, I].
+        load: [E] int64, tokens each expert has received so far.
+    """
+
+    gate_up: Matrix
+    down: Matrix
+    load: Tensor
+
+
+def linear(x: Tensor, matrix: Matrix) -> Tensor:
+    """Return x [S, K] times the matrix's transpose, [S, N], plus its bias."""
+    if isinstance(matrix, Dense):
+        return F.linear(x, matrix.weight, matrix.bias)
+    out = _int8_linear(x, matrix.weight, matrix.scale)
+    return out if matrix.bias is None else out + matrix.bias
+
+
+def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    # torch's packed kernel keeps weights int8 in memory; its float32 path is 5 to 80 times slower than expanding them
+    if x.dtype != torch.float32 and x.device.type == "cpu":
+        return torch._weight_int8pack_mm(x.contiguous(), weight, scale)
+    rows = max(1, DEQUANT_ELEMENTS // weight.shape[1])
+    parts = [F.linear(x, part.to(x.dtype)) for part in weight.split(rows)]
+    return torch.cat(parts, dim=-1) * scale
+
+
+def embedding(token_ids: Tensor, matrix: Matrix) -> Tensor:
+    """Return rows of the matrix, [S, K] for ids [S], in the model's dtype."""
+    rows = F.embedding(token_ids, matrix.weight)
+    if isinstance(matrix, Dense):
+        return rows
+    return rows * matrix.scale[token_ids, None]
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """Divide the last dimension by its root mean square (in float32), then scale it by `weight`."""
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return (rms_norm(x + residual), x + residual)."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def act_and_mul(gate_up: Tensor, kind: Activation) -> Tensor:
+    """Return act(gate) * up for gate_up [S, 2I], gate first."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate = F.silu(gate) if kind == "silu" else F.gelu(gate, approximate="tanh")
+    return gate.mul_(up)
+
+
+def write_kv(
+    qkv: Tensor,
+    batch: AttentionBatch,
+    kv: LayerKV,
+    spec: AttentionSpec,
+    rope: Rope,
+    *,
+    qk_norm: Tensor | None = None,
+    v_norm: bool = False,
+    eps: float = 0.0,
+) -> Tensor:
+    """Normalise and rotate q and k, write k and v into their slots, and return q.
+
+    Args:
+        qkv: [S, (Hq + 2 Hkv) * D]; without the last Hkv heads values are the raw keys; of Hq heads only,
+            nothing is written (the layer reads another one's cache).
+        qk_norm: Weights of an RMS norm over D before the rotation, one row per head of q and k, or None.
+        v_norm: Values are RMS-normalised without weight.
+    Returns:
+        q [S, Hq, D].
+    """
+    heads = qkv.view(len(qkv), -1, spec.head_dim)
+    writes = heads.shape[1] > spec.num_heads
+    rotated_heads = spec.num_heads + (spec.num_kv_heads if writes else 0)
+    qk = heads[:, :rotated_heads].float()
+    if qk_norm is not None:
+        qk = rms_norm(qk, None, eps) * qk_norm
+    qk = _rotate(qk, *rope_angles(batch, rope))
+    if writes:
+        v = heads[:, -spec.num_kv_heads :]  # the raw keys where there are no values
+        v = rms_norm(v, None, eps) if v_norm else v
+        slots = batch.slots[kv.group]
+        _store(kv.k, kv.k_scale, slots, qk[:, spec.num_heads :])
+        _store(kv.v, kv.v_scale, slots, v)
+    return qk[:, : spec.num_heads].to(qkv.dtype)
+
+
+def rope_angles(batch: AttentionBatch, rope: Rope) -> tuple[Tensor, Tensor]:
+    """Return cos and sin, [S, 1, D / 2] float32, computed once a step for all layers of the kind."""
+
+    def make() -> tuple[Tensor, Tensor]:
+        angles = (batch.positions[:, None].float() * rope.inv_freq)[:, None]
+        return angles.cos() * rope.factor, angles.sin() * rope.factor
+
+    return batch.memo(rope, make)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _store(cache: Tensor, scales: Tensor | None, slots: Tensor, values: Tensor) -> None:
+    """Write values [S, Hkv, D]; int8 takes one scale per token and head, its largest magnitude being 127."""
+    if scales is None:
+        cache.index_copy_(0, slots, values.to(cache.dtype))
+        return
+    values = values.float()
+    scale = (values.abs().amax(-1) / INT8_MAX).clamp_min_(torch.finfo(torch.float32).tiny)
+    cache.index_copy_(0, slots, (values / scale[..., None]).round_().to(torch.int8))
+    scales.index_copy_(0, slots, scale)
+
+
+def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Choose experts: softmax over all [S, E] in float32, the top_k of it, renormalised.
+
+    Returns:
+        Weights float32 and ids, both [S, top_k].
+    """
+    weights, ids = logits.float().softmax(-1).topk(top_k, dim=-1)
+    return weights / weights.sum(-1, keepdim=True), ids
+
+
+def moe(x: Tensor, weights: Tensor, ids: Tensor, experts: Experts, kind: Activation) -> Tensor:
+    """Run each token through its experts and add up: one pair of GEMMs per expert over its tokens, sorted together.
+
+    Args:
+        x: [S, H].
+        weights, ids: [S, top_k], from `route`.
+    """
+    num_tokens, top_k = ids.shape
+    order = ids.flatten().argsort(stable=True)
+    counts = ids.flatten().bincount(minlength=len(experts.load))
+    experts.load.add_(counts)
+    inputs = x[order // top_k].split(counts.tolist())
+    outputs = torch.empty(num_tokens * top_k, x.shape[1], dtype=x.dtype, device=x.device)
+    for expert, (tokens, place) in enumerate(zip(inputs, order.split(counts.tolist()), strict=True)):
+        if len(tokens):
+            hidden = act_and_mul(linear(tokens, _expert(experts.gate_up, expert)), kind)
+            outputs.index_copy_(0, place, linear(hidden, _expert(experts.down, expert)))
+    per_token = outputs.view(num_tokens, top_k, -1) * weights[..., None]
+    return per_token.sum(1).to(x.dtype)
+
+
+def _expert(matrix: Matrix, index: int) -> Matrix:
+    if isinstance(matrix, Dense):
+        return Dense(matrix.weight[index])
+    return Int8(matrix.weight[index], matrix.scale[index])
