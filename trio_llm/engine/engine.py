@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from functools import partial
+from itertools import count
 
-import attrs
+import trio
 from prometheus_client import CollectorRegistry
 
+from trio_llm.engine.admission import Limits, check_pooling, resolve
+from trio_llm.engine.health import Health, Pulse
+from trio_llm.engine.mailbox import Mailbox
+from trio_llm.engine.metrics import Metrics
 from trio_llm.engine.stream import Stream
-from trio_llm.messages import ModelInfo, PoolingParams, SamplingParams, Usage
+from trio_llm.engine.tickets import Tickets
+from trio_llm.errors import DrainingError, EngineDeadError, OverloadedError
+from trio_llm.messages import (
+    Abort,
+    Embedding,
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    ModelInfo,
+    PoolingParams,
+    Rejected,
+    SamplingParams,
+    StepTrace,
+    Submit,
+    Usage,
+)
 from trio_llm.tokenizer import Tokenizer
 
-
-@attrs.frozen
-class Health:
-    """Whether requests are served. Only "ok" is healthy; `reason` says why it is not, for the operator's log."""
-
-    status: Literal["ok", "stalled", "draining", "dead"]
-    reason: str | None = None
-    num_running: int = 0
-    num_waiting: int = 0
+# Events of a request that are not tokens: Started, PromptLogprobs, Embedding, Finished or Failed, with room to spare.
+_OTHER_EVENTS = 8
 
 
 class Engine:
@@ -29,11 +43,41 @@ class Engine:
     Attributes:
         info: What is served; `info.max_model_len` is the longest prompt plus output that is accepted.
         registry: Prometheus registry of this engine alone; the server adds its own series to it.
+        limits: What a request must keep to.
+        trace: The last steps, oldest first, for pictures of the schedule.
     """
 
-    info: ModelInfo
-    tokenizer: Tokenizer
-    registry: CollectorRegistry
+    def __init__(
+        self,
+        *,
+        info: ModelInfo,
+        tokenizer: Tokenizer,
+        limits: Limits,
+        inbox: trio.MemorySendChannel[Submit | Abort],
+        tickets: Tickets,
+        pulse: Pulse,
+        metrics: Metrics,
+        trace: Sequence[StepTrace],
+        stall_after_s: float,
+    ) -> None:
+        self.info = info
+        self.tokenizer = tokenizer
+        self.limits = limits
+        self._inbox = inbox
+        self._tickets = tickets
+        self.trace = trace
+        self._pulse = pulse
+        self._metrics = metrics
+        self._stall_after_s = stall_after_s
+        self._request_ids = count(1)
+        self._replies: dict[int, trio.MemorySendChannel[Event]] = {}
+        self._reader_gone = trio.lowlevel.ParkingLot()
+        self._draining = False
+        self._why_dead: str | None = None
+
+    @property
+    def registry(self) -> CollectorRegistry:
+        return self._metrics.registry
 
     def open_stream(
         self,
@@ -50,9 +94,12 @@ class Engine:
         n samples are n streams, see `open_samples`. `max_tokens` is clamped to what is left of the context.
 
         Args:
+            prompt_token_ids: At least one.
+            params: How to sample and when to stop; a `seed` of None draws a fresh one.
             priority: Smaller goes first, under the "priority" policy.
             salt: Requests share cached prompt blocks only within one salt.
             leader: The request_id of an open stream with the same prompt whose prefill this one waits for.
+
         Raises:
             InvalidRequestError: It can never be served; names the parameter. Too long a prompt has the code
                 "context_length_exceeded" and both numbers in its message.
@@ -60,26 +107,111 @@ class Engine:
             DrainingError: The engine is shutting down.
             EngineDeadError: The engine stopped.
         """
-        raise NotImplementedError
+        final = resolve(params, prompt_token_ids, self.limits)
+        request_id, mailbox = self._submit(prompt_token_ids, final, final.max_tokens or 0, priority, salt, leader)
+        decode = partial(self.tokenizer.decode, skip_special_tokens=params.skip_special_tokens)
+        return Stream(request_id, prompt_token_ids, params, decode, mailbox)
 
     async def embed(
         self, prompt_token_ids: Sequence[int], params: PoolingParams, *, priority: int = 0, salt: bytes = b""
     ) -> tuple[tuple[float, ...], Usage]:
         """Return the prompt's embedding. Raises what `open_stream` and its iteration raise; cancelling aborts."""
-        raise NotImplementedError
+        check_pooling(params, prompt_token_ids, self.limits)
+        _, mailbox = self._submit(prompt_token_ids, params, 0, priority, salt, None)
+        vector: tuple[float, ...] = ()
+        try:
+            while True:
+                for event in await mailbox.receive():
+                    match event:
+                        case Embedding():
+                            vector = event.vector
+                        case Finished():
+                            return vector, event.usage
+                        case Failed():
+                            raise event.error
+                        case _:
+                            pass
+        finally:
+            mailbox.close("abort")
 
     def health(self) -> Health:
         """Say whether requests are served right now. Cheap, never blocks, asks nobody."""
-        raise NotImplementedError
+        report = partial(Health, num_running=self._pulse.num_running, num_waiting=self._pulse.num_waiting)
+        stalled_s = self._pulse.stalled_s(trio.current_time())
+        if self._why_dead is not None:
+            return report("dead", self._why_dead)
+        if stalled_s > self._stall_after_s:
+            return report("stalled", f"There is work, and no step has finished for {stalled_s:.0f} s.")
+        if self._draining:
+            return report("draining", "The engine is shutting down.")
+        return report("ok")
 
     def drain(self) -> None:
         """Refuse new requests with DrainingError from now on; accepted ones run to their end."""
-        raise NotImplementedError
+        self._draining = True
 
     async def wait_idle(self) -> None:
         """Wait until every accepted request has ended. Raises EngineDeadError if the engine stops first."""
-        raise NotImplementedError
+        await self._tickets.wait_all_returned()
+        if self._why_dead is not None:
+            raise EngineDeadError
 
-    def render_metrics(self) -> bytes:
-        """Return all series in Prometheus text format. Takes milliseconds; call it in a thread when that matters."""
-        raise NotImplementedError
+    async def render_metrics(self) -> bytes:
+        """Return all series in Prometheus text format, everything that happened before this call included."""
+        self._metrics.catch_up()
+        # Milliseconds of string building; meanwhile the loop goes on.
+        return await trio.to_thread.run_sync(self._metrics.render)
+
+    def die(self, why: str) -> None:
+        """Stop for good: every open request gets EngineDeadError. For the supervisor, after the actors have ended."""
+        if self._why_dead is not None:
+            return
+        self._why_dead = why
+        self._tickets.give_back(self._tickets.in_use)
+        for reply in self._replies.values():
+            try:
+                reply.send_nowait(Failed(EngineDeadError()))
+            except (trio.ClosedResourceError, trio.BrokenResourceError):
+                continue  # It had its last event already, or its reader is gone.
+            reply.close()
+
+    async def wait_readers_gone(self) -> None:
+        """Wait until no stream is open any more. For the supervisor."""
+        while self._replies:
+            await self._reader_gone.park()
+
+    def _submit(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams | PoolingParams,
+        max_tokens: int,
+        priority: int,
+        salt: bytes,
+        leader: int | None,
+    ) -> tuple[int, Mailbox]:
+        if self._why_dead is not None:
+            raise EngineDeadError
+        if self._draining:
+            self._metrics.report(Rejected("draining"))
+            raise DrainingError
+        try:
+            self._tickets.take()
+        except OverloadedError:
+            self._metrics.report(Rejected("overloaded"))
+            raise
+        request_id = next(self._request_ids)
+        send, receive = trio.open_memory_channel[Event](max_tokens + _OTHER_EVENTS)
+        prompt = tuple(prompt_token_ids)
+        # The inbox holds a Submit and an Abort per ticket: it is never full.
+        self._inbox.send_nowait(
+            Submit(request_id, prompt, params, priority, salt, leader, trio.current_time(), reply=send)
+        )
+        self._replies[request_id] = send
+        return request_id, Mailbox(receive, partial(self._leave, request_id))
+
+    def _leave(self, request_id: int, reason: FinishReason | None) -> None:
+        """Forget a reader; `reason` is why the rest of its request is not wanted, None where there is none."""
+        del self._replies[request_id]
+        self._reader_gone.unpark_all()
+        if reason is not None and self._why_dead is None:
+            self._inbox.send_nowait(Abort(request_id, reason))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import attrs
 
 from trio_llm.engine.engine import Engine
 from trio_llm.engine.stream import Stream
@@ -22,5 +24,19 @@ async def open_samples(
     Raises:
         What `Engine.open_stream` raises; streams opened before the refusal are aborted.
     """
-    raise NotImplementedError
-    yield []
+    async with AsyncExitStack() as stack:
+        streams: list[Stream] = []
+        for index in range(params.n):
+            stream = engine.open_stream(
+                prompt_token_ids,
+                params if params.seed is None else attrs.evolve(params, seed=_int64(params.seed + index)),
+                priority=priority,
+                salt=salt,
+                leader=streams[0].request_id if streams else None,
+            )
+            streams.append(await stack.enter_async_context(stream))
+        yield streams
+
+
+def _int64(value: int) -> int:
+    return (value + 2**63) % 2**64 - 2**63

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
 import attrs
-import trio
 
+from trio_llm.engine.mailbox import Mailbox
 from trio_llm.engine.text import OutputText
-from trio_llm.errors import EngineDeadError
-from trio_llm.messages import Embedding, Event, Failed, Finished, FinishReason, PromptLogprobs, Started, TokenLogprobs
-from trio_llm.messages import Tokens, Usage
+from trio_llm.messages import (
+    Embedding,
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    PromptLogprobs,
+    SamplingParams,
+    Started,
+    TokenLogprobs,
+    Tokens,
+    Usage,
+)
 
 
 @attrs.frozen
@@ -52,20 +62,26 @@ class Stream:
     def __init__(
         self,
         request_id: int,
-        prompt_token_ids: tuple[int, ...],
-        events: trio.MemoryReceiveChannel[Event],
-        text: OutputText,
-        on_close: Callable[[int], None],
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        decode: Callable[[Sequence[int]], str],
+        mailbox: Mailbox,
     ) -> None:
         self.request_id = request_id
-        self.prompt_token_ids = prompt_token_ids
+        self.prompt_token_ids = tuple(prompt_token_ids)
         self.prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
         self.cached_tokens = 0
-        self._events = events
-        self._text = text
-        self._on_close = on_close
+        self._params = params
+        self._mailbox = mailbox
+        self._text = OutputText(
+            decode,
+            prompt_token_ids,
+            params.stop,
+            include_stop=params.include_stop_str_in_output,
+            min_tokens=params.min_tokens,
+        )
+        self._last: Finished | Failed | None = None
         self._ended = False
-        self._closed = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -77,6 +93,7 @@ class Stream:
 
     def close(self) -> None:
         """Stop reading; abort the request if it still runs. Synchronous, so that it works in a cancelled task."""
+        self._mailbox.close("abort")
 
     def __aiter__(self) -> Self:
         return self
@@ -89,8 +106,77 @@ class Stream:
             EngineDeadError: The engine stopped.
             InvalidRequestError: The tokenizer cannot decode what was produced.
         """
-        raise NotImplementedError
+        while not self._ended:
+            events = await self._mailbox.receive() if self._last is None else []
+            if (delta := self._digest(events)) is not None:
+                return delta
+        raise StopAsyncIteration
 
     async def collect(self) -> Delta:
         """Read to the end and return all of it as one delta. Raises what iterating raises."""
-        raise NotImplementedError
+        deltas = [delta async for delta in self]
+        logprobs = tuple(entry for delta in deltas for entry in delta.logprobs or ())
+        return Delta(
+            text="".join(delta.text for delta in deltas),
+            token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
+            logprobs=None if self._params.logprobs is None else logprobs,
+            finish_reason=deltas[-1].finish_reason,
+            stop_reason=deltas[-1].stop_reason,
+            usage=deltas[-1].usage,
+        )
+
+    def _digest(self, events: Sequence[Event]) -> Delta | None:
+        """Merge events into a delta; None when they hold nothing to show."""
+        token_ids: list[int] = []
+        logprobs: list[TokenLogprobs] = []
+        for event in events:
+            match event:
+                case Tokens():
+                    token_ids.extend(event.token_ids)
+                    logprobs.extend(event.logprobs or ())
+                case Started():
+                    self.cached_tokens = event.cached_tokens
+                case PromptLogprobs():
+                    self.prompt_logprobs = event.entries
+                case Finished() if self._params.max_tokens == 0:
+                    self._last = attrs.evolve(event, reason="length", stop_token_id=None)
+                case Finished() | Failed():
+                    self._last = event
+                case Embedding():
+                    raise AssertionError("an embedding on a text stream")
+        if self._params.max_tokens == 0:  # A request to score its prompt; one token was sampled all the same.
+            token_ids.clear()
+            logprobs.clear()
+        if isinstance(self._last, Failed) and not token_ids:
+            self._ended = True
+            self._mailbox.close(None)
+            raise self._last.error
+        return self._delta(token_ids, logprobs, self._last if isinstance(self._last, Finished) else None)
+
+    def _delta(self, token_ids: list[int], logprobs: list[TokenLogprobs], finished: Finished | None) -> Delta | None:
+        # The token that ended the request is reported; its text is not part of the answer.
+        hides_last = finished is not None and finished.reason == "stop" and not self._params.include_stop_str_in_output
+        hidden = token_ids[-1:] if hides_last else []
+        text, taken = self._text.add(token_ids[: len(token_ids) - len(hidden)])
+        if finished is not None and self._text.matched is None:
+            text += self._text.end(hidden)
+            taken = len(token_ids)
+        matched = self._text.matched
+        if not taken and finished is None:
+            return None
+        reason: FinishReason | None = None
+        if finished is not None or matched is not None:
+            reason = "stop" if matched is not None or finished is None else finished.reason
+            self._ended = True
+            self._mailbox.close("stop" if finished is None else None)
+        return Delta(
+            text=text,
+            token_ids=tuple(token_ids[:taken]),
+            logprobs=None if self._params.logprobs is None else tuple(logprobs[:taken]),
+            finish_reason=reason,
+            stop_reason=matched if finished is None or matched is not None else finished.stop_token_id,
+            usage=self._usage() if reason is not None else None,
+        )
+
+    def _usage(self) -> Usage:
+        return Usage(len(self.prompt_token_ids), self._text.num_tokens, self.cached_tokens)

@@ -1,0 +1,213 @@
+"""Metrics: reports in, a Prometheus registry out, under vLLM's names so that its dashboards work unchanged.
+
+Every series can move in this engine; what cannot is not here. Whoever reports never waits: a report that finds
+the channel full is dropped and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import count
+
+import trio
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from trio_llm.messages import BlockStats, IdleReport, ModelInfo, Rejected, RequestStats, StepReport
+
+Report = StepReport | IdleReport | Rejected
+
+# vLLM's buckets, with finer ones below 10 ms: a small model's whole step is faster than vLLM's first bucket.
+_FAST_S = (0.0005, 0.001, 0.0025, 0.005, 0.0075)
+_LATENCY_S = (
+    0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680,
+)  # fmt: skip
+_FIRST_TOKEN_S = (
+    0.001, 0.0025, 0.005, 0.0075, 0.01, 0.02, 0.04, 0.06, 0.08,
+    0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
+)  # fmt: skip
+_TOKEN_S = (
+    *_FAST_S, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80,
+)  # fmt: skip
+_OWN_S = (0.0001, 0.00025, *_FAST_S, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
+_STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_REASONS = ("stop", "length", "abort", "error")
+_REJECTIONS = ("overloaded", "draining")
+
+
+def _inference_s(request: RequestStats) -> float | None:
+    if request.prefill_s is None or request.decode_s is None:
+        return None
+    return request.prefill_s + request.decode_s
+
+
+def _per_token_s(request: RequestStats) -> float | None:
+    if request.decode_s is None or request.num_generated_tokens < 2:
+        return None
+    return request.decode_s / (request.num_generated_tokens - 1)
+
+
+def _computed_tokens(request: RequestStats) -> float | None:
+    return None if request.prefill_s is None else request.num_prompt_tokens - request.num_cached_tokens
+
+
+# Name without prefix, meaning, buckets (None: tokens up to the longest sequence), value (None: nothing to observe).
+_REQUEST_HISTOGRAMS: tuple[tuple[str, str, tuple[float, ...] | None, Callable[[RequestStats], float | None]], ...] = (
+    ("e2e_request_latency_seconds", "Arrival to end.", _LATENCY_S, lambda r: r.e2e_s),
+    ("request_queue_time_seconds", "Arrival to first step.", _LATENCY_S, lambda r: r.queue_s),
+    ("request_prefill_time_seconds", "First step to first token.", _LATENCY_S, lambda r: r.prefill_s),
+    ("request_decode_time_seconds", "First token to last.", _LATENCY_S, lambda r: r.decode_s),
+    ("request_inference_time_seconds", "First step to last token.", _LATENCY_S, _inference_s),
+    ("request_time_per_output_token_seconds", "Mean after the first token.", _TOKEN_S, _per_token_s),
+    ("request_prompt_tokens", "Tokens of the prompt.", None, lambda r: r.num_prompt_tokens),
+    ("request_generation_tokens", "Tokens generated.", None, lambda r: r.num_generated_tokens),
+    ("request_max_num_generation_tokens", "Most of a prompt's samples.", None, lambda r: r.siblings_max_tokens),
+    ("request_params_n", "Samples asked for.", (1, 2, 5, 10, 20), lambda r: r.n),
+    ("request_params_max_tokens", "max_tokens, resolved.", None, lambda r: r.max_tokens),
+    ("request_num_preemptions", "Its preemptions.", (1, 2, 3, 4, 5, 10, 20), lambda r: r.num_preemptions),
+    ("request_prefill_kv_computed_tokens", "Prompt tokens not from the cache.", None, _computed_tokens),
+)
+
+
+class Metrics:
+    """The metrics actor: `run` is its task, `report` is how anybody speaks to it.
+
+    Attributes:
+        registry: Private to this engine, so that engines of one process do not mix.
+    """
+
+    def __init__(self, info: ModelInfo, *, capacity: int = 1024) -> None:
+        self.registry = CollectorRegistry()
+        self._labels = {"model_name": info.name, "engine": "0"}
+        self._block_bytes = info.block_bytes
+        self._send, self._receive = trio.open_memory_channel[Report](capacity)
+        self._declare_steps(len(info.kv_groups))
+        self._declare_requests(info.max_model_len)
+
+    def report(self, report: Report) -> None:
+        """Take a report, now or never."""
+        try:
+            self._send.send_nowait(report)
+        except trio.WouldBlock:
+            self._dropped.inc()
+
+    async def run(self) -> None:
+        async for report in self._receive:
+            self._record(report)
+
+    def catch_up(self) -> None:
+        """Record what has been reported so far."""
+        try:
+            while True:
+                self._record(self._receive.receive_nowait())
+        except trio.WouldBlock:
+            pass
+
+    def render(self) -> bytes:
+        """Return all series in Prometheus text format."""
+        return generate_latest(self.registry)
+
+    def _declare_steps(self, num_groups: int) -> None:
+        gauge, counter, histogram = self._gauge, self._counter, self._histogram
+        self._running = gauge("vllm:num_requests_running", "Sequences being computed.")
+        self._waiting = gauge("vllm:num_requests_waiting", "Sequences waiting to be scheduled.")
+        self._usage = gauge("vllm:kv_cache_usage_perc", "KV blocks that sequences own, 0 to 1.")
+        self._preemptions = counter("vllm:num_preemptions", "Sequences that lost their KV blocks for a while.")
+        self._queried = counter("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
+        self._hit = counter("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.")
+        self._prompt = counter("vllm:prompt_tokens", "Prompt tokens prefilled, cached ones included.")
+        self._prompt_cached = counter("vllm:prompt_tokens_cached", "Of these, tokens from the prefix cache.")
+        self._prompt_by_source = self._counters(
+            "vllm:prompt_tokens_by_source", "Of these, by source.", "source", ("local_compute", "local_cache_hit")
+        )
+        self._generated = counter("vllm:generation_tokens", "Tokens generated.")
+        self._step_tokens = histogram("vllm:iteration_tokens_total", "Prompt and new tokens of a step.", _STEP_TOKENS)
+        self._first_token = histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", _FIRST_TOKEN_S)
+        self._inter_token = histogram("vllm:inter_token_latency_seconds", "From token to token.", _TOKEN_S)
+        self._model_s = histogram("trio_llm:step_model_seconds", "A step's time in model and sampler.", _TOKEN_S)
+        self._own_s = histogram("trio_llm:step_own_seconds", "Time from result to result outside the model.", _OWN_S)
+        self._dropped = counter("trio_llm:dropped_reports", "Reports that metrics had no room for.")
+        used = Gauge(
+            "trio_llm:kv_cache_used_bytes",
+            "Bytes of KV blocks that sequences own.",
+            [*self._labels, "group"],
+            registry=self.registry,
+        )
+        self._used_bytes = [used.labels(**self._labels, group=str(group)) for group in range(num_groups)]
+
+    def _declare_requests(self, max_model_len: int) -> None:
+        self._success = self._counters("vllm:request_success", "Requests that ended.", "finished_reason", _REASONS)
+        self._rejected = self._counters("vllm:admission_rejections", "Requests refused.", "reason", _REJECTIONS)
+        tokens = tuple(_one_two_five(max_model_len))
+        self._by_request = [
+            (self._histogram(f"vllm:{name}", what, tokens if buckets is None else buckets), value)
+            for name, what, buckets, value in _REQUEST_HISTOGRAMS
+        ]
+
+    def _record(self, report: Report) -> None:
+        match report:
+            case StepReport():
+                self._record_step(report)
+                self._record_ended(report.ended)
+                self._record_gauges(report.stats.num_running, report.stats.num_waiting, report.stats.blocks)
+            case IdleReport():
+                self._record_ended(report.ended)
+                self._record_gauges(report.num_running, report.num_waiting, report.blocks)
+            case Rejected():
+                self._rejected[report.reason].inc()
+
+    def _record_step(self, report: StepReport) -> None:
+        stats = report.stats
+        self._preemptions.inc(stats.num_preempted)
+        self._queried.inc(stats.blocks.queried_tokens)
+        self._hit.inc(stats.blocks.hit_tokens)
+        self._prompt.inc(report.prompt_tokens)
+        self._prompt_cached.inc(report.cached_tokens)
+        self._prompt_by_source["local_cache_hit"].inc(report.cached_tokens)
+        self._prompt_by_source["local_compute"].inc(report.prompt_tokens - report.cached_tokens)
+        self._generated.inc(stats.num_generated_tokens)
+        # As vLLM counts: cached prompt tokens too, in the step that found them.
+        self._step_tokens.observe(stats.num_prefill_tokens + stats.blocks.hit_tokens + stats.num_generated_tokens)
+        self._model_s.observe(stats.seconds)
+        if report.own_s is not None:
+            self._own_s.observe(report.own_s)
+        for seconds in report.first_token_s:
+            self._first_token.observe(seconds)
+        for seconds in report.inter_token_s:
+            self._inter_token.observe(seconds)
+
+    def _record_gauges(self, num_running: int, num_waiting: int, blocks: BlockStats | None) -> None:
+        self._running.set(num_running)
+        self._waiting.set(num_waiting)
+        if blocks is None:
+            return
+        self._usage.set(sum(blocks.used_blocks) / blocks.total_blocks)
+        for gauge, used in zip(self._used_bytes, blocks.used_blocks, strict=True):
+            gauge.set(used * self._block_bytes)
+
+    def _record_ended(self, ended: Iterable[RequestStats]) -> None:
+        for request in ended:
+            self._success[request.reason].inc()
+            for histogram, value in self._by_request:
+                if (observed := value(request)) is not None:
+                    histogram.observe(observed)
+
+    def _gauge(self, name: str, meaning: str) -> Gauge:
+        return Gauge(name, meaning, [*self._labels], registry=self.registry).labels(**self._labels)
+
+    def _counter(self, name: str, meaning: str) -> Counter:
+        return Counter(name, meaning, [*self._labels], registry=self.registry).labels(**self._labels)
+
+    def _counters(self, name: str, meaning: str, label: str, values: Iterable[str]) -> dict[str, Counter]:
+        family = Counter(name, meaning, [*self._labels, label], registry=self.registry)
+        return {value: family.labels(**self._labels, **{label: value}) for value in values}
+
+    def _histogram(self, name: str, meaning: str, buckets: Sequence[float]) -> Histogram:
+        return Histogram(name, meaning, [*self._labels], registry=self.registry, buckets=buckets).labels(**self._labels)
+
+
+def _one_two_five(largest: int) -> Iterator[int]:
+    for exponent in count():
+        for digit in (1, 2, 5):
+            if (bucket := digit * 10**exponent) > largest:
+                return
+            yield bucket

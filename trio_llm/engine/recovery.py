@@ -1,0 +1,86 @@
+"""When a step raises: run its halves again until the poisonous request is alone, and fail that one only."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+import attrs
+import structlog
+
+from trio_llm.errors import EngineDeadError
+from trio_llm.messages import StepPlan, StepResult, TokenLogprobs
+
+K = TypeVar("K")
+V = TypeVar("V")
+Step = Callable[[StepPlan], Awaitable[StepResult]]
+_log = structlog.get_logger()
+
+
+async def run_step(plan: StepPlan, step: Step) -> StepResult:
+    """Run a plan; on an exception bisect it. Costs log2(rows) extra steps per poisonous request.
+
+    A runner that cannot go on (a sticky CUDA error) raises EngineDeadError, which passes through here,
+    as does everything that is not an Exception.
+    """
+    try:
+        return await step(plan)
+    except EngineDeadError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever the model raises concerns its rows alone
+        if len(plan.request_ids) <= 1:
+            return _all_failed(plan, error)
+        _log.warning("a step failed; running its halves", step=plan.step, rows=len(plan.request_ids), exc_info=error)
+        middle = len(plan.request_ids) // 2
+        halves = [await run_step(part, step) for part in (_rows(plan, 0, middle), _rows(plan, middle, None))]
+        return _joined(plan, halves)
+
+
+def _rows(plan: StepPlan, first: int, end: int | None) -> StepPlan:
+    """Cut a plan to some of its rows, with the admissions that they need.
+
+    Everything is idempotent, so it does no harm that the failed step may have applied some of it already. Sequences
+    that are dropped and admitted again in one plan are dropped only where they are rows.
+    """
+    ids = plan.request_ids[first:end]
+    elsewhere = set(plan.request_ids) - set(ids)
+    tokens_before = sum(plan.counts[:first])
+    counts = plan.counts[first:end]
+    return attrs.evolve(
+        plan,
+        dropped=tuple(request_id for request_id in plan.dropped if request_id not in elsewhere),
+        admitted=tuple(admission for admission in plan.admitted if admission.request_id not in elsewhere),
+        request_ids=ids,
+        starts=plan.starts[first:end],
+        counts=counts,
+        token_ids=plan.token_ids[tokens_before : tokens_before + sum(counts)],
+        samples=plan.samples[first:end],
+        new_blocks=plan.new_blocks[first:end],
+    )
+
+
+def _all_failed(plan: StepPlan, error: Exception) -> StepResult:
+    _log.error("a request failed in the model", step=plan.step, request_ids=plan.request_ids, exc_info=error)
+    # What the exception says may name paths and addresses: it goes to the log, its type to the client.
+    why = f"The model failed on this request ({type(error).__name__})."
+    return StepResult(plan.step, tuple(() for _ in plan.request_ids), failed=dict.fromkeys(plan.request_ids, why))
+
+
+def _joined(plan: StepPlan, parts: Sequence[StepResult]) -> StepResult:
+    logprobs: list[tuple[TokenLogprobs, ...] | None] = []
+    for part in parts:
+        logprobs.extend(part.logprobs if part.logprobs is not None else (None,) * len(part.token_ids))
+    return StepResult(
+        plan.step,
+        tuple(row for part in parts for row in part.token_ids),
+        logprobs=tuple(logprobs) if any(row is not None for row in logprobs) else None,
+        prompt_logprobs=_merged(part.prompt_logprobs for part in parts),
+        embeddings=_merged(part.embeddings for part in parts),
+        failed=_merged(part.failed for part in parts) or {},
+        seconds=sum(part.seconds for part in parts),
+    )
+
+
+def _merged(parts: Iterable[Mapping[K, V] | None]) -> dict[K, V] | None:
+    merged = {key: value for part in parts if part for key, value in part.items()}
+    return merged or None

@@ -1,0 +1,219 @@
+"""Starts the actors round a runner and a core, and decides what happens when one of them dies."""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Protocol
+
+import attrs
+import structlog
+import trio
+
+from trio_llm.config import EngineConfig
+from trio_llm.core.block_manager import BlockManager
+from trio_llm.core.scheduler import Scheduler
+from trio_llm.engine.actors import SchedulerActor, manage_blocks, run_model
+from trio_llm.engine.admission import Limits
+from trio_llm.engine.engine import Engine
+from trio_llm.engine.health import Pulse
+from trio_llm.engine.metrics import Metrics
+from trio_llm.engine.step_thread import StepThread, Worker
+from trio_llm.engine.tickets import Tickets
+from trio_llm.errors import ConfigError
+from trio_llm.messages import (
+    Abort,
+    BlockAsk,
+    BlockGrant,
+    ModelInfo,
+    StepPlan,
+    StepResult,
+    StepTrace,
+    Submit,
+)
+from trio_llm.tokenizer import Tokenizer
+
+Task = Callable[[], Awaitable[None]]
+# How long clients get to hear of the engine's death before what they run in is cancelled. Out of the air.
+LAST_WORDS_S = 1.0
+# Without a finished step for so long, work that exists counts as stuck. Out of the air: above any step we have seen.
+STALL_AFTER_S = 60.0
+_TRACED_STEPS = 1024
+_log = structlog.get_logger()
+
+
+class Runner(Protocol):
+    """The model, as this floor knows it. Called from one thread only."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    def step(self, plan: StepPlan, /) -> StepResult:
+        """Run one plan. Raises EngineDeadError when it can never run another; any other Exception is the plan's own."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@asynccontextmanager
+async def run_engine(
+    config: EngineConfig,
+    load: Callable[[], Runner],
+    tokenizer: Tokenizer,
+    *,
+    worker: Worker | None = None,
+    stall_after_s: float = STALL_AFTER_S,
+) -> AsyncIterator[Engine]:
+    """Load the model on its thread, start the actors and serve until the block ends.
+
+    When an actor dies, every open stream gets EngineDeadError, the block is cancelled and the actor's exception is
+    raised from here. Leaving the block aborts what still runs; call `drain` and `wait_idle` first where that matters.
+
+    Args:
+        config: Only what concerns scheduling is read here.
+        load: Makes the runner; called on the model's thread, as are its `step` and `close`.
+        tokenizer: The model's.
+        worker: Runs the runner's calls; default: a thread of its own.
+        stall_after_s: From when on `health` says "stalled".
+
+    Raises:
+        ConfigError: `max_model_len` is more than the model or the KV pool can hold.
+    """
+    worker = StepThread() if worker is None else worker
+    try:
+        runner = await worker.run(load)
+        try:
+            async with _serve(config, runner, tokenizer, worker, stall_after_s) as engine:
+                yield engine
+        finally:
+            with trio.CancelScope(shield=True):
+                await worker.run(runner.close)
+    finally:
+        worker.close()
+
+
+@asynccontextmanager
+async def _serve(
+    config: EngineConfig, runner: Runner, tokenizer: Tokenizer, worker: Worker, stall_after_s: float
+) -> AsyncIterator[Engine]:
+    blocks = BlockManager(
+        num_blocks=runner.info.num_kv_blocks,
+        groups=runner.info.kv_groups,
+        enable_prefix_caching=config.enable_prefix_caching,
+        secret=secrets.token_bytes(32),
+        max_step_tokens=config.long_prefill_token_threshold or config.max_num_batched_tokens,
+    )
+    info = attrs.evolve(runner.info, max_model_len=_max_model_len(config, runner.info, blocks.max_tokens()))
+    scheduler = Scheduler(
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_batch_size=config.max_batch_size,
+        max_model_len=info.max_model_len,
+        eos_token_ids=info.eos_token_ids,
+        policy=config.scheduling_policy,
+        long_prefill_token_threshold=config.long_prefill_token_threshold,
+    )
+    engine, tasks = _wire(config, info, tokenizer, scheduler, blocks, runner, worker, stall_after_s)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_supervise, engine, tasks)
+            yield engine
+            nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        raise _alone(group) from None
+
+
+def _wire(
+    config: EngineConfig,
+    info: ModelInfo,
+    tokenizer: Tokenizer,
+    scheduler: Scheduler,
+    blocks: BlockManager,
+    runner: Runner,
+    worker: Worker,
+    stall_after_s: float,
+) -> tuple[Engine, list[Task]]:
+    """Make the four actors and the channels between them. One message at a time is on each edge."""
+    tickets = Tickets(config.max_batch_size * (1 + config.max_waiting_batches))
+    # Room for a Submit and an Abort per ticket.
+    send_inbox, inbox = trio.open_memory_channel[Submit | Abort](2 * tickets.limit)
+    send_ask, asks = trio.open_memory_channel[BlockAsk](1)
+    send_grant, grants = trio.open_memory_channel[BlockGrant](1)
+    send_plan, plans = trio.open_memory_channel[StepPlan](1)
+    send_result, results = trio.open_memory_channel[StepResult](1)
+    metrics = Metrics(info)
+    pulse = Pulse()
+    trace = deque[StepTrace](maxlen=_TRACED_STEPS)
+    actor = SchedulerActor(
+        core=scheduler,
+        inbox=inbox,
+        asks=send_ask,
+        grants=grants,
+        plans=send_plan,
+        results=results,
+        report=metrics.report,
+        tickets=tickets,
+        pulse=pulse,
+        trace=trace,
+    )
+    engine = Engine(
+        info=info,
+        tokenizer=tokenizer,
+        limits=Limits(
+            max_model_len=info.max_model_len,
+            vocab_size=info.vocab_size,
+            hidden_size=info.hidden_size,
+            max_logprobs=config.max_logprobs,
+        ),
+        inbox=send_inbox,
+        tickets=tickets,
+        pulse=pulse,
+        metrics=metrics,
+        trace=trace,
+        stall_after_s=stall_after_s,
+    )
+    return engine, [
+        actor.run,
+        partial(manage_blocks, blocks, asks, send_grant),
+        partial(run_model, runner.step, worker, plans, send_result),
+        metrics.run,
+    ]
+
+
+async def _supervise(engine: Engine, tasks: list[Task]) -> None:
+    """Run the actors; when one dies, tell the engine's clients before what they run in is cancelled."""
+    try:
+        async with trio.open_nursery() as nursery:
+            for task in tasks:
+                nursery.start_soon(task)
+    except BaseException as group:
+        error = _alone(group)
+        if isinstance(error, trio.Cancelled):
+            raise
+        _log.critical("an actor died", exc_info=error)
+        engine.die(f"{type(error).__name__}: {error}")
+        with trio.move_on_after(LAST_WORDS_S):
+            await engine.wait_readers_gone()
+        raise error from None
+    finally:
+        engine.die("The engine was closed.")
+
+
+def _alone(error: BaseException) -> BaseException:
+    """Return the one exception that a nursery wrapped, or the group where it has several."""
+    lone = isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1
+    return error.exceptions[0] if lone else error
+
+
+def _max_model_len(config: EngineConfig, info: ModelInfo, longest: int) -> int:
+    """Return the longest sequence to accept: what the model, the pool and the user allow."""
+    if config.max_model_len is None:
+        return min(info.max_model_len, longest)
+    if config.max_model_len > info.max_model_len:
+        raise ConfigError("max_model_len", config.max_model_len, "engine", f"at most {info.max_model_len}, the model's")
+    if config.max_model_len > longest:
+        allowed = f"at most {longest}, what {info.num_kv_blocks} KV blocks hold; raise num_kv_blocks (--kv-blocks)"
+        raise ConfigError("max_model_len", config.max_model_len, "engine", allowed)
+    return config.max_model_len
