@@ -251,7 +251,7 @@ class StepResult:
 
 @attrs.frozen
 class Started:
-    """Sent with the first `Tokens`: so many tokens of the prompt came from the prefix cache."""
+    """Sent after the first step with a row of this sequence: so much of the prompt came from the prefix cache."""
 
     cached_tokens: int
 
