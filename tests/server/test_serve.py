@@ -1,0 +1,358 @@
+"""serve() and the edge survive what the stock stack does not. Numbers L1-L14 name the landmines they are about."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from quart import request
+from quart_trio import QuartTrio
+from trio.testing import wait_all_tasks_blocked
+
+from tests.server.helpers import exchange, http, read_response, read_to_end, running
+from trio_llm.server.connection import ConnectionLimits
+from trio_llm.server.edge import LIFETIME, Edge
+
+CHUNK = b"x" * 10_000
+
+
+class Probe:
+    """A quart-trio app that says what happened to its handlers."""
+
+    def __init__(self) -> None:
+        self.started = trio.Event()
+        self.cancelled = trio.Event()
+        self.release = trio.Event()
+        self.app = app = QuartTrio("probe")
+        app.config["RESPONSE_TIMEOUT"] = None
+        app.get("/hello")(self.hello)
+        app.post("/echo")(self.echo)
+        app.post("/early")(self.early)
+        app.post("/endless")(self.endless)
+        app.post("/wait")(self.wait)
+        self.edge = Edge(app=app)
+
+    async def hello(self) -> str:
+        return "hello"
+
+    async def echo(self) -> dict[str, int]:
+        return {"bytes": len(await request.get_data())}
+
+    async def early(self) -> tuple[dict[str, int], int]:
+        return {"error": 1}, 429
+
+    async def endless(self) -> Any:
+        async def chunks() -> Any:
+            with self._watch():
+                while True:
+                    yield CHUNK
+                    await trio.lowlevel.checkpoint()
+
+        return self.app.response_class(chunks(), mimetype="text/event-stream")
+
+    async def wait(self) -> str:
+        with self._watch():
+            await self.release.wait()
+        return "released"
+
+    @contextlib.contextmanager
+    def _watch(self) -> Any:
+        self.started.set()
+        try:
+            yield
+        except (trio.Cancelled, GeneratorExit):
+            self.cancelled.set()
+            raise
+
+
+@pytest.fixture
+async def probe() -> Probe:
+    """Return a fresh one."""
+    return Probe()
+
+
+H2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+UPGRADE = (
+    "Upgrade: websocket",
+    "Connection: Upgrade",
+    "Sec-WebSocket-Key: dGhlIHNhbXBsZQ==",
+    "Sec-WebSocket-Version: 13",
+)
+HOSTILE: dict[str, list[bytes]] = {
+    "path bytes": [b"GET /\xff HTTP/1.1\r\nHost: x\r\n\r\n"],
+    "percent path": [b"GET /%ff%fe%00 HTTP/1.1\r\nHost: x\r\n\r\n"],
+    "absolute target": [b"GET http://[::1/hello HTTP/1.1\r\nHost: x\r\n\r\n"],
+    "star": [b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n"],
+    "empty path": [b"GET ?x HTTP/1.1\r\nHost: x\r\n\r\n"],
+    "header bytes": ["GET /hello HTTP/1.1\r\nHost: x\r\nX-A: ж\r\n\r\n".encode()],
+    "host bytes": [b"GET /hello HTTP/1.1\r\nHost: \xff\r\n\r\n"],
+    "two hosts": [b"GET /hello HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n"],
+    "no host": [b"GET /hello HTTP/1.1\r\n\r\n"],
+    "http/3": [b"GET /hello HTTP/3.0\r\nHost: x\r\n\r\n"],
+    "length": [b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: abc\r\n\r\n"],
+    "two lengths": [b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n"],
+    "chunk": [b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n"],
+    "chunk after 404": [b"POST /nope HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n", b"ZZ\r\n"],
+    "chunk in stream": [b"POST /endless HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n", b"ZZZ\r\n"],
+    "get with body": [b"GET /hello HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc\x00\x01\r\n\r\n"],
+    "websocket": [http("GET", "/hello", b"", *UPGRADE), b"\xff\xff\xff\xff\xff"],
+    "websocket, bad": [b"GET /hello HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"],
+    "h2c": [
+        http("GET", "/hello", b"", "Upgrade: h2c", "Connection: Upgrade, HTTP2-Settings", "HTTP2-Settings: AAMAAABk")
+    ],
+    "h2c, bad": [http("GET", "/hello", b"", "Upgrade: h2c", "Connection: Upgrade", "HTTP2-Settings: !!!!")],
+    "h2 preface": [H2_PREFACE + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"],
+    # HEADERS frame, stream 1, with a literal ":path" that is not ASCII: ends the stock server.
+    "h2 path bytes": [
+        H2_PREFACE + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00\x00\x00\x07\x01\x05\x00\x00\x00\x01\x82\x86\x04\x02/\xff"
+    ],
+    "h2 garbage": [H2_PREFACE + b"GARBAGEGARBAGE"],
+    "huge header": [b"GET /hello HTTP/1.1\r\nHost: x\r\nX-A: " + b"a" * 1_000_000 + b"\r\n\r\n"],
+    "many headers": [b"GET /hello HTTP/1.1\r\nHost: x\r\n" + b"X-A: 1\r\n" * 200 + b"\r\n"],
+    "tls hello": [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(64)],
+    "zeros": [bytes(4096)],
+    "trailing newline": [http("POST", "/wait", b"{}") + b"\r\n"],
+    "leaves at once": [b""],
+    "leaves in head": [b"GET /hel"],
+    "leaves in body": [b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nabc"],
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+async def test_hostile_bytes_hurt_their_connection_only(probe: Probe, name: str) -> None:
+    """Whatever one connection sends, the server answers the next one; several of these end hypercorn's serve()."""
+    async with running(probe.edge, graceful_timeout_s=0) as server:
+        hostile = await server.connect()
+        with contextlib.suppress(trio.BrokenResourceError):
+            for part in HOSTILE[name]:
+                await hostile.send_all(part)
+        with trio.move_on_after(0.05), contextlib.suppress(trio.BrokenResourceError):
+            await hostile.receive_some()
+        async with await server.connect() as other:
+            await other.send_all(http("GET", "/hello"))
+            status, _, body = await read_response(other)
+        await hostile.aclose()
+        assert (status, body) == (200, b"hello")
+
+
+@pytest.mark.parametrize("name", ["http/3", "length", "chunk", "path bytes", "h2 preface", "huge header", "two hosts"])
+async def test_protocol_errors_are_error_objects(probe: Probe, name: str) -> None:
+    """A request that is not HTTP, or too much of it, gets OpenAI's error object and an end of the connection."""
+    async with running(probe.edge) as server:
+        stream = await server.connect()
+        await stream.send_all(HOSTILE[name][0])
+        status, headers, body = await read_response(stream)
+        assert status >= 400
+        assert headers["connection"] == "close"
+        assert json.loads(body)["error"]["type"] == "invalid_request_error"
+        await stream.send_eof()
+        assert await read_to_end(stream) == b""
+
+
+async def test_both_framings_are_refused(probe: Probe) -> None:
+    """L12: Content-Length beside Transfer-Encoding is request smuggling: 400 and close; h11 alone accepts it."""
+    async with running(probe.edge) as server:
+        stream = await server.connect()
+        await stream.send_all(http("POST", "/echo", b"0\r\n\r\n", "Transfer-Encoding: chunked"))
+        status, headers, _ = await read_response(stream)
+        assert (status, headers["connection"]) == (400, "close")
+
+
+async def test_responses_let_the_connection_be_reused(probe: Probe) -> None:
+    """L5: 50 requests run on one connection, which then closes by itself when it idles; without the edge it stays."""
+    limits = ConnectionLimits(head_timeout_s=0.1)
+    async with running(probe.edge, limits=limits) as server:
+        stream = await server.connect()
+        for _ in range(50):
+            await stream.send_all(http("POST", "/echo", b"{}"))
+            status, _, _ = await read_response(stream)
+            assert status == 200
+        assert await read_to_end(stream) == b""
+
+
+@pytest.mark.parametrize("how", ["Connection: close", "HTTP/1.0"])
+async def test_asking_to_close_closes(probe: Probe, how: str) -> None:
+    """L5: Connection: close and HTTP/1.0 end the connection after the response; without the edge neither does."""
+    ask = http("GET", "/hello", b"", how) if ":" in how else http("GET", "/hello", version="1.0")
+    async with running(probe.edge) as server:
+        stream = await server.connect()
+        await stream.send_all(ask)
+        assert (await read_to_end(stream)).endswith(b"hello")
+
+
+async def test_early_responses_leave_the_connection_usable(probe: Probe) -> None:
+    """A response sent before its 200 kB body arrived is read whole, and the next request on the connection works."""
+    async with running(probe.edge) as server:
+        stream = await server.connect()
+        for _ in range(20):
+            await stream.send_all(http("POST", "/early", bytes(200_000)))
+            status, _, _ = await read_response(stream)
+            assert status == 429
+        await stream.send_all(http("GET", "/hello"))
+        assert (await read_response(stream))[0] == 200
+
+
+async def test_a_body_that_never_comes_ends_the_connection(probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """L6: a client that promises a body and stalls gets its refusal after the grace, and Connection: close."""
+    monkeypatch.setattr("trio_llm.server.edge._BODY_GRACE_S", 0.05)
+    async with running(probe.edge) as server:
+        stream = await server.connect()
+        await stream.send_all(b"POST /early HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+        status, headers, _ = await read_response(stream)
+        assert (status, headers["connection"]) == (429, "close")
+        assert await read_to_end(stream) == b""
+
+
+@pytest.mark.parametrize("leaving", ["close", "half-close", "pipelined"])
+async def test_a_client_that_leaves_cancels_its_handler(probe: Probe, leaving: str) -> None:
+    """A handler that waits is cancelled when its client leaves, even one that sent a newline behind its body."""
+    async with running(probe.edge) as server:
+        stream = await server.connect()
+        await stream.send_all(http("POST", "/wait", b"{}") + (b"\r\n" if leaving == "pipelined" else b""))
+        await probe.started.wait()
+        await (stream.send_eof() if leaving == "half-close" else stream.aclose())
+        await probe.cancelled.wait()
+
+
+async def test_pipelined_requests_are_answered_in_order(probe: Probe) -> None:
+    """Requests sent before the first answer are kept and answered one after the other."""
+    async with running(probe.edge) as server:
+        stream = await server.connect()
+        await stream.send_all(
+            http("POST", "/wait", b"{}") + http("GET", "/hello") + http("POST", "/echo", b"12", "Connection: close")
+        )
+        await wait_all_tasks_blocked(0.01)
+        probe.release.set()
+        answers = await read_to_end(stream)
+        assert answers.index(b"released") < answers.index(b"hello") < answers.index(b'"bytes":2')
+
+
+async def test_a_client_that_does_not_read_is_dropped(probe: Probe) -> None:
+    """L2: a stream nobody reads ends after the write timeout; hypercorn waits for ever."""
+    async with running(probe.edge, limits=ConnectionLimits(write_timeout_s=0.1)) as server:
+        stream = await server.connect(receive_buffer_bytes=4096)
+        await stream.send_all(http("POST", "/endless", b"{}"))
+        await probe.cancelled.wait()
+
+
+async def test_a_client_that_does_not_read_cannot_delay_the_end(probe: Probe) -> None:
+    """L2: with a stalled stream and a write timeout of minutes, stopping takes the grace and no more."""
+    async with running(probe.edge, graceful_timeout_s=0.05, limits=ConnectionLimits(write_timeout_s=600)) as server:
+        stream = await server.connect(receive_buffer_bytes=4096)
+        await stream.send_all(http("POST", "/endless", b"{}"))
+        await wait_all_tasks_blocked(0.05)
+        server.stop.set()
+        await server.stopped.wait()
+        assert probe.cancelled.is_set()
+
+
+async def test_stopping_lets_requests_end_and_closes_idle_connections(probe: Probe) -> None:
+    """After the trigger an idle connection closes at once, new ones are refused, a running request ends well."""
+    async with running(probe.edge, graceful_timeout_s=20) as server:
+        idle, busy = await server.connect(), await server.connect()
+        await idle.send_all(http("GET", "/hello"))
+        await read_response(idle)
+        await busy.send_all(http("POST", "/wait", b"{}"))
+        await probe.started.wait()
+        server.stop.set()
+        assert await read_to_end(idle) == b""
+        with pytest.raises(OSError, match="refused"):
+            await server.connect()
+        assert not server.stopped.is_set()
+        probe.release.set()
+        status, _, body = await read_response(busy)
+        assert (status, body) == (200, b"released")
+        await server.stopped.wait()
+
+
+async def test_last_call_comes_when_the_grace_is_over(probe: Probe) -> None:
+    """Requests that outlive the grace are told by last_call and get a moment to end themselves."""
+    async with running(probe.edge, graceful_timeout_s=0.01, last_call=probe.release.set) as server:
+        stream = await server.connect()
+        await stream.send_all(http("POST", "/wait", b"{}"))
+        await probe.started.wait()
+        server.stop.set()
+        assert (await read_response(stream))[2] == b"released"
+
+
+async def test_one_connection_too_many_is_told_so(probe: Probe) -> None:
+    """The connection beyond the cap gets a 503 error object; when one closes, the next is served again."""
+    async with running(probe.edge, max_connections=1) as server:
+        first = await server.connect()
+        await first.send_all(http("GET", "/hello"))
+        await read_response(first)
+        second = await server.connect()
+        await second.send_all(http("GET", "/hello"))
+        status, headers, body = await read_response(second)
+        assert (status, headers["retry-after"]) == (503, "1")
+        assert json.loads(body)["error"]["type"] == "service_unavailable_error"
+        await first.aclose()
+        await wait_all_tasks_blocked(0.01)
+        third = await server.connect()
+        await third.send_all(http("GET", "/hello"))
+        assert (await read_response(third))[0] == 200
+
+
+async def test_slow_request_heads_time_out(probe: Probe, mock_clock: trio.testing.MockClock) -> None:
+    """The time for a head counts from its connection and not from its last byte: dripping does not help."""
+    async with running(probe.edge, limits=ConnectionLimits(head_timeout_s=5)) as server:
+        stream = await server.connect()
+        for part in (b"GET /hello", b" HTTP/1.1\r\n", b"Host: x\r\n"):
+            await stream.send_all(part)
+            await wait_all_tasks_blocked(0.01)
+            mock_clock.jump(2)
+        assert await read_to_end(stream) == b""
+
+
+async def test_streams_are_framed_as_chunks(probe: Probe) -> None:
+    """Chunks framed without h11 are what an HTTP client expects, ending included."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "http"
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for part in (b"a", b"", b"bc" * 5000):
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    async with running(Edge(app=app)) as server:
+        stream = await server.connect()
+        await stream.send_all(http("GET", "/", b"", "Connection: close"))
+        _, _, body = (await read_to_end(stream)).partition(b"\r\n\r\n")
+        assert body == b"1\r\na\r\n2710\r\n" + b"bc" * 5000 + b"\r\n0\r\n\r\n"
+
+
+async def test_an_app_that_raises_is_answered_and_does_not_spread() -> None:
+    """An exception that leaves the app is a 500 error object without its text; the server goes on."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise RuntimeError("secret path /etc")
+
+    async with running(Edge(app=app)) as server:
+        for _ in range(2):
+            stream = await server.connect()
+            await stream.send_all(http("GET", "/"))
+            status, _, body = await read_response(stream)
+            assert status == 500
+            assert b"secret" not in body
+
+
+async def test_lifetime_ends_with_the_request_however_it_ends() -> None:
+    """What a handler leaves to the request's lifetime is closed when its client leaves, in a cancelled task too."""
+    closed = trio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        lifetime = scope[LIFETIME]
+        lifetime.stack.callback(closed.set)
+        lifetime.nursery.start_soon(trio.sleep_forever)
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    call = exchange(Edge(app=app), "POST", "/")
+    call.disconnect()
+    await call.run()
+    assert closed.is_set()

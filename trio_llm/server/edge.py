@@ -1,0 +1,135 @@
+"""The ASGI edge in front of Quart: refuses what no app should see, and makes responses end as HTTP expects.
+
+It works the same under our `serve` and under the hypercorn command line, and uses nothing of Quart:
+
+- hypercorn announces `http.disconnect` while it is still finishing a complete response, and quart-trio answers by
+  cancelling the handler inside that clean-up: the connection is then neither reused nor closed.
+- A response sent before the request body has arrived leaves the connection half-dead in the same way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import Counter
+from typing import Any
+
+import attrs
+import trio
+
+from trio_llm.server.connection import ASGIApp
+from trio_llm.server.errors import HttpError, error_body
+
+logger = logging.getLogger(__name__)
+
+LIFETIME = "trio_llm.lifetime"
+_BODY_GRACE_S = 5.0
+
+
+@attrs.frozen
+class Lifetime:
+    """What lives exactly as long as one request: the response may begin in one task and end in another.
+
+    Found under `scope[LIFETIME]`. What is entered in `stack` is left when the request is over, however it ended,
+    in the task of the edge: it must not hold a nursery or cancel scope of its own; `nursery` is there for tasks.
+    """
+
+    nursery: trio.Nursery
+    stack: contextlib.AsyncExitStack
+
+
+@attrs.frozen(kw_only=True)
+class Edge:
+    """Wraps an ASGI app."""
+
+    app: ASGIApp
+    max_headers: int = 100
+    max_head_bytes: int = 16 * 1024
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+        elif scope["type"] != "http":
+            await send({"type": "websocket.close"})
+        elif (refusal := self._refusal(scope)) is not None:
+            await _respond(send, refusal)
+            with trio.move_on_after(_BODY_GRACE_S):  # Hypercorn waits for somebody to take the body off it.
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+        else:
+            await self._run(scope, _Exchange(receive, send))
+
+    async def _run(self, scope: Any, exchange: _Exchange) -> None:
+        try:
+            async with contextlib.AsyncExitStack() as stack, trio.open_nursery() as nursery:
+                scope[LIFETIME] = Lifetime(nursery, stack)
+                await self.app(scope, exchange.receive, exchange.send)
+                nursery.cancel_scope.cancel()
+        except* Exception as error:
+            # Errors of handlers were answered inside Quart; this is Quart itself, or a response cut in the middle.
+            logger.error("a request failed outside its handler", exc_info=error)
+            if not exchange.started:
+                await _respond(send, HttpError(500, "The server failed on this request."))
+
+    def _refusal(self, scope: Any) -> HttpError | None:
+        """Say why a request is refused by its head alone."""
+        names = Counter(name.lower() for name, _ in scope["headers"])
+        head_bytes = len(scope["raw_path"]) + len(scope["query_string"])
+        head_bytes += sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+        if names[b"content-length"] and names[b"transfer-encoding"]:
+            # Which of the two counts is what request smuggling is about (RFC 9112, 6.1).
+            return HttpError(400, "Content-Length and Transfer-Encoding exclude each other.")
+        if names.total() > self.max_headers or head_bytes > self.max_head_bytes:
+            return HttpError(431, f"At most {self.max_headers} headers and {self.max_head_bytes} bytes of them.")
+        if names[b"host"] > 1:
+            return HttpError(400, "More than one Host header.")
+        if not scope["path"].startswith(("/", "http://", "https://")):
+            return HttpError(400, "The request target is not a path.")
+        return None
+
+
+class _Exchange:
+    """`receive` and `send` of one request, mended.
+
+    Attributes:
+        started: The response has begun.
+    """
+
+    def __init__(self, receive: Any, send: Any) -> None:
+        self._receive = receive
+        self._send = send
+        self._body_arrived = trio.Event()
+        self._finished = False
+        self.started = False
+
+    async def receive(self) -> Any:
+        message = await self._receive()
+        if message["type"] != "http.request" or not message.get("more_body", False):
+            self._body_arrived.set()
+        if self._finished and message["type"] == "http.disconnect":
+            await trio.sleep_forever()  # The response is complete: the app ends by itself.
+        return message
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            message = await self._when_body_arrived(message)
+            self.started = True
+        elif message["type"] == "http.response.body" and not message.get("more_body", False):
+            self._finished = True
+        await self._send(message)
+
+    async def _when_body_arrived(self, start: Any) -> Any:
+        """Hold a response until the request was read, or say that the connection ends with it."""
+        with trio.move_on_after(_BODY_GRACE_S):
+            await self._body_arrived.wait()
+        if self._body_arrived.is_set():
+            return start
+        return {**start, "headers": [*start["headers"], (b"connection", b"close")]}
+
+
+async def _respond(send: Any, error: HttpError) -> None:
+    body = error_body(error)
+    length = str(len(body)).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", length), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,151 @@
+"""serve(): accept connections, keep them apart from each other, and shut down in bounded time.
+
+In `hypercorn.trio.serve` one connection's exception takes the whole server down, and one client that does not
+read keeps it from ever stopping. Plain HTTP/1.1 in one process; TLS and HTTP/2 belong in a proxy in front.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any, cast
+
+import trio
+from hypercorn.app_wrappers import ASGIWrapper
+from hypercorn.config import Config
+from hypercorn.trio.lifespan import Lifespan
+from hypercorn.trio.worker_context import WorkerContext
+
+from trio_llm.server.connection import ASGIApp, Connection, ConnectionLimits
+from trio_llm.server.errors import HttpError, error_body
+
+logger = logging.getLogger(__name__)
+
+_BACKLOG = 1024
+_LAST_CALL_S = 1.0
+_REFUSAL_S = 1.0
+
+
+async def serve(
+    app: ASGIApp,
+    *,
+    host: str,
+    port: int,
+    shutdown_trigger: Callable[[], Awaitable[object]],
+    graceful_timeout_s: float = 30.0,
+    last_call: Callable[[], None] = lambda: None,
+    max_connections: int = 4096,
+    limits: ConnectionLimits | None = None,
+    task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve `app` until `shutdown_trigger` returns and the requests under way have ended.
+
+    Args:
+        app: An ASGI application; its lifespan is run round the serving.
+        host: Address to listen on.
+        port: Port to listen on, 0 for a free one.
+        shutdown_trigger: Awaited; when it returns, nothing new is accepted.
+        graceful_timeout_s: How long requests under way may go on after that.
+        last_call: Called when that time is up, a second before the connections are dropped, so that open
+            streams can say goodbye.
+        max_connections: One more is answered 503.
+        limits: Of each connection.
+        task_status: Started with the URLs it listens on.
+
+    Raises:
+        OSError: The address cannot be listened on.
+    """
+    config = _hypercorn_config()
+    listeners = await trio.open_tcp_listeners(port, host=host, backlog=_BACKLOG)
+    lifespan = Lifespan(ASGIWrapper(cast(Any, app)), config, {})
+    server = _Server(app, config, max_connections, limits or ConnectionLimits())
+    async with trio.open_nursery() as lifespan_nursery:
+        await lifespan_nursery.start(lifespan.handle_lifespan)
+        await lifespan.wait_for_startup()
+        async with trio.open_nursery() as nursery:
+            async with trio.open_nursery() as accepting:
+                accepting.start_soon(partial(trio.serve_listeners, server.handle, listeners, handler_nursery=nursery))
+                task_status.started([_url(listener) for listener in listeners])
+                await shutdown_trigger()
+                accepting.cancel_scope.cancel()
+            await server.stop(graceful_timeout_s, last_call)
+            nursery.cancel_scope.cancel()
+        await lifespan.wait_for_shutdown()
+        lifespan_nursery.cancel_scope.cancel()
+
+
+class _Server:
+    """The open connections."""
+
+    def __init__(self, app: ASGIApp, config: Config, max_connections: int, limits: ConnectionLimits) -> None:
+        self._app = app
+        self._config = config
+        self._max_connections = max_connections
+        self._limits = limits
+        self._context = WorkerContext(None)
+        self._connections: set[Connection] = set()
+        self._one_closed = trio.lowlevel.ParkingLot()
+
+    async def handle(self, stream: trio.SocketStream) -> None:
+        """Serve one connection; whatever goes wrong with it is logged and ends here."""
+        if len(self._connections) >= self._max_connections:
+            await _refuse(stream)
+            return
+        connection = Connection(stream, self._app, self._config, self._context, self._limits)
+        self._connections.add(connection)
+        try:
+            await connection.run()
+        except* OSError:  # The client was gone before its address could be asked for.
+            pass
+        except* Exception as error:
+            logger.error("a connection failed; the others go on", exc_info=error)
+        finally:
+            self._connections.discard(connection)
+            self._one_closed.unpark_all()
+
+    async def stop(self, graceful_timeout_s: float, last_call: Callable[[], None]) -> None:
+        """Let requests under way end, in bounded time."""
+        await self._context.terminated.set()  # From now on each connection closes after its response.
+        for connection in self._connections:
+            connection.close_if_idle()
+        with trio.move_on_after(graceful_timeout_s):
+            await self._wait_until_closed()
+        last_call()
+        with trio.move_on_after(_LAST_CALL_S):
+            await self._wait_until_closed()
+        for connection in self._connections:
+            connection.abort()
+
+    async def _wait_until_closed(self) -> None:
+        while self._connections:
+            await self._one_closed.park()
+
+
+async def _refuse(stream: trio.SocketStream) -> None:
+    body = error_body(HttpError(503, "Too many connections."))
+    head = (
+        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\n"
+        f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+    )
+    with trio.move_on_after(_REFUSAL_S):
+        try:
+            await stream.send_all(head.encode() + body)
+            await stream.send_eof()
+            while await stream.receive_some():  # A reset would overtake the answer while the request is unread.
+                pass
+        except trio.BrokenResourceError:
+            pass
+    await trio.aclose_forcefully(stream)
+
+
+def _hypercorn_config() -> Config:
+    config = Config()
+    config.include_server_header = False
+    config.errorlog = None
+    return config
+
+
+def _url(listener: trio.SocketListener) -> str:
+    host, port = listener.socket.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
