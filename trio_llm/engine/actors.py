@@ -32,6 +32,7 @@ from trio_llm.messages import (
     Failed,
     Finished,
     IdleReport,
+    PromptLogprobs,
     Started,
     StepPlan,
     StepReport,
@@ -137,9 +138,8 @@ class SchedulerActor:
         now_s = trio.current_time()
         for request_id in grant.preempted:
             self._ledger.preempted(request_id)
-        first = len(grant.request_ids) - grant.num_admitted
-        for request_id, start in zip(grant.request_ids[first:], grant.starts[first:], strict=True):
-            self._ledger.started(request_id, start, now_s)
+        for request_id in grant.request_ids[len(grant.request_ids) - grant.num_admitted :]:
+            self._ledger.started(request_id, now_s)
 
     async def _start(self, plan: StepPlan) -> None:
         """Hand the plan to the runner and let it reach the model's thread."""
@@ -185,23 +185,20 @@ class SchedulerActor:
         self.tickets.give_back(len(self.core.take_ended()))
 
     def _deliver(self, request_id: int, entry: Entry, event: Event, at_s: float) -> None:
+        self._send(entry, event)
         match event:
             case Tokens():
-                if entry.first_token_s is None:
-                    self._send(entry, Started(entry.num_cached_tokens))
                 self._ledger.produced(entry, len(event.token_ids), at_s)
-                self._send(entry, event)
-            case Finished():
-                self._send(entry, event)
-                self._ledger.close(request_id, event.reason, at_s)
-            case Failed():
-                self._send(entry, event)
-                self._ledger.close(request_id, "error", at_s)
+            case Started():
+                entry.num_cached_tokens = event.cached_tokens
             case Embedding():
                 self._ledger.prompt_done(entry)
-                self._send(entry, event)
-            case _:
-                self._send(entry, event)
+            case Finished():
+                self._ledger.close(request_id, event.reason, at_s)
+            case Failed():
+                self._ledger.close(request_id, "error", at_s)
+            case PromptLogprobs():
+                pass
 
     def _send(self, entry: Entry, event: Event) -> None:
         # Where its reader has left, its Abort is in the inbox.

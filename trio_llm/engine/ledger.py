@@ -65,12 +65,11 @@ class Ledger:
             arrived_s=submit.arrived_s,
         )
 
-    def started(self, request_id: int, cached_tokens: int, now_s: float) -> None:
+    def started(self, request_id: int, now_s: float) -> None:
         """Note a request's first step; after a preemption it is not its first any more."""
         entry = self.entries.get(request_id)
         if entry is not None and entry.started_s is None:
             entry.started_s = now_s
-            entry.num_cached_tokens = cached_tokens
 
     def preempted(self, request_id: int) -> None:
         if (entry := self.entries.get(request_id)) is not None:

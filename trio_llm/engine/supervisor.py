@@ -165,7 +165,7 @@ def _wire(
             max_model_len=info.max_model_len,
             vocab_size=info.vocab_size,
             hidden_size=info.hidden_size,
-            max_logprobs=config.max_logprobs,
+            max_logprobs=info.vocab_size if config.max_logprobs == -1 else config.max_logprobs,
         ),
         inbox=send_inbox,
         tickets=tickets,
