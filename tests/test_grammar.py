@@ -1,0 +1,157 @@
+"""Structured output's masks, against what Python's own json and re say of the finished text."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+import tokenizers
+
+from trio_llm import grammar
+from trio_llm.errors import InvalidRequestError
+
+EOS = 0
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(name="tokenizer", scope="module")
+def _tokenizer() -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|end|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(['{"name": "Zoe", "age": 17}'] * 3, trainer)
+    return tokenizer
+
+
+@pytest.fixture(name="compiler")
+def _compiler(tokenizer: tokenizers.Tokenizer) -> grammar.GrammarCompiler:
+    # More rows of logits than tokens, as in every padded checkpoint.
+    return grammar.GrammarCompiler(tokenizer.to_str(), vocab_size=333, eos_token_ids=[EOS], capacity=4)
+
+
+def allowed(matcher: grammar.Matcher) -> list[int]:
+    """Return the ids the mask lets through."""
+    mask = np.zeros(11, np.int32)
+    assert matcher.fill(mask.ctypes.data, mask.nbytes) is None
+    return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
+
+
+def generate(compiled: grammar.Grammar, tokenizer: tokenizers.Tokenizer, seed: int) -> str:
+    """Draw tokens uniformly from what is allowed until the end token comes, preferring it once it may come."""
+    matcher, dice, ids = compiled.matcher(), random.Random(seed), []
+    for _ in range(200):
+        choices = allowed(matcher)
+        token = EOS if EOS in choices and dice.random() < 0.5 else dice.choice(choices)
+        matcher.consume([token])
+        if token == EOS:
+            return tokenizer.decode(ids)
+        assert token < tokenizer.get_vocab_size()
+        ids.append(token)
+    raise AssertionError("no end in sight")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_tokens_under_a_schema_are_json_of_that_schema(compiler, tokenizer, seed: int) -> None:
+    """Whatever the model prefers, what comes out parses and has the schema's fields, types and ranges."""
+    value = json.loads(generate(compiler.compile(grammar.json_schema(SCHEMA, param="p")), tokenizer, seed))
+    assert set(value) == {"name", "age"}
+    assert len(value["name"]) <= 8
+    assert 0 <= value["age"] <= 99
+
+
+def test_without_free_whitespace_json_is_spelled_as_json_dumps_does(compiler, tokenizer) -> None:
+    """any_whitespace=False leaves exactly one spelling of the separators."""
+    source = grammar.json_schema(SCHEMA, param="p", any_whitespace=False)
+    text = generate(compiler.compile(source), tokenizer, 3)
+    assert text == json.dumps(json.loads(text), ensure_ascii=False)
+
+
+def test_a_regular_expression_holds_for_the_whole_output(compiler, tokenizer) -> None:
+    """Every output matches from its first to its last character."""
+    compiled = compiler.compile(grammar.regex(r"[a-c]{2,4}-[0-9]+x", param="p"))
+    for seed in range(10):
+        assert re.fullmatch(r"[a-c]{2,4}-[0-9]+x", generate(compiled, tokenizer, seed))
+
+
+def test_a_choice_is_one_of_the_options(compiler, tokenizer) -> None:
+    """Options with quotes, newlines and non-ASCII come out exactly, and each of them can."""
+    options = ['say "hi"', "two\nlines", "Zürich", "a/b", "a"]
+    compiled = compiler.compile(grammar.choice(options, param="p"))
+    assert {generate(compiled, tokenizer, seed) for seed in range(60)} == set(options)
+
+
+@pytest.mark.parametrize(
+    "text", ['start: "yes" | "no" "!"', 'root ::= answer\nanswer ::= "yes" | "no" "!"'], ids=["lark", "gbnf"]
+)
+def test_grammars_come_in_two_spellings(compiler, tokenizer, text: str) -> None:
+    """Lark and GBNF mean the same thing."""
+    compiled = compiler.compile(grammar.lark(text, param="p"))
+    assert {generate(compiled, tokenizer, seed) for seed in range(20)} == {"yes", "no!"}
+
+
+def test_json_object_is_an_object(compiler, tokenizer) -> None:
+    """json_object never yields a bare list, number or string."""
+    compiled = compiler.compile(grammar.json_object(param="p"))
+    matcher = compiled.matcher()
+    first = {tokenizer.id_to_token(token).lstrip("ĠĊĉč")[:1] for token in allowed(matcher)}
+    assert first <= {"{", ""}
+
+
+def test_sequences_do_not_share_state(compiler) -> None:
+    """Two matchers of one grammar advance on their own."""
+    compiled = compiler.compile(grammar.regex("ab", param="p"))
+    one, two = compiled.matcher(), compiled.matcher()
+    before = allowed(two)
+    one.consume(before[:1])
+    assert allowed(two) == before
+    assert allowed(one) != before
+
+
+def test_the_cache_is_bounded_and_remembers(compiler) -> None:
+    """The same source compiles once; the least recently used one is forgotten."""
+    kept = compiler.compile(grammar.regex("keep", param="p"))
+    for i in range(20):
+        compiler.compile(grammar.regex(f"x{i}", param="p"))
+        assert compiler.compile(grammar.regex("keep", param="p")) is kept
+    assert len(compiler) == 4
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: grammar.json_schema("{", param="p"), "not JSON"),
+        (lambda: grammar.json_schema([1], param="p"), "must be a JSON schema"),
+        (lambda: grammar.json_schema({"type": 5}, param="p"), "type"),
+        (lambda: grammar.json_schema({"$ref": "http://evil.example/x"}, param="p"), "retriev"),
+        (lambda: grammar.json_schema({"type": "string", "pattern": "(?=a)b"}, param="p"), "regex"),
+        (lambda: grammar.regex("", param="p"), "empty"),
+        (lambda: grammar.regex("[a", param="p"), "regex"),
+        (lambda: grammar.regex("(" * 30_000 + "a" + ")" * 30_000, param="p"), "cannot be used"),
+        (lambda: grammar.regex("a" * 70_000, param="p"), "too large"),
+        (lambda: grammar.choice([], param="p"), "at least one"),
+        (lambda: grammar.choice(["a", ""], param="p"), "empty"),
+        (lambda: grammar.lark("", param="p"), "empty"),
+        (lambda: grammar.lark("start: nothing", param="p"), "unknown name"),
+        (lambda: grammar.lark("start: " + "(" * 9_000 + '"a"' + ")" * 9_000, param="p"), "nested"),
+        (lambda: grammar.lark('root ::= "a', param="p"), "p "),
+    ],
+)
+def test_bad_and_bombing_grammars_are_refused_by_name(compiler, make, says: str) -> None:
+    """A grammar that cannot be used is the client's error, names its field, and takes no process down."""
+    with pytest.raises(InvalidRequestError, match=re.escape(says)) as caught:
+        compiler.compile(make())
+    assert caught.value.param == "p"
