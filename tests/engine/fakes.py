@@ -58,7 +58,9 @@ class StubRunner:
     Greedy requests ignore their seed; with a temperature, another seed gives another answer.
     """
 
-    def __init__(self, *, num_kv_blocks: int = 65, max_model_len: int = 512, hook: Callable[[StepPlan], Any] | None = None) -> None:
+    def __init__(
+        self, *, num_kv_blocks: int = 65, max_model_len: int = 512, hook: Callable[[StepPlan], Any] | None = None
+    ) -> None:
         self.info = ModelInfo(
             name="stub",
             architecture="StubForCausalLM",
@@ -137,7 +139,9 @@ class InlineWorker:
 
 
 @asynccontextmanager
-async def open_stub(runner: StubRunner | None = None, *, worker: Any = None, stall_after_s: float = 60.0, **settings: Any) -> AsyncIterator[Engine]:
+async def open_stub(
+    runner: StubRunner | None = None, *, worker: Any = None, stall_after_s: float = 60.0, **settings: Any
+) -> AsyncIterator[Engine]:
     """Open an engine round a stub runner."""
     runner = StubRunner() if runner is None else runner
     config = EngineConfig(**settings)

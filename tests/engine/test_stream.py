@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-import pytest
-import trio
-
-from tests.engine.fakes import EOS, FakeTokenizer, StubRunner, continuation, open_stub
+from tests.engine.fakes import FakeTokenizer, continuation, open_stub
 from trio_llm.messages import SamplingParams
 
 PROMPT = (1, 2, 3, 4, 5)

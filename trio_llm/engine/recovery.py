@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import attrs
-import structlog
 
 from trio_llm.errors import EngineDeadError
 from trio_llm.messages import StepPlan, StepResult, TokenLogprobs
@@ -14,7 +14,7 @@ from trio_llm.messages import StepPlan, StepResult, TokenLogprobs
 K = TypeVar("K")
 V = TypeVar("V")
 Step = Callable[[StepPlan], Awaitable[StepResult]]
-_log = structlog.get_logger()
+_log = logging.getLogger(__name__)
 
 
 async def run_step(plan: StepPlan, step: Step) -> StepResult:
@@ -30,7 +30,9 @@ async def run_step(plan: StepPlan, step: Step) -> StepResult:
     except Exception as error:  # noqa: BLE001 - whatever the model raises concerns its rows alone
         if len(plan.request_ids) <= 1:
             return _all_failed(plan, error)
-        _log.warning("a step failed; running its halves", step=plan.step, rows=len(plan.request_ids), exc_info=error)
+        _log.warning(
+            "step %d failed; running the halves of its %d rows", plan.step, len(plan.request_ids), exc_info=error
+        )
         middle = len(plan.request_ids) // 2
         halves = [await run_step(part, step) for part in (_rows(plan, 0, middle), _rows(plan, middle, None))]
         return _joined(plan, halves)
@@ -60,7 +62,7 @@ def _rows(plan: StepPlan, first: int, end: int | None) -> StepPlan:
 
 
 def _all_failed(plan: StepPlan, error: Exception) -> StepResult:
-    _log.error("a request failed in the model", step=plan.step, request_ids=plan.request_ids, exc_info=error)
+    _log.error("requests %s failed in the model in step %d", plan.request_ids, plan.step, exc_info=error)
     # What the exception says may name paths and addresses: it goes to the log, its type to the client.
     why = f"The model failed on this request ({type(error).__name__})."
     return StepResult(plan.step, tuple(() for _ in plan.request_ids), failed=dict.fromkeys(plan.request_ids, why))

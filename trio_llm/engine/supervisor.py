@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -10,7 +11,6 @@ from functools import partial
 from typing import Protocol
 
 import attrs
-import structlog
 import trio
 
 from trio_llm.config import EngineConfig
@@ -42,7 +42,7 @@ LAST_WORDS_S = 1.0
 # Without a finished step for so long, work that exists counts as stuck. Out of the air: above any step we have seen.
 STALL_AFTER_S = 60.0
 _TRACED_STEPS = 1024
-_log = structlog.get_logger()
+_log = logging.getLogger(__name__)
 
 
 class Runner(Protocol):
@@ -188,10 +188,11 @@ async def _supervise(engine: Engine, tasks: list[Task]) -> None:
         async with trio.open_nursery() as nursery:
             for task in tasks:
                 nursery.start_soon(task)
-    except BaseException as group:
-        error = _alone(group)
-        if isinstance(error, trio.Cancelled):
+    except BaseExceptionGroup as group:
+        _, died = group.split(trio.Cancelled)
+        if died is None:
             raise
+        error = _alone(died)
         _log.critical("an actor died", exc_info=error)
         engine.die(f"{type(error).__name__}: {error}")
         with trio.move_on_after(LAST_WORDS_S):
