@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 
 import attrs
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from trio_llm.messages import Admission, SamplingParams
 from trio_llm.model.counter_rng import row_keys
-from trio_llm.model.logit_edits import LogitEdits, RowEdits, collect_edits
+from trio_llm.model.logit_edits import LogitEdits, RowEdits, TokenHistory, collect_edits
 
 # What a row needs beyond argmax.
 RANDOM, FILTERED, EDITED, LOGPROBS = 1, 2, 4, 8
@@ -66,10 +67,11 @@ class SamplingRows:
         self._seeds = np.zeros(num_rows, np.uint64)
         self._num_logprobs = np.zeros(num_rows, np.int32)
         self._edits: dict[int, RowEdits] = {}
+        self._histories: dict[int, TokenHistory] = {}
 
     def admit(self, row: int, admission: Admission, params: SamplingParams) -> None:
         """Fill a row. Admitting the same sequence again starts it afresh."""
-        self._edits.pop(row, None)
+        self.forget(row)
         greedy = params.temperature < _GREEDY_BELOW or params.top_k == 1
         top_k = params.top_k if 0 < params.top_k < self.vocab_size else self.vocab_size
         filtered = top_k < self.vocab_size or params.top_p < 1 or params.min_p > 0
@@ -85,22 +87,23 @@ class SamplingRows:
         if edits is not None:
             flags |= EDITED
             self._edits[row] = edits
+            if edits.history is not None:
+                self._histories[row] = edits.history
         self._flags[row] = flags
 
     def forget(self, row: int) -> None:
         self._edits.pop(row, None)
+        self._histories.pop(row, None)
         self._flags[row] = 0
 
     @property
-    def history_rows(self) -> list[int]:
+    def history_rows(self) -> AbstractSet[int]:
         """Rows that must be told of their output tokens, because penalties or bad words look back at them."""
-        return [row for row, edits in self._edits.items() if edits.history is not None]
+        return self._histories.keys()
 
     def learn(self, row: int, start: int, token_ids: Sequence[int]) -> None:
         """Tell a row of `history_rows` that `token_ids` stand at `start` onwards. Telling twice changes nothing."""
-        history = self._edits[row].history
-        assert history is not None
-        history.learn(start, token_ids)
+        self._histories[row].learn(start, token_ids)
 
     def select(self, rows: NDArray[np.intp], positions: NDArray[np.int64]) -> SamplingBatch:
         """Gather what sampling needs.

@@ -1,0 +1,86 @@
+"""From settings to a runner: choose the device, check that all fits, read the weights, take the memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from trio_llm.config import EngineConfig
+from trio_llm.errors import ConfigError, UnsupportedError
+from trio_llm.messages import ModelInfo, Progress
+from trio_llm.model.loader import ModelPlan, inspect_model, load_model
+from trio_llm.model.memory import available_bytes, control_groups, make_budget
+from trio_llm.model.runner import Runner
+
+
+def load_runner(config: EngineConfig, report: Callable[[Progress], None] | None = None) -> Runner:
+    """Load a model and make it ready to run steps.
+
+    Everything that can be refused is refused before weights are read.
+
+    Args:
+        report: Told how far reading is.
+    Raises:
+        CheckpointError: The model's files are damaged or do not fit together.
+        UnsupportedError: Something that is not built yet, by name.
+        ConfigError: Settings that do not fit the model or the machine.
+    """
+    device = _device(config)
+    plan = inspect_model(config)
+    info = _info(plan, config)
+    budget = make_budget(plan, config, available_bytes())
+    _limit_threads()
+    loaded = load_model(config, plan.dtype, device, report)
+    return Runner(loaded.model, loaded.kv_layout, info, budget, max_batch_size=config.max_batch_size, device=device)
+
+
+def _device(config: EngineConfig) -> torch.device:
+    if config.tensor_parallel_size > 1:
+        raise UnsupportedError(
+            f"--tensor-parallel-size {config.tensor_parallel_size}: running on several devices is not supported yet."
+        )
+    if config.device == "cuda":
+        raise UnsupportedError("--device cuda: running on a GPU is not supported yet; use --device cpu.")
+    return torch.device("cpu")
+
+
+def _info(plan: ModelPlan, config: EngineConfig) -> ModelInfo:
+    longest = config.max_model_len or plan.max_model_len
+    if longest > plan.max_model_len:
+        raise ConfigError(
+            "max_model_len", longest, "model", f"at most {plan.max_model_len}, what the model was made for"
+        )
+    return ModelInfo(
+        name=plan.directory.name,
+        architecture=plan.architecture,
+        vocab_size=plan.config.text.get_int("vocab_size"),
+        hidden_size=plan.config.text.get_int("hidden_size"),
+        max_model_len=longest,
+        eos_token_ids=plan.eos_token_ids,
+        kv_groups=plan.kv_layout.groups,
+        num_kv_blocks=config.num_kv_blocks,
+        block_bytes=plan.kv_layout.block_bytes,
+        dtype=str(plan.dtype).removeprefix("torch."),
+        default_sampling=plan.default_sampling,
+    )
+
+
+def _limit_threads() -> None:
+    """Use no more threads than the control group has processors, unless OMP_NUM_THREADS says how many.
+
+    torch counts the machine's cores; in a container that may run on four of sixty-four, sixty threads would
+    spend their time waiting for one another's turn.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    quotas: list[int] = []
+    for directory in control_groups(Path("/"), ""):
+        limit = directory / "cpu.max"
+        quota, period = limit.read_text().split() if limit.is_file() else ("max", "1")
+        if quota != "max":
+            quotas.append(max(1, int(quota) // int(period)))
+    if quotas:
+        torch.set_num_threads(min(torch.get_num_threads(), *quotas))

@@ -1,0 +1,169 @@
+"""What a model will take, told before any of it is taken, and what the machine has to give.
+
+Letters: S tokens of a step, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import attrs
+
+from trio_llm.config import EngineConfig
+from trio_llm.errors import ConfigError
+from trio_llm.messages import KVGroup
+from trio_llm.model.kv_cache import KVLayout
+from trio_llm.model.loader import ModelPlan
+
+GIB = 2**30
+
+
+@attrs.frozen(kw_only=True)
+class MemoryBudget:
+    """Bytes, by purpose.
+
+    Attributes:
+        kv_bytes: The pool, padding included.
+        group_bytes: Per KV group, what a block of it really holds; the rest of block_bytes is padding.
+        workspace_bytes: Activations and logits of the largest step, estimated.
+        available_bytes: What could be had when the budget was made.
+    """
+
+    weight_bytes: int
+    num_kv_blocks: int
+    block_bytes: int
+    groups: tuple[KVGroup, ...]
+    group_bytes: tuple[int, ...]
+    workspace_bytes: int
+    available_bytes: int
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.num_kv_blocks * self.block_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.kv_bytes + self.workspace_bytes
+
+    def render(self) -> str:
+        """Return the table that is printed at start."""
+        lines = [
+            _line("weights", self.weight_bytes, ""),
+            _line("KV cache", self.kv_bytes, f"{self.num_kv_blocks} blocks of {self.block_bytes:,} bytes"),
+        ]
+        for index, (group, used) in enumerate(zip(self.groups, self.group_bytes, strict=True)):
+            sees = "all tokens" if group.window is None else f"a window of {group.window}"
+            lines.append(
+                f"  group {index}: {len(group.layers)} layers, {sees}, {group.block_size} tokens a block, "
+                f"{self.block_bytes - used:,} bytes of it padding"
+            )
+        lines.append(_line("workspace", self.workspace_bytes, "estimated"))
+        lines.append(_line("total", self.total_bytes, f"of {self.available_bytes / GIB:.2f} GiB available"))
+        return "\n".join(lines)
+
+
+def _line(what: str, num_bytes: int, note: str) -> str:
+    return f"{what:<10} {num_bytes / GIB:>9.3f} GiB {num_bytes:>18,} bytes  {note}".rstrip()
+
+
+def make_budget(plan: ModelPlan, config: EngineConfig, available_bytes: int) -> MemoryBudget:
+    """Add up what a checked checkpoint will take under these settings.
+
+    Raises:
+        ConfigError: It does not fit; says by how much and which setting to change.
+    """
+    layout = plan.kv_layout
+    budget = MemoryBudget(
+        weight_bytes=plan.weight_bytes,
+        num_kv_blocks=config.num_kv_blocks,
+        block_bytes=layout.block_bytes,
+        groups=layout.groups,
+        group_bytes=tuple(layout.used_bytes(group) for group in range(len(layout.groups))),
+        workspace_bytes=_workspace_bytes(plan, layout, config),
+        available_bytes=available_bytes,
+    )
+    if budget.total_bytes > available_bytes:
+        raise _refusal(budget, config)
+    return budget
+
+
+def _workspace_bytes(plan: ModelPlan, layout: KVLayout, config: EngineConfig) -> int:
+    """Estimate what lives at once in the largest step.
+
+    Per token a residual, a normed copy, q, k, v and their rotated copies, and gate_up with its product; of the
+    logits the raw ones, an edited copy and the scores of a draw.
+    """
+    text = plan.config.text
+    hidden = text.get_int("hidden_size")
+    heads = max(spec.head_dim * (spec.num_heads + 2 * spec.num_kv_heads) for spec in layout.specs)
+    per_token = 3 * hidden + 2 * heads + 3 * text.get_int("intermediate_size", 4 * hidden)
+    logits = 3 * min(config.max_batch_size, config.max_num_batched_tokens) * text.get_int("vocab_size") * 4
+    return config.max_num_batched_tokens * per_token * plan.dtype.itemsize + logits
+
+
+def _refusal(budget: MemoryBudget, config: EngineConfig) -> ConfigError:
+    fixed = budget.weight_bytes + budget.workspace_bytes
+    needs = (
+        f"weights {budget.weight_bytes / GIB:.2f} + KV cache {budget.kv_bytes / GIB:.2f} + workspace "
+        f"{budget.workspace_bytes / GIB:.2f} GiB do not fit in the {budget.available_bytes / GIB:.2f} GiB available"
+    )
+    blocks = (budget.available_bytes - fixed) // budget.block_bytes
+    if blocks >= 2:
+        return ConfigError("num_kv_blocks", config.num_kv_blocks, "memory", f"{needs}; --kv-blocks {blocks} would")
+    advice = (
+        "choose a smaller --model or --quantization int8" if config.quantization is None else "choose a smaller --model"
+    )
+    return ConfigError("model", config.model, "memory", f"{needs}; {advice}, or lower --max-num-batched-tokens")
+
+
+def available_bytes(root: Path = Path("/")) -> int:
+    """Return the memory this process can still get: the machine's, or what its control groups leave of it.
+
+    Page cache counts as available, since the kernel gives it up. `root` is where /proc and /sys are found.
+    """
+    found = [_machine_bytes(root), *_control_group_bytes(root)]
+    return max(0, min(found))
+
+
+def _machine_bytes(root: Path) -> int:
+    meminfo = root / "proc/meminfo"
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _control_group_bytes(root: Path) -> Iterator[int]:
+    """Yield what each limited control group above this process has left (version 2, then version 1)."""
+    for directory in control_groups(root, ""):
+        limit = _read(directory / "memory.max")
+        if limit.isdecimal():
+            yield _left(int(limit), directory / "memory.current", directory / "memory.stat", "inactive_file")
+    for directory in control_groups(root, "memory"):
+        limit = _read(directory / "memory.limit_in_bytes")
+        if limit.isdecimal():
+            usage = directory / "memory.usage_in_bytes"
+            yield _left(int(limit), usage, directory / "memory.stat", "total_inactive_file")
+
+
+def control_groups(root: Path, controller: str) -> Iterator[Path]:
+    """Yield the directories of this process's control group and all above it; controller "" is version 2."""
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controller in controllers.split(","):
+            mount = root / "sys/fs/cgroup" / controller
+            # Inside a container the path may be the host's, of which nothing is seen but the mount itself.
+            own = mount / path.lstrip("/")
+            yield from (own, *(above for above in own.parents if above.is_relative_to(mount)))
+
+
+def _left(limit: int, usage: Path, stat: Path, cached: str) -> int:
+    reclaimable = [line.split()[1] for line in _read(stat).splitlines() if line.split()[0] == cached]
+    return limit - int(_read(usage) or 0) + int(reclaimable[0] if reclaimable else 0)
+
+
+def _read(path: Path) -> str:
+    return path.read_text().strip() if path.is_file() else ""
