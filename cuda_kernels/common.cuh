@@ -1,0 +1,186 @@
+// Device primitives shared by every kernel: the only file with inline PTX. No CUDA header is needed, so NVRTC's
+// library alone compiles all of it. Activations are io_t: bfloat16, or float16 with -DIO_FP16=1; sums are float.
+#pragma once
+typedef unsigned char u8;
+typedef signed char s8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long s64;
+
+#ifndef IO_FP16
+#define IO_FP16 0
+#endif
+struct alignas(2) io_t { u16 bits; };
+struct alignas(16) vec16 { u32 x[4]; };  // what one thread moves at once
+
+#define DEV __device__ __forceinline__
+#define DYN_SMEM(T, name)                                      \
+  extern __shared__ __align__(128) unsigned char name##_raw[]; \
+  T* name = reinterpret_cast<T*>(name##_raw)
+#define FULL_WARP 0xffffffffu
+#define NEG_INF (-1e30f)  // finite: NEG_INF - NEG_INF is 0, not NaN
+#define LOG2E 1.4426950408889634f
+#define LN2 0.6931471805599453f
+
+// ---- conversions. In a packed pair the low half is the element with the lower index.
+DEV float bf16_low(u32 pair) { return __uint_as_float(pair << 16); }
+DEV float bf16_high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+DEV u32 pack_bf16(float low, float high) {
+  u32 r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+#if IO_FP16
+DEV float half_to_float(u16 v) {
+  float r;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(v));
+  return r;
+}
+DEV float io_low(u32 pair) { return half_to_float((u16)(pair & 0xffffu)); }
+DEV float io_high(u32 pair) { return half_to_float((u16)(pair >> 16)); }
+DEV float to_float(io_t v) { return half_to_float(v.bits); }
+DEV io_t to_io(float v) {
+  io_t r;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r.bits) : "f"(v));
+  return r;
+}
+DEV u32 pack_io(float low, float high) {
+  u32 r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+#else
+DEV float io_low(u32 pair) { return bf16_low(pair); }
+DEV float io_high(u32 pair) { return bf16_high(pair); }
+DEV float to_float(io_t v) { return __uint_as_float((u32)v.bits << 16); }
+DEV io_t to_io(float v) {
+  io_t r;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r.bits) : "f"(v));
+  return r;
+}
+DEV u32 pack_io(float low, float high) { return pack_bf16(low, high); }
+#endif
+// Four signed bytes to four floats, exactly: a byte (biased to unsigned) is put into the mantissa of 2^23, and the
+// bias is subtracted. Twice the rate of the integer-to-float instruction.
+DEV void bytes_to_floats(u32 bytes, float* out) {
+  const u32 biased = bytes ^ 0x80808080u;
+#pragma unroll
+  for (int i = 0; i < 4; i++) out[i] = __uint_as_float(__byte_perm(biased, 0x4b000000u, 0x7440 + i)) - 8388736.f;
+}
+DEV int round_to_int(float v) {
+  int r;
+  asm("cvt.rni.s32.f32 %0, %1;" : "=r"(r) : "f"(v));
+  return r;
+}
+
+// ---- approximate functions of the special-function unit
+DEV float exp2_fast(float v) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+DEV float log2_fast(float v) {
+  float r;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+DEV float reciprocal(float v) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+DEV float rsqrt_fast(float v) {
+  float r;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+// tanh.approx is off by 2^-11, which a softcap of 50 turns into 2 % of a probability: this is off by 1e-7.
+DEV float tanh_fast(float v) { return 1.f - 2.f * reciprocal(1.f + exp2_fast(2.f * LOG2E * v)); }
+DEV float silu(float v) { return v * reciprocal(1.f + exp2_fast(-LOG2E * v)); }
+DEV float gelu_tanh(float v) { return 0.5f * v * (1.f + tanh_fast(0.7978845608028654f * (v + 0.044715f * v * v * v))); }
+
+// ---- memory
+DEV vec16 load16(const void* p) {  // read once, by this thread alone: not kept in L1
+  vec16 r;
+  asm volatile("ld.global.L1::no_allocate.v4.b32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r.x[0]), "=r"(r.x[1]), "=r"(r.x[2]), "=r"(r.x[3])
+               : "l"(p)
+               : "memory");
+  return r;
+}
+DEV u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+// Asynchronous copies to shared memory; where `ok` is false nothing is read and zeros land.
+DEV void copy16_async(void* shared, const void* global, bool ok) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(ok ? 16 : 0)
+               : "memory");
+}
+DEV void copy4_async(void* shared, const void* global, bool ok) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(ok ? 4 : 0)
+               : "memory");
+}
+DEV void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+DEV void copies_wait() {  // until at most PENDING committed groups of this thread are in flight
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// ---- tensor cores. Lane l holds g = l / 4 and t = l % 4.
+// Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8 and receives, of each
+// matrix, elements (row g, columns 2t and 2t+1), or transposed (rows 2t and 2t+1, column g).
+DEV void load_matrices(u32* r, const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+DEV void load_matrices_transposed(u32* r, const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+// c [16, 8] += a [16, 16] b [16, 8]. c: rows g (0, 1) and g + 8 (2, 3), columns 2t and 2t+1.
+DEV void mma_bf16(float* c, const u32* a, const u32* b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+#if IO_FP16
+DEV void mma_io(float* c, const u32* a, const u32* b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+#else
+DEV void mma_io(float* c, const u32* a, const u32* b) { mma_bf16(c, a, b); }
+#endif
+
+// ---- reductions
+DEV float warp_sum(float v) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset >>= 1) v += __shfl_xor_sync(FULL_WARP, v, offset);
+  return v;
+}
+DEV float warp_max(float v) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset >>= 1) v = fmaxf(v, __shfl_xor_sync(FULL_WARP, v, offset));
+  return v;
+}
+// Sum over a block of WARPS warps; every thread gets it. `scratch` holds WARPS floats and is free to reuse after the
+// block's next barrier.
+template <int WARPS>
+DEV float block_sum(float v, float* scratch) {
+  v = warp_sum(v);
+  if (WARPS == 1) return v;
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
+  __syncthreads();
+  float total = 0.f;
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) total += scratch[w];
+  return total;
+}

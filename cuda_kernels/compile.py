@@ -1,0 +1,168 @@
+"""From a .cu file and its -D settings to PTX and machine code, kept on disk.
+
+A kernel is specialised by macros (`HEAD_DIM=128`), never by templates across the language border, so one small
+module per configuration is built when it is first needed: by NVRTC where its library can be loaded, else by nvcc.
+The `#include`s are expanded here, before the cache key is made: a cache keyed by the text of the .cu alone (as
+CuPy's is) would serve stale code after an edit of common.cuh.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cuda_kernels import nvrtc
+from cuda_kernels.nvrtc import CompileError
+
+SOURCES = Path(__file__).parent
+# Flush denormals as CuPy and every fast attention kernel do; registers and spills are printed into the log.
+OPTIONS = ("--std=c++17", "-ftz=true", "--ptxas-options=-v")
+_INCLUDE = re.compile(r'^#include "([\w.]+)"\n', re.M)
+_USAGE = re.compile(
+    r"Compiling entry function '(?P<entry>\w+)'.*?(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
+    r".*?Used (?P<registers>\d+) registers",
+    re.S,
+)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one entry point takes of a multiprocessor, as ptxas reported it."""
+
+    registers: int
+    spill_bytes: int
+
+
+@dataclass(frozen=True)
+class Built:
+    """One compiled source: files that stay in the cache."""
+
+    ptx_path: Path
+    cubin_path: Path
+    log: str
+
+    @property
+    def ptx(self) -> str:
+        return self.ptx_path.read_text()
+
+    @property
+    def usage(self) -> dict[str, Usage]:
+        """Registers and spills of each entry point."""
+        return {
+            found["entry"]: Usage(int(found["registers"]), int(found["stores"]) + int(found["loads"]))
+            for found in _USAGE.finditer(self.log)
+        }
+
+
+@functools.cache
+def expand(name: str) -> str:
+    """Return the text of a source with its includes put in, each once."""
+    seen: set[str] = set()
+
+    def include(found: re.Match[str]) -> str:
+        if found[1] in seen:
+            return ""
+        seen.add(found[1])
+        return body(found[1])
+
+    def body(file: str) -> str:
+        return _INCLUDE.sub(include, (SOURCES / file).read_text().replace("#pragma once\n", ""))
+
+    return body(name)
+
+
+def compiler_version() -> str | None:
+    """Return which compiler will be used, with its version; None where there is none."""
+    if nvrtc.library() is not None:
+        return f"nvrtc {nvrtc.version()}"
+    return _nvcc_version()
+
+
+@functools.cache
+def _nvcc_version() -> str | None:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    said = _run([nvcc, "--version"]).stdout
+    found = re.search(r"release [\d.]+, V([\d.]+)", said)
+    return f"nvcc {found[1] if found else said}"
+
+
+def cache_directory() -> Path:
+    """Return where compiled kernels are kept: `$TRIO_LLM_CACHE_DIR`, else the user's cache directory."""
+    given = os.environ.get("TRIO_LLM_CACHE_DIR")
+    if given:
+        return Path(given) / "kernels"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trio-llm" / "kernels"
+
+
+def build(name: str, defines: Mapping[str, str | int], arch: str) -> Built:
+    """Compile a source of this package, or take it from the cache.
+
+    Args:
+        name: File name, for example "norm.cu".
+        defines: Macros.
+        arch: A real architecture, for example "sm_90".
+    Raises:
+        CompileError: It does not compile, or there is no compiler.
+    """
+    return build_text(expand(name), name, defines, arch)
+
+
+def build_text(source: str, name: str, defines: Mapping[str, str | int], arch: str) -> Built:
+    """Compile an expanded text; `name` is only shown in messages."""
+    version = compiler_version()
+    if version is None:
+        raise CompileError("neither NVRTC (pip install nvidia-cuda-nvrtc) nor nvcc was found")
+    options = [f"-D{key}={value}" for key, value in sorted(defines.items())]
+    key = hashlib.sha256("\0".join([version, arch, *OPTIONS, *options, source]).encode()).hexdigest()[:32]
+    stem = cache_directory() / key
+    built = Built(stem.with_suffix(".ptx"), stem.with_suffix(".cubin"), "")
+    log_path = stem.with_suffix(".log")  # written last: its presence says that the others are whole
+    if not log_path.exists():
+        compile_now = _by_nvrtc if version.startswith("nvrtc") else _by_nvcc
+        ptx, cubin, log = compile_now(source, name, options, arch)
+        for path, data in ((built.ptx_path, ptx), (built.cubin_path, cubin), (log_path, log.encode())):
+            _write_whole(path, data)
+    return Built(built.ptx_path, built.cubin_path, log_path.read_text())
+
+
+def _by_nvrtc(source: str, name: str, options: list[str], arch: str) -> tuple[bytes, bytes, str]:
+    return nvrtc.compile_program(source, name, [f"-arch={arch}", *OPTIONS, *options])
+
+
+def _by_nvcc(source: str, name: str, options: list[str], arch: str) -> tuple[bytes, bytes, str]:
+    with tempfile.TemporaryDirectory() as folder:
+        text, ptx, cubin = (Path(folder, f"kernel.{kind}") for kind in ("cu", "ptx", "cubin"))
+        text.write_text(source)
+        logs: list[str] = []
+        for command in (
+            ["nvcc", "-ptx", f"-arch={arch.replace('sm_', 'compute_')}", *OPTIONS, *options, str(text), "-o", str(ptx)],
+            ["ptxas", "-v", f"-arch={arch}", str(ptx), "-o", str(cubin)],
+        ):
+            done = _run(command)
+            logs.append(done.stderr)
+            if done.returncode:
+                raise CompileError(f"{name}: {done.stderr}")
+        return ptx.read_bytes(), cubin.read_bytes(), "".join(logs)
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - nvcc, on our own text
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Write so that another process sees the whole file or none of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+    Path(temporary).replace(path)

@@ -1,0 +1,69 @@
+"""Launch kernels on the CPU: the same interface as the launcher for GPUs, over CPU tensors."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from cuda_kernels.launch import Kernel
+from cuda_kernels.simulator import arithmetic, conversion, transfer, warp
+from cuda_kernels.simulator.counters import Counters
+from cuda_kernels.simulator.decode import decode
+from cuda_kernels.simulator.machine import LOCKSTEP, Dim3, Machine, Operate
+from cuda_kernels.simulator.memory import GlobalMemory
+from cuda_kernels.simulator.program import Program, parse
+
+INSTRUCTION_SETS = (arithmetic, conversion, transfer, warp)  # importing them registers their decoders
+_MAX_LANES = 8192  # blocks are run side by side up to so many lanes: guessed, where numpy's overhead is spread well
+_MAX_SHARED_BYTES = 227 * 1024  # what a block of an H100 may have
+
+
+@functools.lru_cache(maxsize=64)
+def _prepare(ptx: str, entry: str) -> tuple[Program, tuple[Operate | None, ...]]:
+    program = parse(ptx, entry)
+    return program, decode(program)
+
+
+class SimulatedLauncher:
+    """Runs kernels compiled for `arch`, warps in a given order (see machine.ORDERS)."""
+
+    def __init__(self, arch: str = "sm_90", order: int = LOCKSTEP, counters: Counters | None = None) -> None:
+        self._arch, self._order, self._counters = arch, order, counters
+
+    def launch(self, kernel: Kernel, grid: Dim3, block: Dim3, shared_bytes: int, args: Sequence[Any]) -> None:
+        written = [not p.read_only for p in kernel.parameters]
+        self.launch_ptx(kernel.build(self._arch).ptx, kernel.entry, grid, block, shared_bytes, args, written)
+
+    def launch_ptx(
+        self, ptx: str, entry: str, grid: Dim3, block: Dim3, shared_bytes: int, args: Sequence[Any],
+        written: Sequence[bool],
+    ) -> None:  # fmt: skip
+        """Run a kernel of a PTX text; `written` says which tensors it may write."""
+        assert shared_bytes <= _MAX_SHARED_BYTES, f"{entry}: {shared_bytes} bytes of shared memory"
+        program, code = _prepare(ptx, entry)
+        tensors = [(arg, w) for arg, w in zip(args, written, strict=True) if isinstance(arg, torch.Tensor)]
+        memory = GlobalMemory(tensors)
+        arguments = {
+            name: _bits(arg, kind, memory) for (name, kind), arg in zip(program.parameters, args, strict=True)
+        }
+        side_by_side = max(1, _MAX_LANES // int(np.prod(block)))
+        total = int(np.prod(grid))
+        for first in range(0, total, side_by_side):
+            blocks = np.arange(first, min(first + side_by_side, total))
+            batch = Machine(
+                program, code, arguments, memory, blocks, grid, block, shared_bytes, self._order, self._counters
+            )
+            batch.run()
+
+
+def _bits(arg: Any, kind: str, memory: GlobalMemory) -> np.ndarray:
+    """Return an argument as the bits of a parameter of a PTX type."""
+    if arg is None or isinstance(arg, torch.Tensor):
+        assert kind == "u64", f"a pointer for a parameter of type {kind}"
+        return np.array([0 if arg is None else memory.address(arg)], np.uint64)
+    assert arg.dtype.itemsize * 8 == int(kind[1:]), f"{arg!r} for a parameter of type {kind}"
+    return np.array([arg]).view(f"u{arg.dtype.itemsize}")

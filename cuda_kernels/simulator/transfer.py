@@ -1,0 +1,215 @@
+"""Instructions that touch memory: ld, st, cp.async, atom, red, fences (PTX ISA 9.0, sections 9.7.9 and 9.7.13)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cuda_kernels.simulator.decode import TYPES, address, instruction, items, modifiers, operands, reader, writer
+from cuda_kernels.simulator.errors import UnsupportedError
+from cuda_kernels.simulator.machine import Lanes, Machine, Operate
+from cuda_kernels.simulator.memory import Integers
+from cuda_kernels.simulator.program import Address, Immediate, Instruction, Name, Operand, Program
+
+_HINTS = "nc volatile relaxed gpu cta L1__no_allocate L2__128B v2 v4"
+Words = NDArray[np.unsignedinteger]
+
+
+def _space(ins: Instruction, flags: frozenset[str]) -> str:
+    space = flags & {"global", "shared"}
+    if len(space) != 1:
+        raise UnsupportedError(f"{ins.text}: no state space (a generic address)")
+    return next(iter(space))
+
+
+def _count(m: Machine, ins: Instruction, lanes: Lanes, addresses: Integers, width: int, space: str) -> None:
+    if m.counters is not None:
+        tally = m.counters.global_access if space == "global" else m.counters.shared_access
+        tally(ins.opcode, m.lanes[lanes] // 32, addresses, width)
+
+
+def _vector_length(flags: frozenset[str], parts: tuple[Operand, ...], ins: Instruction) -> int:
+    length = 4 if "v4" in flags else 2 if "v2" in flags else 1
+    if length != len(parts):
+        raise UnsupportedError(ins.text)
+    return length
+
+
+@instruction("ld")
+def _load(ins: Instruction, program: Program) -> Operate:
+    if ins.modifiers[0] == "param":
+        return _load_parameter(ins, program)
+    flags, (kind,) = modifiers(ins, f"global shared {_HINTS}")
+    space = _space(ins, flags)
+    destination, source = operands(ins, 2)
+    parts = items(destination)
+    item = np.dtype(TYPES[kind]).itemsize
+    width = item * _vector_length(flags, parts, ins)
+    where = address(source, program)
+    writes = [writer(part, kind, program, extend=True) for part in parts]
+
+    def run(m: Machine, lanes: Lanes) -> None:
+        addresses = where(m, lanes)
+        _count(m, ins, lanes, addresses, width, space)
+        if space == "global":
+            values = m.memory.load(addresses, width, item, ins.text)
+        else:
+            values = m.shared.load(m.block_of[lanes], addresses, width, item, ins.text)
+        for i, write in enumerate(writes):
+            write(m, lanes, np.ascontiguousarray(values[:, i]).view(TYPES[kind]))
+
+    return run
+
+
+def _load_parameter(ins: Instruction, program: Program) -> Operate:
+    _, (kind,) = modifiers(ins, "param")
+    destination, source = operands(ins, 2)
+    if not isinstance(source, Address) or not isinstance(source.base, Name) or source.offset:
+        raise UnsupportedError(ins.text)
+    name, write = source.base.name, writer(destination, kind, program, extend=True)
+    return lambda m, lanes: write(m, lanes, m.arguments[name].view(TYPES[kind]))
+
+
+@instruction("st")
+def _store(ins: Instruction, program: Program) -> Operate:
+    flags, (kind,) = modifiers(ins, f"global shared {_HINTS}")
+    space = _space(ins, flags)
+    destination, source = operands(ins, 2)
+    parts = items(source)
+    item = np.dtype(TYPES[kind]).itemsize
+    width = item * _vector_length(flags, parts, ins)
+    where = address(destination, program)
+    reads = [reader(part, kind, program, narrow=True) for part in parts]
+
+    def run(m: Machine, lanes: Lanes) -> None:
+        addresses = where(m, lanes)
+        _count(m, ins, lanes, addresses, width, space)
+        values = np.empty((len(addresses), len(reads)), f"u{item}")
+        for i, read in enumerate(reads):
+            values[:, i] = read(m, lanes).view(values.dtype)
+        if space == "global":
+            m.memory.store(addresses, values, ins.text)
+        else:
+            m.shared.store(m.block_of[lanes], addresses, values, ins.text)
+
+    return run
+
+
+@instruction("cp")
+def _copy(ins: Instruction, program: Program) -> Operate:
+    if ins.modifiers == ("async", "commit_group"):
+        return _commit
+    if ins.modifiers == ("async", "wait_group"):
+        (pending,) = operands(ins, 1)
+        assert isinstance(pending, Immediate)
+        return lambda m, lanes: _land(m, lanes, pending.value)
+    return _copy_async(ins, program)
+
+
+def _commit(m: Machine, lanes: Lanes) -> None:
+    m.commits[lanes] += 1
+
+
+def _copy_async(ins: Instruction, program: Program) -> Operate:
+    """Issue a copy: until it is waited for, its destination reads as NaN."""
+    flags, _ = modifiers(ins, "async ca cg shared global L2__128B", num_types=0)
+    destination, source, size, *taken = operands(ins, 3, 4)
+    assert isinstance(size, Immediate)
+    if not flags >= {"async", "shared", "global"} or ("cg" in flags and size.value != 16):
+        raise UnsupportedError(ins.text)
+    width = size.value
+    to, at = address(destination, program), address(source, program)
+    read_taken = reader(taken[0], "u32", program) if taken else None
+
+    def run(m: Machine, lanes: Lanes) -> None:
+        targets, sources = to(m, lanes), at(m, lanes)
+        blocks, numbers = m.block_of[lanes], m.lanes[lanes]
+        used = np.full(len(targets), width)
+        if read_taken is not None:
+            used[:] = read_taken(m, lanes)
+        if not np.isin(used, (0, width)).all():
+            raise UnsupportedError(f"{ins.text}: copies a part and fills the rest")
+        whole = used > 0
+        if whole.any():
+            m.memory.load(sources[whole], width, width // 4 if width == 4 else 4, ins.text)  # checks the addresses
+            _count(m, ins, numbers[whole], sources[whole], width, "global")
+        m.shared.poison(blocks, targets, width, ins.text)
+        sources = np.where(whole, sources, 0)
+        m.copies.append((numbers, targets, sources, np.full(len(targets), width), m.commits[lanes].copy()))
+
+    return run
+
+
+def _land(m: Machine, lanes: Lanes, pending: int) -> None:
+    """Let the copies land that these lanes committed before their last `pending` groups."""
+    waiting = np.zeros(len(m.lanes), np.bool_)
+    waiting[lanes] = True
+    flying: list[tuple[Integers, ...]] = []
+    for copy in m.copies:
+        numbers, targets, sources, widths, groups = copy
+        due = waiting[numbers] & (groups < m.commits[numbers] - pending)
+        if due.any():
+            _write_copy(m, numbers[due], targets[due], sources[due], int(widths[0]))
+        if not due.all():
+            flying.append(tuple(part[~due] for part in copy))
+    m.copies = flying
+
+
+def _write_copy(m: Machine, numbers: Integers, targets: Integers, sources: Integers, width: int) -> None:
+    values = np.zeros((len(targets), width // 4), np.uint32)
+    whole = sources > 0
+    if whole.any():
+        values[whole] = m.memory.load(sources[whole], width, 4, "cp.async")
+    m.shared.store(m.block_of[numbers], targets, values, "cp.async")
+
+
+_ATOMS: dict[str, Callable[..., Any]] = {
+    "add": lambda old, x: old + x, "max": max, "min": min, "or": lambda old, x: old | x,
+    "and": lambda old, x: old & x, "exch": lambda _old, x: x,
+}  # fmt: skip
+
+
+@instruction("atom", "red")
+def _atomic(ins: Instruction, program: Program) -> Operate:
+    """One lane after another; a kernel whose result depends on their order differs between orders of warps."""
+    flags, (kind,) = modifiers(ins, "global shared relaxed gpu cta " + " ".join(_ATOMS))
+    functions = flags & _ATOMS.keys()
+    space = _space(ins, flags)
+    if len(functions) != 1:
+        raise UnsupportedError(ins.text)
+    function = _ATOMS[next(iter(functions))]
+    given = ins.operands if ins.opcode == "atom" else (Name("_"), *ins.operands)
+    destination, place, operand = given
+    item = np.dtype(TYPES[kind]).itemsize
+    write, where, read = writer(destination, kind, program), address(place, program), reader(operand, kind, program)
+
+    def run(m: Machine, lanes: Lanes) -> None:
+        addresses, values = where(m, lanes), np.broadcast_to(read(m, lanes), m.size(lanes))
+        blocks = m.block_of[lanes]
+        old = np.empty(len(addresses), TYPES[kind])
+        for i in range(len(addresses)):
+            one = addresses[i : i + 1]
+            if space == "global":
+                held = m.memory.load(one, item, item, ins.text)
+            else:
+                held = m.shared.load(blocks[i : i + 1], one, item, item, ins.text)
+            old[i] = held.view(TYPES[kind])[0, 0]
+            with np.errstate(over="ignore"):
+                new = np.array([[function(old[i], values[i])]], TYPES[kind]).view(f"u{item}")
+            if space == "global":
+                m.memory.store(one, new, ins.text)
+            else:
+                m.shared.store(blocks[i : i + 1], one, new, ins.text)
+        write(m, lanes, old)
+
+    return run
+
+
+@instruction("membar", "fence")
+def _fence(ins: Instruction, _program: Program) -> Operate:
+    """Nothing to do: memory is strongly ordered here, which is why this simulator proves nothing about fences."""
+    modifiers(ins, "gl cta gpu sc acq_rel", num_types=0)
+    return lambda _m, _lanes: None

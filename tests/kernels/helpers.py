@@ -1,0 +1,54 @@
+"""What the tests of all kernels share: the simulator in every order of warps, poisoned memory, error measures."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator
+
+import torch
+from torch import Tensor
+
+from cuda_kernels.launch import using
+from cuda_kernels.simulator import SimulatedLauncher
+from cuda_kernels.simulator.counters import Counters
+from cuda_kernels.simulator.machine import ORDERS
+
+# Twice the relative error of rounding to nearest: half a unit in the last place, and as much for the arithmetic.
+ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-20}
+
+
+@contextlib.contextmanager
+def poisoned() -> Generator[None]:
+    """Fill fresh tensors with NaN (the largest number, for integers): what a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True)  # fills torch.empty as a part of what it does
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def simulate(run: Callable[[], tuple[Tensor, ...]], orders: tuple[int, ...] = ORDERS) -> tuple[Tensor, ...]:
+    """Run a wrapper with warps in each order; the results must be equal bit for bit."""
+    results: list[tuple[Tensor, ...]] = []
+    for order in orders:
+        with using(SimulatedLauncher(order=order)), poisoned():
+            results.append(run())
+    for other in results[1:]:
+        for first, second in zip(results[0], other, strict=True):
+            assert torch.equal(first.view(torch.uint8), second.view(torch.uint8)), "depends on the order of warps"
+    return results[0]
+
+
+def count(run: Callable[[], object]) -> Counters:
+    """Run a wrapper once and return the work it was."""
+    counters = Counters()
+    with using(SimulatedLauncher(counters=counters)):
+        run()
+    return counters
+
+
+def assert_close(actual: Tensor, expected: Tensor, *, slack: float = 1.0) -> None:
+    """Compare with a float64 reference, within the rounding of the dtype times `slack`."""
+    assert expected.dtype == torch.float64 and actual.shape == expected.shape
+    scale = ROUNDING[actual.dtype] * slack
+    torch.testing.assert_close(actual.double(), expected, rtol=scale, atol=scale * float(expected.abs().max()) / 16)

@@ -1,0 +1,59 @@
+// Every instruction that the kernels' compilers are known to emit and that the kernels' own tests might miss.
+#include "common.cuh"
+
+extern "C" __global__ void primitives(const int* __restrict__ in, u32* __restrict__ out, float* __restrict__ floats,
+                                      int* __restrict__ histogram, int n) {
+  DYN_SMEM(int, counts);
+  const int i = blockIdx.x * blockDim.x + threadIdx.x, lane = threadIdx.x & 31;
+  const int v = i < n ? in[i] : 0;
+  if (threadIdx.x < 8) counts[threadIdx.x] = 0;
+  __syncthreads();
+  out[i * 10 + 0] = __shfl_down_sync(FULL_WARP, v, 3);
+  out[i * 10 + 1] = __shfl_up_sync(FULL_WARP, v, 5);
+  out[i * 10 + 2] = __shfl_sync(FULL_WARP, v, (lane * 7) & 31);
+  out[i * 10 + 3] = __shfl_xor_sync(FULL_WARP, v, 9, 16);
+  out[i * 10 + 4] = __ballot_sync(FULL_WARP, v & 1);
+  out[i * 10 + 5] = __popc(v) + __clz(v | 1) * 100;
+  out[i * 10 + 6] = __any_sync(FULL_WARP, v > 990) + 2 * __all_sync(FULL_WARP, v >= 0);
+  out[i * 10 + 7] = __byte_perm(v, ~v, 0x3524);
+  out[i * 10 + 8] = __umulhi((u32)v * 2654435761u, 0x9E3779B9u) ^ __funnelshift_l((u32)v, ~(u32)v, v & 31);
+  out[i * 10 + 9] = (u32)(v / -7) * 31u + (u32)(v % 9) + ((u32)v >> 3) / 5u;
+  atomicAdd(&counts[v & 7], 1);
+  if (v % 3 == 0) atomicMax(histogram + 8, v);
+  __syncthreads();
+  if (threadIdx.x < 8) atomicAdd(&histogram[threadIdx.x], counts[threadIdx.x]);
+  float a = v * 0.01f;
+  for (int k = 0; k < (v & 3); k++) a = sqrtf(a + k) * rsqrt_fast(1.f + a);  // lanes leave at different times
+  floats[i * 4 + 0] = (v & 16) ? a : -fabsf(a) + (float)(v % 7);
+  floats[i * 4 + 1] = tanh_fast(a) + silu(a) + gelu_tanh(a) + log2_fast(1.f + a);
+  float bytes[4];
+  bytes_to_floats((u32)v * 2654435761u, bytes);
+  floats[i * 4 + 2] = bytes[0] + 256.f * bytes[1] + 65536.f * bytes[2] + 7.f * bytes[3];
+  floats[i * 4 + 3] = to_float(to_io(a * 1.001f)) + io_high(pack_io(a, 3.f * a)) + (float)round_to_int(a * 7.3f);
+}
+
+// One product of tensor cores through shared memory: out [16, 8] = a [16, 16] b [16, 8], b given as [16, 8] row-major
+// (loaded with a transpose) or as its transpose [8, 16].
+extern "C" __global__ void product(const io_t* __restrict__ a, const io_t* __restrict__ b, const io_t* __restrict__ bt,
+                                   float* __restrict__ out, float* __restrict__ out_t) {
+  DYN_SMEM(io_t, s);  // a, b twice (so that four matrices can be loaded), bt twice
+  const int lane = threadIdx.x;
+  copy16_async(s + lane * 8, a + lane * 8, true);
+  copy16_async(s + 256 + lane * 8, b + lane % 16 * 8, true);
+  copy16_async(s + 512 + lane * 8, bt + lane % 16 * 8, true);
+  copies_commit();
+  copies_wait<0>();
+  __syncthreads();
+  u32 fa[4], fb[4];
+  load_matrices(fa, s + (lane % 16) * 16 + lane / 16 * 8);
+  float c[4] = {1.f, 2.f, 3.f, 4.f}, d[4] = {};
+  load_matrices_transposed(fb, s + 256 + lane * 8);
+  mma_io(c, fa, fb);
+  load_matrices(fb, s + 512 + lane % 8 * 16 + lane / 8 % 2 * 8);
+  mma_io(d, fa, fb);
+  for (int e = 0; e < 4; e++) {
+    const int row = lane / 4 + 8 * (e / 2), column = lane % 4 * 2 + e % 2;
+    out[row * 8 + column] = c[e] - (e + 1);
+    out_t[row * 8 + column] = d[e];
+  }
+}

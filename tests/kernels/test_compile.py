@@ -1,0 +1,96 @@
+"""Compilation, its cache, and what is read out of sources and logs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cuda_kernels import compile as compiling
+from cuda_kernels import nvrtc
+from cuda_kernels.signature import Parameter, entries
+
+SOURCE = """extern "C" __global__ void __launch_bounds__(32)
+    twice(const float* __restrict__ x, float* y, int n) { y[n] = 2.f * x[n]; }"""
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give each test a cache of its own."""
+    monkeypatch.setenv("TRIO_LLM_CACHE_DIR", str(tmp_path))
+    return tmp_path / "kernels"
+
+
+def test_a_kernel_compiles_without_a_gpu(cache: Path) -> None:
+    """PTX, machine code and the registers of each entry come out, and stay on disk."""
+    built = compiling.build_text(SOURCE, "twice.cu", {}, "sm_90")
+    assert ".entry twice(" in built.ptx and built.cubin_path.read_bytes()[:4] == b"\x7fELF"
+    assert built.usage["twice"].registers > 0 and built.usage["twice"].spill_bytes == 0
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_the_cache_knows_everything_that_changes_the_code(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another text, macro, architecture or compiler is another entry; the same again compiles nothing."""
+    made = [
+        compiling.build_text(SOURCE, "twice.cu", {}, "sm_90"),
+        compiling.build_text(SOURCE + "\n", "twice.cu", {}, "sm_90"),
+        compiling.build_text(SOURCE, "twice.cu", {"A": 1}, "sm_90"),
+        compiling.build_text(SOURCE, "twice.cu", {}, "sm_80"),
+    ]
+    assert len({built.ptx_path for built in made}) == 4
+    monkeypatch.setattr(compiling, "_by_nvrtc", None)
+    monkeypatch.setattr(compiling, "_by_nvcc", None)
+    assert compiling.build_text(SOURCE, "twice.cu", {}, "sm_90") == made[0]
+    monkeypatch.setattr(compiling, "compiler_version", lambda: "nvcc 99")
+    with pytest.raises(TypeError):
+        compiling.build_text(SOURCE, "twice.cu", {}, "sm_90")
+
+
+def test_an_interrupted_build_is_done_again(cache: Path) -> None:
+    """Files without the log, which is written last, do not count as built."""
+    built = compiling.build_text(SOURCE, "twice.cu", {}, "sm_90")
+    built.ptx_path.write_text("half a f")
+    built.ptx_path.with_suffix(".log").unlink()
+    assert ".entry twice(" in compiling.build_text(SOURCE, "twice.cu", {}, "sm_90").ptx
+
+
+def test_the_compilers_complaint_is_the_error() -> None:
+    """What does not compile raises with the compiler's own words and the file's name."""
+    with pytest.raises(compiling.CompileError, match=r"wrong\.cu(.|\n)*oops"):
+        compiling.build_text("oops;", "wrong.cu", {}, "sm_90")
+
+
+def test_no_compiler_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is neither NVRTC nor nvcc, the error says what to install."""
+    monkeypatch.setattr(compiling, "compiler_version", lambda: None)
+    with pytest.raises(compiling.CompileError, match="pip install nvidia-cuda-nvrtc"):
+        compiling.build_text(SOURCE, "twice.cu", {}, "sm_90")
+
+
+@pytest.mark.skipif(compiling._nvcc_version() is None, reason="needs nvcc")
+def test_nvcc_does_where_there_is_no_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The toolkit's compiler gives the same three things."""
+    monkeypatch.setattr(nvrtc, "library", lambda: None)
+    assert (compiling.compiler_version() or "").startswith("nvcc ")
+    built = compiling.build_text(SOURCE, "twice.cu", {}, "sm_90")
+    assert ".entry twice(" in built.ptx and built.cubin_path.read_bytes()[:4] == b"\x7fELF"
+    assert built.usage["twice"].registers > 0
+    with pytest.raises(compiling.CompileError, match="oops"):
+        compiling.build_text("oops;", "wrong.cu", {}, "sm_90")
+
+
+def test_includes_are_expanded_once() -> None:
+    """The text that is compiled and hashed holds common.cuh itself, not its name."""
+    text = compiling.expand("norm.cu")
+    assert "#include" not in text and text.count("DEV float warp_sum(") == 1
+
+
+def test_signatures_are_read_from_the_source() -> None:
+    """Names, types, pointers and const come from the declaration; what cannot be passed is refused."""
+    assert entries(SOURCE)["twice"] == (
+        Parameter("x", "float", pointer=True, read_only=True),
+        Parameter("y", "float", pointer=True, read_only=False),
+        Parameter("n", "int", pointer=False, read_only=False),
+    )
+    with pytest.raises(ValueError, match="double"):
+        entries('extern "C" __global__ void f(double x) {}')

@@ -1,0 +1,153 @@
+"""What reaches a kernel is exactly what it declares, or nothing is launched."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cuda_kernels import launch
+from cuda_kernels.launch import CupyLauncher, check, kernel, using
+
+NORM = kernel("norm.cu", "rms_norm", HIDDEN=64, THREADS=32)
+
+
+def good() -> list[Any]:
+    """Return arguments that fit rms_norm."""
+    return [*(torch.zeros(2, 64, dtype=torch.bfloat16) for _ in range(3)), 64, 1e-6]
+
+
+def test_numbers_become_what_the_declaration_says() -> None:
+    """A Python float reaches a float parameter as float32, an int an int parameter as int32; tensors stay."""
+    *tensors, stride, eps = check(NORM, good())
+    assert all(a is b for a, b in zip(tensors, check(NORM, [*tensors, 64, 1e-6]), strict=False))
+    assert type(stride) is np.int32 and type(eps) is np.float32 and eps == np.float32(1e-6)
+    assert type(check(NORM, [*good()[:4], 1])[4]) is np.float32
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "match"),
+    [
+        (0, 5, "argument x: expected a tensor, got 5"),
+        (0, torch.zeros(2, 64), "argument x: expected torch.bfloat16, got torch.float32"),
+        (3, 64.0, "argument row_stride: expected int, got 64.0"),
+        (3, True, "argument row_stride: expected int, got bool"),
+        (4, None, "argument eps: expected float, got NoneType"),
+        (4, torch.ones(()), "argument eps: expected float, got Tensor"),
+    ],
+)
+def test_wrong_arguments_are_refused_by_name(place: int, value: object, match: str) -> None:
+    """A mistake names kernel, argument, what was expected and what came."""
+    args = good()
+    args[place] = value
+    with pytest.raises(TypeError, match=match):
+        check(NORM, args)
+
+
+def test_too_few_and_too_big_arguments_are_refused() -> None:
+    """The number of arguments must be right, and an int must fit."""
+    with pytest.raises(TypeError, match="takes 5 arguments, got 4"):
+        check(NORM, good()[:4])
+    with pytest.raises(OverflowError):
+        check(NORM, [*good()[:3], 2**31, 1e-6])
+
+
+def test_dtypes_follow_the_specialisation() -> None:
+    """A kernel specialised for float16 takes float16 activations."""
+    fp16 = kernel("norm.cu", "rms_norm", HIDDEN=64, THREADS=32, IO_FP16=1)
+    args: list[Any] = [*(torch.zeros(2, 64, dtype=torch.float16) for _ in range(3)), 64, 1e-6]
+    assert check(fp16, args)[0] is args[0]
+    with pytest.raises(TypeError, match=r"expected torch\.float16"):
+        check(fp16, good())
+
+
+class Recorder:
+    """Remembers launches."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def launch(self, kernel: object, grid: object, block: object, shared_bytes: int, args: Sequence[Any]) -> None:
+        self.calls.append((grid, block, shared_bytes, *args))
+
+
+def test_an_empty_grid_is_not_launched() -> None:
+    """No rows, no launch: CUDA refuses an empty grid."""
+    recorder = Recorder()
+    with using(recorder):
+        NORM((0, 1, 1), (32, 1, 1), 0, *good())
+        assert recorder.calls == []
+        NORM((2, 1, 1), (32, 1, 1), 16, *good())
+    assert recorder.calls[0][:3] == ((2, 1, 1), (32, 1, 1), 16)
+    assert isinstance(launch._launcher, CupyLauncher)
+
+
+class FakeDevice:
+    """`cupy.cuda.Device`, a context manager."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+
+def test_cupy_gets_pointers_sizes_and_the_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher loads the cubin, asks for shared memory above 48 KiB, and passes torch's stream of the moment."""
+    launched: list[Any] = []
+    function = SimpleNamespace(max_dynamic_shared_size_bytes=0)
+    paths: list[str] = []
+
+    class Module:
+        def __init__(self, path: str) -> None:
+            paths.append(path)
+
+        def get_function(self, name: str) -> Any:
+            assert name == "rms_norm"
+
+            class Function:
+                def __call__(self, *args: Any, **kwargs: Any) -> None:
+                    launched.append((args, kwargs))
+
+                def __setattr__(self, key: str, value: int) -> None:
+                    setattr(function, key, value)
+
+            return Function()
+
+    cupy = ModuleType("cupy")
+    cupy.RawModule = Module  # type: ignore[attr-defined]
+    cupy.cuda = SimpleNamespace(Device=FakeDevice)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    streams = iter([111, 222])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=next(streams)))
+    tensors = [SimpleNamespace(data_ptr=lambda i=i: 4096 + i) for i in range(3)]
+    monkeypatch.setattr(launch, "_pointer", lambda t: np.uint64(t.data_ptr()))
+    monkeypatch.setattr(torch, "Tensor", SimpleNamespace)
+    for t in tensors:
+        t.device = torch.device("cuda", 0)
+    launch._loaded.cache_clear()
+    for _ in range(2):
+        CupyLauncher().launch(NORM, (2, 1, 1), (32, 1, 1), 65536, [*tensors, np.int32(64), np.float32(1e-6)])
+    assert len(paths) == 1 and paths[0].endswith(".cubin")
+    assert function.max_dynamic_shared_size_bytes == 65536
+    (grid, block, raw), keywords = launched[0]
+    assert (grid, block, raw) == ((2, 1, 1), (32, 1, 1), (4096, 4097, 4098, 64, np.float32(1e-6)))
+    assert all(isinstance(x, np.generic) for x in raw)
+    assert [k["stream"].ptr for _, k in launched] == [111, 222] and keywords["shared_mem"] == 65536
+
+
+def test_a_tensor_of_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU tensor never reaches a GPU kernel as a pointer."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(TypeError, match="argument x: is on cpu, not on cuda:0"):
+        CupyLauncher().launch(NORM, (2, 1, 1), (32, 1, 1), 0, check(NORM, good()))
