@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import attrs
 import torch
 
 from trio_llm.config import EngineConfig
@@ -32,6 +33,7 @@ def load_runner(config: EngineConfig, report: Callable[[Progress], None] | None 
     plan = inspect_model(config)
     info = _info(plan, config)
     budget = make_budget(plan, config, available_bytes())
+    info = attrs.evolve(info, memory_table=budget.render())
     _limit_threads()
     loaded = load_model(config, plan.dtype, device, report)
     return Runner(loaded.model, loaded.kv_layout, info, budget, max_batch_size=config.max_batch_size, device=device)
