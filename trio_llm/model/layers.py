@@ -18,6 +18,7 @@ from trio_llm.model.weights import Weights
 
 ACTIVATIONS: dict[str, ops.Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 MAX_LAYERS = 1000
+MAX_EXPERTS = 4096
 
 
 def attention_spec(
@@ -118,3 +119,8 @@ class GatedMLP:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return ops.linear(ops.act_and_mul(ops.linear(hidden, self.gate_up), self.kind), self.down)
+
+
+def make_experts(gate_up: ops.Matrix, down: ops.Matrix, num_experts: int, device: torch.device) -> ops.Experts:
+    """Put expert weights together with a count of the tokens they get."""
+    return ops.Experts(gate_up, down, torch.zeros(num_experts, dtype=torch.int64, device=device))

@@ -5,7 +5,8 @@ A family that differs in a detail overrides the method that makes the part.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,21 +40,33 @@ class LlamaLayer:
 class Llama:
     """A Llama decoder. `config` is the text config; letters as in layers.py."""
 
+    tied_by_default = False
+
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         self.config = config
         self.hidden_size = config.get_int("hidden_size")
         self.vocab_size = config.get_int("vocab_size")
+        self.num_layers = config.get_int("num_hidden_layers", most=MAX_LAYERS)
         self.eps = config.get_float("rms_norm_eps", 1e-6)
-        num_layers = config.get_int("num_hidden_layers", most=MAX_LAYERS)
-        self.specs = tuple(self.make_spec(layer) for layer in range(num_layers))
-        self.rope = make_rope(config, self.specs[0].head_dim).to(weights.device)
-        tied = config.get_bool("tie_word_embeddings", False)
-        # only a table that is also the output matrix is worth quantising: a lookup reads one row of it
-        table = weights if tied else weights.unquantized()
-        self.embed = table.matrix(["model.embed_tokens"], [self.vocab_size], self.hidden_size)
-        self.layers = [self.make_layer(layer, weights.at(f"model.layers.{layer}")) for layer in range(num_layers)]
+        self.experts: list[ops.Experts] = []
+        self.read_config()
+        self.specs = tuple(self.make_spec(layer) for layer in range(self.num_layers))
+        self.read_weights(weights)
+
+    def read_config(self) -> None:
+        """Read what a family needs to know before its specs."""
+
+    def read_weights(self, weights: Weights) -> None:
+        tied = self.config.get_bool("tie_word_embeddings", self.tied_by_default)
+        self.ropes = self.make_ropes(weights.device)
+        self.embed = weights.table("model.embed_tokens.weight", self.vocab_size, self.hidden_size)
+        self.layers = [self.make_layer(i, weights.at(f"model.layers.{i}")) for i in range(self.num_layers)]
         self.norm = weights.tensor("model.norm.weight", self.hidden_size)
         self.head = self.embed if tied else weights.matrix(["lm_head"], [self.vocab_size], self.hidden_size)
+
+    def make_ropes(self, device: torch.device) -> Sequence[Rope]:
+        """Return each layer's rope; layers that rotate alike share the object."""
+        return [make_rope(self.config, self.specs[0].head_dim).to(device)] * self.num_layers
 
     def is_ignored(self, name: str) -> bool:
         """Say whether a checkpoint may hold this tensor though nothing reads it.
@@ -65,14 +78,17 @@ class Llama:
     def make_spec(self, layer: int) -> AttentionSpec:
         return attention_spec(self.config, layer)
 
-    def make_layer(self, layer: int, weights: Weights) -> LlamaLayer:
-        attention = self.make_attention(layer, weights.at("self_attn"), self.rope)
+    def make_layer(self, layer: int, weights: Weights) -> Callable[..., Any]:
+        attention = self.make_attention(layer, weights.at("self_attn"))
         return LlamaLayer(weights, self.hidden_size, self.eps, attention, self.make_mlp(weights))
 
-    def make_attention(self, layer: int, weights: Weights, rope: Rope) -> Attention:
+    def make_attention(self, layer: int, weights: Weights, **options: bool) -> Attention:
+        """Read one layer's attention; `options` are Attention's, biases as the config says unless given."""
         bias = self.config.get_bool("attention_bias", False)
-        spec = self.specs[layer]
-        return Attention(weights, spec, layer, rope, self.hidden_size, eps=self.eps, qkv_bias=bias, out_bias=bias)
+        options = {"qkv_bias": bias, "out_bias": bias, **options}
+        return Attention(
+            weights, self.specs[layer], layer, self.ropes[layer], self.hidden_size, eps=self.eps, **options
+        )
 
     def make_mlp(self, weights: Weights) -> Callable[[Tensor], Tensor]:
         kind = self.config.choice("hidden_act", ACTIVATIONS, "silu")
@@ -86,6 +102,10 @@ class Llama:
         for layer in self.layers:
             hidden, residual = layer(hidden, residual, batch, kv)
         return ops.add_rms_norm(hidden, residual, self.norm, self.eps)[0]
+
+    def expert_load(self) -> Tensor | None:
+        """Return [L, E] int64, tokens each expert of each sparse layer has received so far; None without experts."""
+        return torch.stack([experts.load for experts in self.experts]) if self.experts else None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return [R, V] float32 for hidden rows [R, H]."""

@@ -38,6 +38,10 @@ class Model(Protocol):
         """Run the layers; write keys and values of all S tokens; return [S, H], after the final norm."""
         ...
 
+    def expert_load(self) -> Tensor | None:
+        """Return [L, E] int64, tokens each expert of each sparse layer has received so far; None without experts."""
+        ...
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Return [R, V] float32 for hidden rows [R, H]."""
         ...

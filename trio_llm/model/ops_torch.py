@@ -74,11 +74,9 @@ def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def embedding(token_ids: Tensor, matrix: Matrix) -> Tensor:
-    """Return rows of the matrix, [S, K] for ids [S], in the model's dtype."""
+    """Return rows of the matrix in the model's dtype, [..., K] for ids [...]."""
     rows = F.embedding(token_ids, matrix.weight)
-    if isinstance(matrix, Dense):
-        return rows
-    return rows * matrix.scale[token_ids, None]
+    return rows if isinstance(matrix, Dense) else rows * matrix.scale[token_ids][..., None]
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -7,7 +7,6 @@ from trio_llm.model.config import ModelConfig
 from trio_llm.model.kv_cache import AttentionSpec
 from trio_llm.model.layers import Attention, attention_spec
 from trio_llm.model.llama import Llama
-from trio_llm.model.rope import Rope
 from trio_llm.model.weights import Weights
 
 
@@ -31,16 +30,15 @@ class Qwen2(Llama):
     def make_spec(self, layer: int) -> AttentionSpec:
         return attention_spec(self.config, layer, window=layer_window(self.config, layer))
 
-    def make_attention(self, layer: int, weights: Weights, rope: Rope) -> Attention:
-        return Attention(weights, self.specs[layer], layer, rope, self.hidden_size, eps=self.eps, qkv_bias=True)
+    def make_attention(self, layer: int, weights: Weights, **options: bool) -> Attention:
+        return super().make_attention(layer, weights, **{"qkv_bias": True, "out_bias": False, **options})
 
 
-class Qwen3(Qwen2):
-    """q and k are normalised before the rotation; biases only where the config says so."""
+class Qwen3(Llama):
+    """Windows as in Qwen2; q and k are normalised before the rotation; biases only where the config says so."""
 
-    def make_attention(self, layer: int, weights: Weights, rope: Rope) -> Attention:
-        bias = self.config.get_bool("attention_bias", False)
-        spec = self.specs[layer]
-        return Attention(
-            weights, spec, layer, rope, self.hidden_size, eps=self.eps, qkv_bias=bias, out_bias=bias, qk_norm=True
-        )
+    def make_spec(self, layer: int) -> AttentionSpec:
+        return attention_spec(self.config, layer, window=layer_window(self.config, layer))
+
+    def make_attention(self, layer: int, weights: Weights, **options: bool) -> Attention:
+        return super().make_attention(layer, weights, qk_norm=True, **options)

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 FAMILIES = {
     "LlamaForCausalLM": "trio_llm.model.llama:Llama",
     "Qwen2ForCausalLM": "trio_llm.model.qwen:Qwen2",
+    "MistralForCausalLM": "trio_llm.model.mistral:Mistral",
+    "MixtralForCausalLM": "trio_llm.model.mixtral:Mixtral",
+    "Gemma4ForCausalLM": "trio_llm.model.gemma4:Gemma4",
+    "Gemma4ForConditionalGeneration": "trio_llm.model.gemma4:Gemma4",
     "Qwen3ForCausalLM": "trio_llm.model.qwen:Qwen3",
 }
 

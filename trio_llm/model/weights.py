@@ -21,6 +21,7 @@ from trio_llm.errors import CheckpointError
 from trio_llm.model.ops import Dense, Int8, Matrix
 
 INT8_MAX = 127
+QUANTIZE_ELEMENTS = 16 * 1024 * 1024  # quantised at a time: 64 MiB of float32 (guessed)
 DUMMY_STD = 0.02  # Hugging Face's initializer_range
 
 
@@ -87,6 +88,15 @@ class Weights:
             return Int8(built.weight[0], built.scale[0], bias_out)
         return Dense(built.weight[0], bias_out)
 
+    def table(self, name: str, rows: int, columns: int, parts: int = 1) -> Matrix:
+        """Return an embedding table [rows, columns], as [rows * parts, columns / parts]: one int8 scale per part."""
+
+        def fill(out: Tensor, _: int) -> None:
+            self._fill(out.view(rows, columns), name)
+
+        built = self._build(fill, 1, rows * parts, columns // parts)
+        return Int8(built.weight[0], built.scale[0]) if isinstance(built, Int8) else Dense(built.weight[0])
+
     def experts(self, names: Sequence[Sequence[str]], outputs: Sequence[int], inputs: int) -> Matrix:
         """Return [E, sum(outputs), inputs] from one list of tensor names per expert, each fused as in `matrix`."""
         sizes = list(outputs)
@@ -149,8 +159,11 @@ def quantize_rows(dense: Tensor, weight: Tensor, scale: Tensor) -> None:
     The scale is rounded to its own dtype first: rounding it later would bend a whole channel by up to
     0.4 % in bfloat16.
     """
-    scale.copy_((dense.float().abs().amax(1) / INT8_MAX).clamp_min(torch.finfo(scale.dtype).tiny))
-    weight.copy_((dense.float() / scale.float()[:, None]).round().clamp(-INT8_MAX, INT8_MAX))
+    rows = max(1, QUANTIZE_ELEMENTS // dense.shape[1])
+    for source, target, factor in zip(dense.split(rows), weight.split(rows), scale.split(rows), strict=True):
+        values = source.float()
+        factor.copy_((values.abs().amax(1) / INT8_MAX).clamp_min(torch.finfo(scale.dtype).tiny))
+        target.copy_((values / factor.float()[:, None]).round().clamp(-INT8_MAX, INT8_MAX))
 
 
 class RandomSource:
