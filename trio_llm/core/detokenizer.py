@@ -11,7 +11,7 @@ MAX_WAITING_TOKENS = 3
 """A character has at most 4 bytes, so no more tokens than this can wait for the rest of one."""
 
 MAX_PENDING_TOKENS = 8
-"""With so many tokens held back some are really invalid. More than MAX_WAITING_TOKENS, so as to settle several at once."""
+"""With so many tokens held back some are really invalid. Above MAX_WAITING_TOKENS, so as to settle several at once."""
 
 MAX_CONTEXT_TOKENS = 16
 """Above this the window is cut. Pulled out of the air: cutting costs a decode, and so does every token of context."""

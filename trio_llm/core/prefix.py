@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 
+from trio_llm.core.block_math import first_visible_block
 from trio_llm.messages import KVGroup
 
 DIGEST_BYTES = 16
@@ -25,50 +26,39 @@ class Chain:
     content (parent digest and tokens) is kept and compared on a hit, so not even luck can serve the wrong KV.
     """
 
-    __slots__ = ("_chunk_tokens", "_contents", "_digests", "_hash", "_root", "_tail")
+    __slots__ = ("_chunk_tokens", "_contents", "_digests", "_hash", "_root", "tail")
 
-    def __init__(self, secret: bytes, salt: bytes, chunk_tokens: int) -> None:
+    def __init__(self, secret: bytes, salt: bytes, token_ids: Sequence[int], chunk_tokens: int) -> None:
+        self.tail = list(token_ids)
+        """Tokens not digested yet. The sequence grows by appending here; digests are made when a block is asked for."""
         self._hash = blake2b(key=secret, digest_size=DIGEST_BYTES)
         self._chunk_tokens = chunk_tokens
         self._root = blake2b(salt, key=secret, digest_size=DIGEST_BYTES, person=b"salt").digest()
         self._digests: list[bytes] = []
         self._contents: list[bytes] = []
-        self._tail: list[int] = []
-
-    def extend(self, token_ids: Sequence[int]) -> None:
-        """Append tokens; digests are made as chunks fill up."""
-        tail, size = self._tail, self._chunk_tokens
-        tail.extend(token_ids)
-        if len(tail) < size:
-            return
-        parent = self._digests[-1] if self._digests else self._root
-        full = len(tail) - len(tail) % size
-        for at in range(0, full, size):
-            content = parent + array("I", tail[at : at + size]).tobytes()
-            parent = self._digest(content)
-            self._contents.append(content)
-            self._digests.append(parent)
-        del tail[:full]
 
     def block(self, index: int, block_size: int) -> tuple[bytes, bytes]:
         """Return digest and content of the block with this index in a table of blocks of `block_size` tokens."""
+        if len(self.tail) >= self._chunk_tokens:
+            self._digest_tail()
         ratio = block_size // self._chunk_tokens
         if ratio == 1:
             return self._digests[index], self._contents[index]
         end = (index + 1) * ratio
         return self._digests[end - 1], b"".join(self._contents[end - ratio : end])
 
-    def _digest(self, content: bytes) -> bytes:
-        state = self._hash.copy()
-        state.update(content)
-        return state.digest()
-
-
-def first_visible_block(group: KVGroup, position: int) -> int:
-    """Return the index of the first block that a query at `position`, or any later one, can see."""
-    if group.window is None:
-        return 0
-    return max(0, position - group.window + 1) // group.block_size
+    def _digest_tail(self) -> None:
+        tail, size = self.tail, self._chunk_tokens
+        parent = self._digests[-1] if self._digests else self._root
+        full = len(tail) - len(tail) % size
+        for at in range(0, full, size):
+            content = parent + array("I", tail[at : at + size]).tobytes()
+            state = self._hash.copy()
+            state.update(content)
+            parent = state.digest()
+            self._contents.append(content)
+            self._digests.append(parent)
+        del tail[:full]
 
 
 def hit_length(groups: Sequence[KVGroup], limit: int, find: Find) -> int:

@@ -6,13 +6,13 @@ chance; the same calls in the same order give the same plans.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Sequence as Seq
 from itertools import compress, repeat
-from operator import attrgetter
 
 import attrs
 
+from trio_llm.core.queues import Queues
+from trio_llm.core.running_step import RunningStep
 from trio_llm.core.sequence import Limits, Sequence, Status
 from trio_llm.errors import InvalidRequestError, RequestFailedError
 from trio_llm.messages import (
@@ -31,33 +31,10 @@ from trio_llm.messages import (
     Started,
     StepPlan,
     StepResult,
-    StepStats,
     Tokens,
 )
 
-_by_key = attrgetter("key")
-_by_waiting_key = attrgetter("waiting_key")
-
-
-@attrs.define(eq=False)
-class _InFlight:
-    """The step that the runner has.
-
-    Attributes:
-        ends: Per row, the tokens that are computed once the step is done.
-        samples: Per row, whether a token (or a vector) comes of it.
-        prefills: Indices of the rows that are not plain decodes.
-        started: Sequences whose first step this is.
-    """
-
-    rows: list[Sequence]
-    ends: list[int]
-    samples: list[bool]
-    prefills: list[int]
-    started: list[Sequence]
-    num_tokens: int
-    num_prefill_tokens: int
-    grant: BlockGrant
+Events = list[tuple[int, Event]]
 
 
 class Scheduler:
@@ -93,45 +70,42 @@ class Scheduler:
         self._eos_token_ids = tuple(eos_token_ids)
         self._by_priority = policy == "priority"
         self._max_row_tokens = min(long_prefill_token_threshold or max_num_batched_tokens, max_num_batched_tokens)
-        self._sequences: dict[int, Sequence] = {}
-        self._waiting: list[Sequence] = []
-        self._running: list[Sequence] = []
-        self._num_held = 0
-        self._arrivals = 0
+        self._queues = Queues()
+        self._num_arrivals = 0
         self._step = 0
         self._asked: BlockAsk | None = None
-        self._in_flight: _InFlight | None = None
+        self._in_flight: RunningStep | None = None
         self._to_release: list[Sequence] = []
-        self._releasing: list[int] = []
+        self._to_drop: list[int] = []
         self._ended: list[int] = []
-        self._dropped: list[int] = []
 
     def __repr__(self) -> str:
-        held = f", {self._num_held} held" if self._num_held else ""
-        return f"<Scheduler after step {self._step}: {len(self._running)} running, {len(self._waiting)} waiting{held}>"
+        queues = self._queues
+        held = f", {queues.num_held} held" if queues.num_held else ""
+        return f"<Scheduler at step {self._step}: {len(queues.running)} running, {len(queues.waiting)} waiting{held}>"
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self._queues.running)
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting) + self._num_held
+        return len(self._queues.waiting) + self._queues.num_held
 
     @property
     def running(self) -> tuple[Sequence, ...]:
         """The running sequences in policy order; the last one is preempted first."""
-        return tuple(self._running)
+        return tuple(self._queues.running)
 
     @property
     def waiting(self) -> tuple[Sequence, ...]:
-        """The waiting sequences in the order they will be admitted, without those held for their leader."""
-        return tuple(self._waiting)
+        """The waiting sequences in the order of admission, without those held for their leader."""
+        return tuple(self._queues.waiting)
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do something: run a row or hand back blocks."""
-        return bool(self._running or self._waiting or self._to_release)
+        return bool(self._queues.running or self._queues.waiting or self._to_release)
 
     # --- from clients ---------------------------------------------------------------------------------------------
 
@@ -149,31 +123,25 @@ class Scheduler:
 
         Args:
             request_id: Not in use.
+            prompt_token_ids: At least one; room must be left for a token of output.
+            params: Final: what is None here is not limited.
             priority: Smaller is earlier; without meaning under fcfs.
             salt: Only sequences with equal salts share KV.
             leader: Wait until this sequence's prompt is computed or it ended, so as to find it in the prefix cache.
         Raises:
-            InvalidRequestError: The prompt is empty or leaves no room for the output.
+            InvalidRequestError: The prompt is empty or leaves no room for the output; nothing has changed then.
         """
-        assert request_id not in self._sequences
+        assert request_id not in self._queues
         self._check_length(len(prompt_token_ids), params)
-        self._arrivals += 1
+        self._num_arrivals += 1
         prompt = tuple(prompt_token_ids)
-        key = (priority if self._by_priority else 0, self._arrivals)
+        key = (priority if self._by_priority else 0, self._num_arrivals)
         limits = Limits.of(params, len(prompt), self._max_model_len, self._eos_token_ids)
-        sequence = Sequence(request_id, prompt, params, salt, key, limits, list(prompt))
-        ahead = None if leader is None else self._sequences.get(leader)
-        self._sequences[request_id] = sequence
-        if ahead is not None and not ahead.prompt_computed:
-            sequence.status = Status.HELD
-            ahead.followers.append(sequence)
-            self._num_held += 1
-        else:
-            insort(self._waiting, sequence, key=_by_waiting_key)
+        self._queues.add(Sequence(request_id, prompt, params, salt, key, limits, list(prompt)), leader)
 
     def abort(self, request_id: int) -> None:
         """End a sequence wherever it is; no event follows, and what a running step computes for it is dropped."""
-        sequence = self._sequences.get(request_id)
+        sequence = self._queues.get(request_id)
         if sequence is not None:
             self._end(sequence)
 
@@ -182,7 +150,18 @@ class Scheduler:
         ended, self._ended = tuple(self._ended), []
         return ended
 
-    # --- one step -------------------------------------------------------------------------------------------------
+    def _check_length(self, num_tokens: int, params: SamplingParams | PoolingParams) -> None:
+        if num_tokens == 0:
+            raise InvalidRequestError("The prompt is empty.", param="prompt")
+        limit = self._max_model_len - (0 if isinstance(params, PoolingParams) else 1)
+        if num_tokens > limit:
+            message = (
+                f"The prompt has {num_tokens} tokens; at most {limit} fit, because "
+                f"the context is {self._max_model_len} tokens, prompt and output together."
+            )
+            raise InvalidRequestError(message, param="prompt", code="context_length_exceeded")
+
+    # --- ask ------------------------------------------------------------------------------------------------------
 
     def ask(self) -> BlockAsk | None:
         """Say what the next step needs of the KV pool; None if there is nothing to run and nothing to release."""
@@ -190,26 +169,27 @@ class Scheduler:
         assert self._in_flight is None, "the step before has not been committed"
         if not self.has_work:
             return None
-        decodes: list[Sequence] = []
-        rows: list[Sequence] = []
-        for sequence in self._running:
-            (decodes if len(sequence.tokens) - sequence.computed == 1 else rows).append(sequence)
-        rows = decodes + rows
-        candidates = self._waiting[: max(0, min(self._max_batch_size - len(rows), self._token_budget - len(decodes)))]
+        running, most = self._queues.running, self._max_row_tokens
+        decodes = [sequence for sequence in running if len(sequence.tokens) - sequence.computed == 1]
+        prefills = [sequence for sequence in running if len(sequence.tokens) - sequence.computed != 1]
+        rows = decodes + prefills
+        ends = [sequence.computed + 1 for sequence in decodes]
+        ends += [min(len(sequence.tokens), sequence.computed + most) for sequence in prefills]
+        # Each row costs a token at least; no use asking for more.
+        slots = min(self._max_batch_size - len(rows), self._token_budget - len(decodes))
+        candidates = self._queues.waiting[: max(0, slots)]
         released, self._to_release = self._to_release, []
-        self._releasing = [sequence.request_id for sequence in released]
         self._step += 1
-        most = self._max_row_tokens
         self._asked = BlockAsk(
             self._step,
-            tuple(self._releasing),
+            tuple([sequence.request_id for sequence in released]),
             tuple([-1 if sequence.failed else sequence.computed for sequence in released]),
             self._introduce(candidates),
             tuple([sequence.request_id for sequence in rows]),
             tuple([sequence.computed for sequence in rows]),
-            tuple([min(len(sequence.tokens), sequence.computed + most) for sequence in rows]),
+            tuple(ends),
             tuple([sequence.unsent for sequence in rows]),
-            tuple([sequence.request_id for sequence in self._running]),
+            tuple([sequence.request_id for sequence in running]),
             tuple([sequence.request_id for sequence in candidates]),
             self._token_budget,
             most,
@@ -218,21 +198,30 @@ class Scheduler:
             sequence.unsent = ()
         return self._asked
 
+    def _introduce(self, candidates: list[Sequence]) -> tuple[Admit, ...]:
+        """Tell the KV manager of the candidates it has not heard of."""
+        new = [sequence for sequence in candidates if not sequence.known_to_blocks]
+        for sequence in new:
+            sequence.known_to_blocks = True
+        return tuple([Admit(one.request_id, one.prompt, one.salt, one.read_cache) for one in new])
+
+    # --- plan -----------------------------------------------------------------------------------------------------
+
     def plan(self, grant: BlockGrant) -> StepPlan | None:
         """Turn the granted rows into one ragged batch; None if there are none."""
         assert self._asked is not None
         assert grant.step == self._asked.step
+        self._ended += self._asked.released
         self._asked = None
-        self._ended += self._releasing
-        self._releasing = []
         for request_id in grant.preempted:
             self._preempt(request_id)
         grant = self._without_aborted(grant)
         if not grant.request_ids:
             return None
         admissions, started = self._start(grant)
-        self._in_flight, token_ids = self._lay_out(grant, started)
-        dropped, self._dropped = tuple(self._dropped), []
+        rows = [self._queues[request_id] for request_id in grant.request_ids]
+        self._in_flight, token_ids = RunningStep.lay_out(grant, rows, started)
+        dropped, self._to_drop = tuple(self._to_drop), []
         return StepPlan(
             grant.step,
             dropped,
@@ -245,62 +234,18 @@ class Scheduler:
             grant.new_blocks,
         )
 
-    def commit(self, result: StepResult) -> Commit:
-        """Advance the sequences of the planned step and say what their clients are to hear."""
-        step = self._in_flight
-        assert step is not None
-        assert result.step == step.grant.step
-        self._in_flight = None
-        events: list[tuple[int, Event]] = [
-            (sequence.request_id, Started(sequence.cached_tokens or 0))
-            for sequence in step.started
-            if sequence.status is Status.RUNNING
-        ]
-        if result.failed:
-            self._fail_rows(step, result, events)
-        for at in step.prefills:
-            if step.rows[at].status is Status.RUNNING:
-                self._commit_prefill(step.rows[at], step.ends[at], result, events)
-        num_generated = self._commit_tokens(step, result, events)
-        return Commit(tuple(events), self._stats(step, result, num_generated))
-
-    # --- inside ---------------------------------------------------------------------------------------------------
-
-    def _check_length(self, num_tokens: int, params: SamplingParams | PoolingParams) -> None:
-        if num_tokens == 0:
-            raise InvalidRequestError("The prompt is empty.", param="prompt")
-        limit = self._max_model_len - (0 if isinstance(params, PoolingParams) else 1)
-        if num_tokens > limit:
-            message = (
-                f"The prompt has {num_tokens} tokens; at most {limit} fit, because "
-                f"the model's context is {self._max_model_len} tokens, prompt and output together."
-            )
-            raise InvalidRequestError(message, param="prompt", code="context_length_exceeded")
-
-    def _introduce(self, candidates: list[Sequence]) -> tuple[Admit, ...]:
-        """Tell the KV manager of the candidates it has not heard of."""
-        admits: list[Admit] = []
-        for sequence in candidates:
-            if not sequence.known_to_blocks:
-                sequence.known_to_blocks = True
-                admits.append(Admit(sequence.request_id, sequence.prompt, sequence.salt, sequence.read_cache))
-        return tuple(admits)
-
     def _preempt(self, request_id: int) -> None:
-        sequence = self._sequences.get(request_id)
+        sequence = self._queues.get(request_id)
         if sequence is None:  # Aborted after the ask.
             return
-        self._running.remove(sequence)
-        self._forget_on_runner(sequence)
-        sequence.status = Status.WAITING
+        self._queues.preempt(sequence)
+        self._drop_from_runner(sequence)
         sequence.computed = 0
-        sequence.num_preemptions += 1
         sequence.prompt_logprobs = []
-        insort(self._waiting, sequence, key=_by_waiting_key)
 
     def _without_aborted(self, grant: BlockGrant) -> BlockGrant:
         """Take out the rows of sequences that were aborted since the ask; their blocks go back with the next one."""
-        alive = [request_id in self._sequences for request_id in grant.request_ids]
+        alive = [request_id in self._queues for request_id in grant.request_ids]
         if all(alive):
             return grant
         return attrs.evolve(
@@ -313,15 +258,13 @@ class Scheduler:
         )
 
     def _start(self, grant: BlockGrant) -> tuple[tuple[Admission, ...], list[Sequence]]:
-        """Move the admitted sequences to the running ones; return what the runner must know, and who starts anew."""
+        """Let the admitted sequences run; return what the runner must know of them, and who never ran before."""
         admissions: list[Admission] = []
         started: list[Sequence] = []
         first = len(grant.request_ids) - grant.num_admitted
         for request_id, start in zip(grant.request_ids[first:], grant.starts[first:], strict=True):
-            sequence = self._sequences[request_id]
-            del self._waiting[bisect_left(self._waiting, sequence.waiting_key, key=_by_waiting_key)]
-            insort(self._running, sequence, key=_by_key)
-            sequence.status = Status.RUNNING
+            sequence = self._queues[request_id]
+            self._queues.start(sequence)
             sequence.computed = start
             sequence.known_to_runner = True
             if sequence.cached_tokens is None:
@@ -331,29 +274,28 @@ class Scheduler:
             admissions.append(Admission(request_id, tokens, len(sequence.prompt), sequence.params))
         return tuple(admissions), started
 
-    def _lay_out(self, grant: BlockGrant, started: list[Sequence]) -> tuple[_InFlight, tuple[int, ...]]:
-        """Return the step to be committed later, and its tokens."""
-        rows = [self._sequences[request_id] for request_id in grant.request_ids]
-        token_ids: list[int] = []
-        ends: list[int] = []
-        samples: list[bool] = []
-        prefills: list[int] = []
-        num_decodes = 0
-        for at, (sequence, start, count) in enumerate(zip(rows, grant.starts, grant.counts, strict=True)):
-            tokens, end = sequence.tokens, start + count
-            if count == 1 and start >= len(sequence.prompt):
-                token_ids.append(tokens[start])
-                num_decodes += 1
-            else:
-                token_ids += tokens[start:end]
-                prefills.append(at)
-            ends.append(end)
-            samples.append(end == len(tokens))
-        num_prefill_tokens = len(token_ids) - num_decodes
-        step = _InFlight(rows, ends, samples, prefills, started, len(token_ids), num_prefill_tokens, grant)
-        return step, tuple(token_ids)
+    # --- commit ---------------------------------------------------------------------------------------------------
 
-    def _fail_rows(self, step: _InFlight, result: StepResult, events: list[tuple[int, Event]]) -> None:
+    def commit(self, result: StepResult) -> Commit:
+        """Advance the sequences of the planned step and say what their clients are to hear."""
+        step = self._in_flight
+        assert step is not None
+        assert result.step == step.grant.step
+        self._in_flight = None
+        events: Events = [
+            (sequence.request_id, Started(sequence.cached_tokens or 0))
+            for sequence in step.started
+            if sequence.status is Status.RUNNING
+        ]
+        if result.failed:
+            self._fail_rows(step, result, events)
+        for at in step.prefills:
+            if step.rows[at].status is Status.RUNNING:
+                self._commit_prompt(step.rows[at], step.ends[at], result, events)
+        num_generated = self._commit_tokens(step, result, events)
+        return Commit(tuple(events), step.stats(result, num_generated, self.num_running, self.num_waiting))
+
+    def _fail_rows(self, step: RunningStep, result: StepResult, events: Events) -> None:
         for sequence in step.rows:
             why = result.failed.get(sequence.request_id)
             if why is not None:
@@ -362,22 +304,19 @@ class Scheduler:
                     self._end(sequence)
                     events.append((sequence.request_id, Failed(RequestFailedError(why))))
 
-    def _commit_prefill(
-        self, sequence: Sequence, end: int, result: StepResult, events: list[tuple[int, Event]]
-    ) -> None:
-        """Take in what only rows with prompt tokens yield: prompt logprobs, vectors, followers set free."""
+    def _commit_prompt(self, sequence: Sequence, end: int, result: StepResult, events: Events) -> None:
+        """Take in what prompt tokens yield besides KV: prompt logprobs, vectors, followers set free."""
         if sequence.prompt_computed:  # It was preempted since, and computes its prompt again.
             return
         request_id = sequence.request_id
-        wants_logprobs = isinstance(sequence.params, SamplingParams) and sequence.params.prompt_logprobs is not None
-        if wants_logprobs:
+        if sequence.wants_prompt_logprobs:
             assert result.prompt_logprobs is not None
             sequence.prompt_logprobs += result.prompt_logprobs[request_id]
         if end < len(sequence.prompt):
             return
         sequence.prompt_computed = True
-        self._free_followers(sequence)
-        if wants_logprobs:
+        self._queues.free_followers(sequence)
+        if sequence.wants_prompt_logprobs:
             events.append((request_id, PromptLogprobs(tuple(sequence.prompt_logprobs))))
             sequence.prompt_logprobs = []
         if sequence.pooling:
@@ -386,25 +325,27 @@ class Scheduler:
             events.append((request_id, Finished("stop", sequence.usage)))
             self._end(sequence)
 
-    def _commit_tokens(self, step: _InFlight, result: StepResult, events: list[tuple[int, Event]]) -> int:
+    def _commit_tokens(self, step: RunningStep, result: StepResult, events: Events) -> int:
         """Advance every row and append what was sampled; return how many tokens were kept."""
         num_generated = 0
+        running = Status.RUNNING
         logprobs = result.logprobs or repeat(None, len(step.rows))
         columns = zip(step.rows, step.ends, step.samples, result.token_ids, logprobs, strict=True)
         for sequence, end, samples, sampled, row_logprobs in columns:
             sequence.computed = end
-            if not samples or sequence.status is not Status.RUNNING:
+            if not samples or sequence.status is not running:
                 continue
             (token_id,) = sampled
             num_generated += 1
             sequence.tokens.append(token_id)
             sequence.unsent = sampled
             events.append((sequence.request_id, Tokens(sampled, row_logprobs)))
-            if token_id in sequence.limits.stop_ids or len(sequence.tokens) >= sequence.limits.max_len:
+            limits = sequence.limits
+            if token_id in limits.stop_ids or len(sequence.tokens) >= limits.max_len:
                 self._finish_if_done(sequence, token_id, events)
         return num_generated
 
-    def _finish_if_done(self, sequence: Sequence, token_id: int, events: list[tuple[int, Event]]) -> None:
+    def _finish_if_done(self, sequence: Sequence, token_id: int, events: Events) -> None:
         limits = sequence.limits
         reason = limits.reason(len(sequence.tokens), token_id)
         if reason is not None:
@@ -413,46 +354,15 @@ class Scheduler:
             self._end(sequence)
 
     def _end(self, sequence: Sequence) -> None:
-        """Take a sequence out of every queue; those who know it are told with the next ask and plan."""
-        del self._sequences[sequence.request_id]
-        match sequence.status:
-            case Status.RUNNING:
-                del self._running[bisect_left(self._running, sequence.key, key=_by_key)]
-            case Status.WAITING:
-                del self._waiting[bisect_left(self._waiting, sequence.waiting_key, key=_by_waiting_key)]
-            case _:
-                self._num_held -= 1
-        sequence.status = Status.ENDED
-        self._free_followers(sequence)
-        self._forget_on_runner(sequence)
+        """Take a sequence out; the KV manager and the runner are told with the next ask and plan."""
+        self._queues.remove(sequence)
+        self._drop_from_runner(sequence)
         if sequence.known_to_blocks:
             self._to_release.append(sequence)
         else:
             self._ended.append(sequence.request_id)
 
-    def _free_followers(self, sequence: Sequence) -> None:
-        for follower in sequence.followers:
-            if follower.status is Status.HELD:
-                follower.status = Status.WAITING
-                self._num_held -= 1
-                insort(self._waiting, follower, key=_by_waiting_key)
-        sequence.followers = []
-
-    def _forget_on_runner(self, sequence: Sequence) -> None:
+    def _drop_from_runner(self, sequence: Sequence) -> None:
         if sequence.known_to_runner:
             sequence.known_to_runner = False
-            self._dropped.append(sequence.request_id)
-
-    def _stats(self, step: _InFlight, result: StepResult, num_generated: int) -> StepStats:
-        return StepStats(
-            result.step,
-            result.seconds,
-            len(step.rows),
-            step.num_tokens,
-            step.num_prefill_tokens,
-            num_generated,
-            self.num_running,
-            self.num_waiting,
-            len(step.grant.preempted),
-            step.grant.stats,
-        )
+            self._to_drop.append(sequence.request_id)

@@ -111,9 +111,13 @@ class Sequence:
         return isinstance(self.params, PoolingParams)
 
     @property
+    def wants_prompt_logprobs(self) -> bool:
+        return isinstance(self.params, SamplingParams) and self.params.prompt_logprobs is not None
+
+    @property
     def read_cache(self) -> bool:
         """Whether KV of others may stand in for computing; not where every position must yield something."""
-        return isinstance(self.params, SamplingParams) and self.params.prompt_logprobs is None
+        return not self.pooling and not self.wants_prompt_logprobs
 
     @property
     def usage(self) -> Usage:
