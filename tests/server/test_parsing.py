@@ -1,0 +1,178 @@
+"""Reasoning and tool calls, told apart from text: the same pieces however the text is cut."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trio_llm.server.parsing.json_object import ObjectReader
+from trio_llm.server.parsing.pieces import CallArguments, CallStart, Content, Reasoning
+from trio_llm.server.parsing.reasoning import ReasoningParser
+from trio_llm.server.parsing.tools import ToolParser, tool_form
+
+
+def parse(parser, parts: list[str]) -> tuple[str, str, list[tuple[str, str]]]:
+    """Feed parts and merge the pieces: (reasoning, content, calls as (name, arguments))."""
+    pieces = [piece for part in parts for piece in parser.feed(part)] + parser.finish()
+    calls: list[list[str]] = []
+    for piece in pieces:
+        if isinstance(piece, CallStart):
+            assert piece.index == len(calls)
+            calls.append([piece.name, ""])
+        elif isinstance(piece, CallArguments):
+            calls[piece.index][1] += piece.text
+    reasoning = "".join(piece.text for piece in pieces if isinstance(piece, Reasoning))
+    content = "".join(piece.text for piece in pieces if isinstance(piece, Content))
+    return reasoning, content, [(name, arguments) for name, arguments in calls]
+
+
+CALL = '{"name": "get_weather", "arguments": {"city": "Zü\\"r}ich", "days": [1, {"a": 2}]}}'
+ARGUMENTS = '{"city": "Zü\\"r}ich", "days": [1, {"a": 2}]}'
+LLAMA = CALL.replace("arguments", "parameters")
+
+CASES = [
+    ("hermes", "Hello there.", "Hello there.", []),
+    ("hermes", f"<tool_call>\n{CALL}\n</tool_call>", "", [("get_weather", ARGUMENTS)]),
+    ("hermes", f"Sure.\n\n<tool_call>{CALL}</tool_call>", "Sure.", [("get_weather", ARGUMENTS)]),
+    (
+        "hermes",
+        f"<tool_call>\n{CALL}\n</tool_call>\n<tool_call>\n" + '{"name": "b", "arguments": {}}\n</tool_call>',
+        "",
+        [("get_weather", ARGUMENTS), ("b", "{}")],
+    ),
+    ("hermes", '<tool_call>{"arguments": {"x": 1}, "name": "late"}</tool_call>', "", [("late", '{"x": 1}')]),
+    ("hermes", '<tool_call>{"name": "none"}</tool_call>', "", [("none", "{}")]),
+    ("hermes", "a <tool_cal is not one", "a <tool_cal is not one", []),
+    ("hermes", "<tool_call>no json", "<tool_call>no json", []),
+    ("hermes", '<tool_call>{"nom": 1}</tool_call>', '<tool_call>{"nom": 1}</tool_call>', []),
+    ("hermes", '<tool_call>{"name": "cut", "arguments": {"a": [1', "", [("cut", '{"a": [1')]),
+    ("hermes", "ends in space \n\n", "ends in space \n\n", []),
+    ("llama3", "Hello.", "Hello.", []),
+    ("llama3", LLAMA, "", [("get_weather", ARGUMENTS)]),
+    ("llama3", "<|python_tag|>" + LLAMA, "", [("get_weather", ARGUMENTS)]),
+    ("llama3", f"{LLAMA}; {LLAMA}", "", [("get_weather", ARGUMENTS)] * 2),
+    ("llama3", '{"type": "function", "name": "f", "parameters": {"k": true}}', "", [("f", '{"k": true}')]),
+    ("llama3", '{"answer": 42, "name": "x"}', '{"answer": 42, "name": "x"}', []),
+    ("llama3", "I think {1, 2} is a set.", "I think {1, 2} is a set.", []),
+    ("mistral", "Hello.", "Hello.", []),
+    ("mistral", f"[TOOL_CALLS] [{CALL}, {CALL}]", "", [("get_weather", ARGUMENTS)] * 2),
+    ("mistral", f"[TOOL_CALLS]get_weather[ARGS]{ARGUMENTS}", "", [("get_weather", ARGUMENTS)]),
+    (
+        "mistral",
+        f"Ok.[TOOL_CALLS]get_weather{ARGUMENTS}[TOOL_CALLS]b[ARGS]" + "{}",
+        "Ok.",
+        [("get_weather", ARGUMENTS), ("b", "{}")],
+    ),
+    ("mistral", "[TOOL_CALLS] is how it is spelled, I believe.", "[TOOL_CALLS] is how it is spelled, I believe.", []),
+]
+
+
+@pytest.mark.parametrize(("form", "text", "content", "calls"), CASES)
+def test_every_form_is_read_whole_and_in_single_characters(form, text, content, calls) -> None:
+    """Content and calls come out as written, whether the text comes at once or a character at a time."""
+    assert parse(ToolParser(form), [text]) == ("", content, calls)
+    assert parse(ToolParser(form), list(text)) == ("", content, calls)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_where_the_text_is_cut_does_not_matter(data: st.DataObject) -> None:
+    """Any way of cutting the stream gives the same message: streamed equals non-streamed."""
+    form, text, content, calls = data.draw(st.sampled_from(CASES))
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=6)))
+    parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    assert parse(ToolParser(form), parts) == ("", content, calls)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(["hermes", "llama3", "mistral"]),
+    st.lists(
+        st.sampled_from(
+            '<tool_call>#</tool_call>#[TOOL_CALLS]#[ARGS]#<|python_tag|>#{"name": "f"#}#{#"#"arguments": #, #text#\\#\n'
+            "# #[#]#é#<#;".split("#")
+        ),
+        max_size=25,
+    ),
+)
+def test_no_text_makes_a_parser_fail_or_disagree_with_itself(form, parts) -> None:
+    """Hostile text parses to something, and to the same thing whole and in pieces."""
+    assert parse(ToolParser(form), parts) == parse(ToolParser(form), ["".join(parts)])
+
+
+def test_arguments_stream_while_they_are_written() -> None:
+    """A client sees the arguments grow; nothing waits for the end of the call."""
+    parser = ToolParser("hermes")
+    assert parser.feed('<tool_call>{"name": "f", "argum') == [CallStart(0, "f")]
+    assert parser.feed('ents": {"a"') == [CallArguments(0, '{"a"')]
+    assert parser.feed(": 1") == [CallArguments(0, ": 1")]
+
+
+@pytest.mark.parametrize(
+    ("text", "inside", "reasoning", "content"),
+    [
+        ("<think>\nhmm\n</think>\n\nParis.", False, "hmm\n", "Paris."),
+        ("hmm</think>Paris.", True, "hmm", "Paris."),
+        ("Paris.", False, "", "Paris."),
+        ("  \nParis.", False, "", "  \nParis."),
+        ("<thin air>", False, "", "<thin air>"),
+        ("<think>cut off", False, "cut off", ""),
+        ("cut off </thi", True, "cut off </thi", ""),
+        ("<think></think>\n\n", False, "", ""),
+        ("<think>a</think>b<think>c</think>", False, "a", "b<think>c</think>"),
+    ],
+)
+def test_reasoning_is_split_from_the_answer(text, inside, reasoning, content) -> None:
+    """Thinking and answer come apart the same way whole and in single characters."""
+    assert parse(ReasoningParser(inside=inside), [text])[:2] == (reasoning, content)
+    assert parse(ReasoningParser(inside=inside), list(text))[:2] == (reasoning, content)
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.text(max_size=4), _JSON, max_size=4), st.text(max_size=3), st.sampled_from([None, 1]))
+def test_the_object_reader_agrees_with_json(value: dict[str, object], rest: str, indent: int | None) -> None:
+    """Every JSON object is read to its end, value by value, and not a character further."""
+    reader = ObjectReader()
+    for character in json.dumps(value, indent=indent) + rest:
+        reader.feed(character)
+    assert reader.done and reader.rest == rest
+    assert {key: json.loads(reader.raw(key)) for key in reader.keys} == value
+
+
+def test_the_form_is_known_from_the_template() -> None:
+    """Each family's template names its own markers; a template without tools has no form."""
+    assert tool_form("{% if tools %}<tool_call>...") == "hermes"
+    assert tool_form("...[TOOL_CALLS]...") == "mistral"
+    assert tool_form("...<|python_tag|>...") == "llama3"
+    assert tool_form("{{ messages }}") is None and tool_form(None) is None
+
+
+def test_parsing_takes_time_in_proportion_to_the_text() -> None:
+    """Twice the hostile text costs about twice the work, not four times: counted in steps, not seconds."""
+
+    def steps(size: int) -> int:
+        parser, count = ToolParser("hermes"), 0
+        real = ObjectReader._step
+
+        def counted(self: ObjectReader, character: str) -> None:
+            nonlocal count
+            count += 1
+            real(self, character)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ObjectReader, "_step", counted)
+            for part in ["<tool_call>{", '"a": "' + "<tool_call>{" * size]:
+                parser.feed(part)
+        return count
+
+    assert steps(2000) < 2.1 * steps(1000)
