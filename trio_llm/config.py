@@ -96,6 +96,9 @@ class ServerConfig:
     max_body_bytes: int = setting(
         2 * 1024 * 1024, "Largest JSON request body.", flags=("--max-body-bytes",), at_least=1
     )
+    enable_shutdown: bool = setting(
+        True, "Answer GET /shutdown.", env="VLLM_ENABLE_SHUTDOWN", flags=("--enable-shutdown",)
+    )
 
 
 @attrs.frozen(kw_only=True)
@@ -191,6 +194,9 @@ class AuthConfig:
         (), "Keys that open the API; none leaves it open.", env="VLLM_API_KEY", flags=("--api-key",), secret=True
     )
     api_key_file: str | None = setting(None, "File with one API key a line.", flags=("--api-key-file",))
+    require_auth: bool = setting(
+        False, "Refuse to start without an API key.", env="VLLM_REQUIRE_AUTH", flags=("--require-auth",)
+    )
     rate_limit_requests: int = setting(
         100,
         "Requests a key, or without keys a remote peer, may make in a window; 0 for no limit.",
