@@ -1,0 +1,130 @@
+"""Grammars under which a model can only write calls of the tools it was given, in its own family's form."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import attrs
+
+from trio_llm import grammar
+from trio_llm.grammar import GrammarSource
+from trio_llm.server.parsing.tools import ToolForm
+
+# Spelled as json.dumps does, which is what models were trained on.
+_JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_TEXT = r"/(.|\n)*/"
+
+
+@attrs.frozen
+class Tool:
+    """A function a model may call; `parameters` is the JSON schema of its arguments."""
+
+    name: str
+    parameters: Mapping[str, Any]
+
+
+def tool_grammar(
+    form: ToolForm,
+    tools: Sequence[Tool],
+    *,
+    mode: Literal["auto", "required"],
+    parallel: bool,
+    special_tokens: Mapping[str, int],
+) -> GrammarSource:
+    """Return the grammar of an answer that calls `tools`.
+
+    Args:
+        mode: "required": nothing but calls, at least one; "auto": text, in which every call is well formed.
+        parallel: More than one call is allowed.
+        special_tokens: Literal -> id; markers that are control tokens must be written as such.
+    """
+    markers = _Markers(special_tokens)
+    rules = {
+        "hermes": _hermes,
+        "llama3": _llama3,
+        "mistral": _mistral_named if "[ARGS]" in special_tokens else _mistral_list,
+    }[form](tools, markers, mode, parallel)
+    arguments = [f"args_{index}: %json {_schema(tool)}" for index, tool in enumerate(tools)]
+    return grammar.lark("\n".join(["%llguidance {}", *rules, f"TEXT: {_TEXT}", *arguments]), param="tools")
+
+
+def _schema(tool: Tool) -> str:
+    # A call's arguments are an object, whatever else the schema leaves open.
+    return json.dumps({"type": "object", **tool.parameters, "x-guidance": _JSON_STYLE})
+
+
+class _Markers:
+    """Spells markers for the grammar: control tokens by id, others as text."""
+
+    def __init__(self, special_tokens: Mapping[str, int]) -> None:
+        self._special_tokens = special_tokens
+
+    def __call__(self, marker: str) -> str:
+        token_id = self._special_tokens.get(marker)
+        return json.dumps(marker) if token_id is None else f"<[{token_id}]>"
+
+    def after(self, text: str, marker: str) -> list[str]:
+        """Return the rule `opening`: text of the given kind, up to and with the marker."""
+        if marker in self._special_tokens:
+            return [f"opening: {text} {self(marker)}"]
+        return [f"opening[lazy]: {text} {self(marker)}"]
+
+
+def _objects(tools: Sequence[Tool], key: str) -> list[str]:
+    """Return the rule `object`: {"name": ..., key: {...}} for any of the tools."""
+    options = " | ".join(f"object_{index}" for index in range(len(tools)))
+    rules = [f"object: {options}"]
+    for index, tool in enumerate(tools):
+        start = json.dumps(f'{{"name": {json.dumps(tool.name)}, "{key}": ')
+        rules.append(f'object_{index}: {start} args_{index} "}}"')
+    return rules
+
+
+def _hermes(tools: Sequence[Tool], markers: _Markers, mode: str, parallel: bool) -> list[str]:
+    close = f'"\\n" {markers("</tool_call>")}'
+    rules = _objects(tools, "arguments")
+    if mode == "auto":
+        calls = "call*" if parallel else "call?"
+        return [
+            f"start: {calls} TEXT",
+            *markers.after("TEXT", "<tool_call>"),
+            f'call: opening "\\n" object {close}',
+            *rules,
+        ]
+    more = '("\\n" call)*' if parallel else ""
+    return [f"start: call {more}", f'call: {markers("<tool_call>")} "\\n" object {close}', *rules]
+
+
+def _llama3(tools: Sequence[Tool], markers: _Markers, mode: str, parallel: bool) -> list[str]:
+    calls = 'object ("; " object)*' if parallel else "object"
+    rules = _objects(tools, "parameters")
+    if mode == "auto":
+        # A bare call begins the message or there is none: text that begins with a brace is not to be told from one.
+        return [
+            f"start: {calls} | opening {calls} | PLAIN",
+            *markers.after("PLAIN", "<|python_tag|>"),
+            r"PLAIN: /([ \t\r\n]*[^{ \t\r\n](.|\n)*)?/",
+            *rules,
+        ]
+    return [f"start: {calls}", *rules]
+
+
+def _mistral_list(tools: Sequence[Tool], markers: _Markers, mode: str, parallel: bool) -> list[str]:
+    more = '(", " object)*' if parallel else ""
+    rules = [f'list: " "? "[" object {more} "]"', *_objects(tools, "arguments")]
+    if mode == "auto":
+        return ["start: opening list | TEXT", *markers.after("TEXT", "[TOOL_CALLS]"), *rules]
+    return [f"start: {markers('[TOOL_CALLS]')} list", *rules]
+
+
+def _mistral_named(tools: Sequence[Tool], markers: _Markers, mode: str, parallel: bool) -> list[str]:
+    options = " | ".join(
+        f"{json.dumps(tool.name)} {markers('[ARGS]')} args_{index}" for index, tool in enumerate(tools)
+    )
+    more = f"({markers('[TOOL_CALLS]')} named)*" if parallel else ""
+    rules = [f"named: {options}"]
+    if mode == "auto":
+        return [f"start: opening named {more} | TEXT", *markers.after("TEXT", "[TOOL_CALLS]"), *rules]
+    return [f"start: {markers('[TOOL_CALLS]')} named {more}", *rules]
