@@ -1,4 +1,4 @@
-"""A model without torch for the engine's tests: its next token is a function of all tokens before it, and of nothing else."""
+"""A model without torch for the engine's tests: its next token is a function of all tokens before it."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _logprob(token_id: int) -> TokenLogprobs:
 
 
 class InlineWorker:
-    """Runs the model's calls in the event loop's own thread, so that a mock clock and a seeded schedule see everything."""
+    """Runs the model's calls in the event loop's own thread, so that a mock clock sees everything."""
 
     async def run(self, function: Callable[..., Any], *args: Any) -> Any:
         await trio.lowlevel.checkpoint()

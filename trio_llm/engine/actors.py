@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 import attrs
@@ -17,12 +17,11 @@ from trio_llm.core.block_manager import BlockManager
 from trio_llm.core.scheduler import Scheduler
 from trio_llm.engine.health import Pulse
 from trio_llm.engine.ledger import Entry, Ledger
+from trio_llm.engine.messages import Abort, IdleReport, StepReport, Submit
 from trio_llm.engine.recovery import run_step
-from trio_llm.engine.step_thread import Worker
 from trio_llm.engine.tickets import Tickets
 from trio_llm.errors import TrioLLMError
 from trio_llm.messages import (
-    Abort,
     BlockAsk,
     BlockGrant,
     BlockStats,
@@ -31,16 +30,18 @@ from trio_llm.messages import (
     Event,
     Failed,
     Finished,
-    IdleReport,
     PromptLogprobs,
     Started,
     StepPlan,
-    StepReport,
     StepResult,
     StepTrace,
-    Submit,
     Tokens,
 )
+
+Asks = trio.MemorySendChannel[BlockAsk]
+Grants = trio.MemoryReceiveChannel[BlockGrant]
+Plans = trio.MemorySendChannel[StepPlan]
+Results = trio.MemoryReceiveChannel[StepResult]
 
 
 async def manage_blocks(
@@ -53,31 +54,30 @@ async def manage_blocks(
 
 
 async def run_model(
-    step: Callable[[StepPlan], StepResult],
-    worker: Worker,
+    step: Callable[[StepPlan], Awaitable[StepResult]],
     plans: trio.MemoryReceiveChannel[StepPlan],
     results: trio.MemorySendChannel[StepResult],
 ) -> None:
     """Be the model runner: carry plans to the model's thread and results back."""
     with plans, results:
         async for plan in plans:
-            await results.send(await run_step(plan, lambda part: worker.run(step, part)))
+            await results.send(await run_step(plan, step))
 
 
-@attrs.define(eq=False, kw_only=True)
+@attrs.define(eq=False)
 class SchedulerActor:
     """The scheduler: reads its inbox, asks for blocks, sends the plan, and only then tells clients of the last step."""
 
     core: Scheduler
     inbox: trio.MemoryReceiveChannel[Submit | Abort]
-    asks: trio.MemorySendChannel[BlockAsk]
-    grants: trio.MemoryReceiveChannel[BlockGrant]
-    plans: trio.MemorySendChannel[StepPlan]
-    results: trio.MemoryReceiveChannel[StepResult]
-    report: Callable[[StepReport | IdleReport], None]
     tickets: Tickets
     pulse: Pulse
     trace: deque[StepTrace]
+    report: Callable[[StepReport | IdleReport], None]
+    asks: Asks
+    grants: Grants
+    plans: Plans
+    results: Results
     _ledger: Ledger = attrs.field(factory=Ledger)
     _blocks: BlockStats | None = None
     # When the last result came, on the clock that the runner measures its own seconds with; None after idleness.

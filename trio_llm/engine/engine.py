@@ -12,12 +12,12 @@ from prometheus_client import CollectorRegistry
 from trio_llm.engine.admission import Limits, check_pooling, resolve
 from trio_llm.engine.health import Health, Pulse
 from trio_llm.engine.mailbox import Mailbox
+from trio_llm.engine.messages import Abort, Rejected, Submit
 from trio_llm.engine.metrics import Metrics
 from trio_llm.engine.stream import Stream
 from trio_llm.engine.tickets import Tickets
 from trio_llm.errors import DrainingError, EngineDeadError, OverloadedError
 from trio_llm.messages import (
-    Abort,
     Embedding,
     Event,
     Failed,
@@ -25,10 +25,8 @@ from trio_llm.messages import (
     FinishReason,
     ModelInfo,
     PoolingParams,
-    Rejected,
     SamplingParams,
     StepTrace,
-    Submit,
     Usage,
 )
 from trio_llm.tokenizer import Tokenizer
@@ -49,7 +47,6 @@ class Engine:
 
     def __init__(
         self,
-        *,
         info: ModelInfo,
         tokenizer: Tokenizer,
         limits: Limits,
@@ -74,6 +71,11 @@ class Engine:
         self._reader_gone = trio.lowlevel.ParkingLot()
         self._draining = False
         self._why_dead: str | None = None
+
+    @property
+    def max_requests(self) -> int:
+        """Requests that may run and wait at the same time; one more is refused."""
+        return self._tickets.limit
 
     @property
     def registry(self) -> CollectorRegistry:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Literal
 
 import attrs
+import trio
 
-from trio_llm.messages import FinishReason, PoolingParams, Reply, RequestStats, Submit
+from trio_llm.engine.messages import RequestStats, Submit
+from trio_llm.messages import Event, FinishReason, SamplingParams
 
 
 @attrs.define(eq=False)
 class Entry:
     """One live request. Times are Trio's, in seconds."""
 
-    reply: Reply
+    reply: trio.MemorySendChannel[Event]
     family: int
     n: int | None
     max_tokens: int
@@ -55,12 +57,14 @@ class Ledger:
         family = submit.request_id if submit.leader is None else submit.leader
         live, most = self._families.get(family, (0, 0))
         self._families[family] = live + 1, most
-        pooling = isinstance(submit.params, PoolingParams)
+        n, max_tokens = (
+            (submit.params.n, submit.params.max_tokens) if isinstance(submit.params, SamplingParams) else (1, 0)
+        )
         self.entries[submit.request_id] = Entry(
             reply=submit.reply,
             family=family,
-            n=None if submit.leader is not None else 1 if pooling else submit.params.n,
-            max_tokens=0 if pooling else submit.params.max_tokens or 0,
+            n=n if submit.leader is None else None,
+            max_tokens=max_tokens or 0,
             num_prompt_tokens=len(submit.prompt_token_ids),
             arrived_s=submit.arrived_s,
         )

@@ -12,9 +12,8 @@ from itertools import count
 import trio
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from trio_llm.messages import BlockStats, IdleReport, ModelInfo, Rejected, RequestStats, StepReport
-
-Report = StepReport | IdleReport | Rejected
+from trio_llm.engine.messages import IdleReport, Rejected, Report, RequestStats, StepReport
+from trio_llm.messages import BlockStats, ModelInfo
 
 # vLLM's buckets, with finer ones below 10 ms: a small model's whole step is faster than vLLM's first bucket.
 _FAST_S = (0.0005, 0.001, 0.0025, 0.005, 0.0075)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import attrs
@@ -15,7 +15,7 @@ from trio_llm.messages import SamplingParams
 @asynccontextmanager
 async def open_samples(
     engine: Engine, prompt_token_ids: Sequence[int], params: SamplingParams, *, priority: int = 0, salt: bytes = b""
-) -> AsyncIterator[list[Stream]]:
+) -> AsyncGenerator[list[Stream], None]:
     """Open `params.n` streams of one prompt, all or none; leaving the block aborts those that still run.
 
     The later ones wait for the first one's prefill and then find the prompt in the prefix cache. With a seed,

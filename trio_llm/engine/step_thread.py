@@ -30,9 +30,14 @@ class Worker(Protocol):
 
 
 class StepThread:
-    """A `Worker` on a thread of its own. One call at a time, from one Trio run."""
+    """A `Worker` on a thread of its own. One call at a time, from one Trio run.
+
+    Attributes:
+        cancelled: Nobody waits any more for the result of the call that runs.
+    """
 
     def __init__(self, name: str = "trio-llm-model") -> None:
+        self.cancelled = False
         self._jobs: SimpleQueue[_Call[Any] | None] = SimpleQueue()
         self._done_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         # A daemon, so that a call that never returns cannot keep a dying process alive.
@@ -42,15 +47,21 @@ class StepThread:
     async def run(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
         """Run one call on the thread.
 
-        Cancellation waits for the call's end: abandoning it would let the next owner of a KV block
-        read what the abandoned call still writes.
+        Cancellation sets `cancelled`, for calls that look at it, and waits for the call's end: abandoning it would
+        let the next owner of a KV block read what the abandoned call still writes.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         call = _Call(partial(function, *args))
         self._jobs.put(call)
-        with trio.CancelScope(shield=True):
+        try:
             await trio.lowlevel.wait_readable(self._done_fd)
-        os.eventfd_read(self._done_fd)
+        except BaseException:
+            self.cancelled = True
+            with trio.CancelScope(shield=True):
+                await trio.lowlevel.wait_readable(self._done_fd)
+            raise
+        finally:
+            os.eventfd_read(self._done_fd)
         return call.unwrap()
 
     def close(self) -> None:

@@ -46,6 +46,20 @@ class Delta:
     stop_reason: int | str | None
     usage: Usage | None
 
+    @classmethod
+    def joined(cls, deltas: Sequence[Delta]) -> Delta:
+        """Return a whole stream's deltas as one."""
+        last = deltas[-1]
+        parts = [delta.logprobs for delta in deltas if delta.logprobs is not None]
+        return cls(
+            text="".join(delta.text for delta in deltas),
+            token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
+            logprobs=tuple(entry for part in parts for entry in part) if parts else None,
+            finish_reason=last.finish_reason,
+            stop_reason=last.stop_reason,
+            usage=last.usage,
+        )
+
 
 class Stream:
     """One accepted request. Iterate over it for its deltas, inside `async with`: leaving the block early aborts.
@@ -114,16 +128,7 @@ class Stream:
 
     async def collect(self) -> Delta:
         """Read to the end and return all of it as one delta. Raises what iterating raises."""
-        deltas = [delta async for delta in self]
-        logprobs = tuple(entry for delta in deltas for entry in delta.logprobs or ())
-        return Delta(
-            text="".join(delta.text for delta in deltas),
-            token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
-            logprobs=None if self._params.logprobs is None else logprobs,
-            finish_reason=deltas[-1].finish_reason,
-            stop_reason=deltas[-1].stop_reason,
-            usage=deltas[-1].usage,
-        )
+        return Delta.joined([delta async for delta in self])
 
     def _digest(self, events: Sequence[Event]) -> Delta | None:
         """Merge events into a delta; None when they hold nothing to show."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Protocol
@@ -16,27 +16,21 @@ import trio
 from trio_llm.config import EngineConfig
 from trio_llm.core.block_manager import BlockManager
 from trio_llm.core.scheduler import Scheduler
-from trio_llm.engine.actors import SchedulerActor, manage_blocks, run_model
+from trio_llm.engine.actors import Asks, Grants, Plans, Results, SchedulerActor, manage_blocks, run_model
 from trio_llm.engine.admission import Limits
 from trio_llm.engine.engine import Engine
 from trio_llm.engine.health import Pulse
+from trio_llm.engine.messages import Abort, Submit
 from trio_llm.engine.metrics import Metrics
+from trio_llm.engine.nursery import alone, open_nursery
 from trio_llm.engine.step_thread import StepThread, Worker
 from trio_llm.engine.tickets import Tickets
 from trio_llm.errors import ConfigError
-from trio_llm.messages import (
-    Abort,
-    BlockAsk,
-    BlockGrant,
-    ModelInfo,
-    StepPlan,
-    StepResult,
-    StepTrace,
-    Submit,
-)
+from trio_llm.messages import BlockAsk, BlockGrant, ModelInfo, StepPlan, StepResult, StepTrace
 from trio_llm.tokenizer import Tokenizer
 
 Task = Callable[[], Awaitable[None]]
+Step = Callable[[StepPlan], StepResult]
 # How long clients get to hear of the engine's death before what they run in is cancelled. Out of the air.
 LAST_WORDS_S = 1.0
 # Without a finished step for so long, work that exists counts as stuck. Out of the air: above any step we have seen.
@@ -65,8 +59,9 @@ async def run_engine(
     tokenizer: Tokenizer,
     *,
     worker: Worker | None = None,
+    model_name: str | None = None,
     stall_after_s: float = STALL_AFTER_S,
-) -> AsyncIterator[Engine]:
+) -> AsyncGenerator[Engine, None]:
     """Load the model on its thread, start the actors and serve until the block ends.
 
     When an actor dies, every open stream gets EngineDeadError, the block is cancelled and the actor's exception is
@@ -77,6 +72,7 @@ async def run_engine(
         load: Makes the runner; called on the model's thread, as are its `step` and `close`.
         tokenizer: The model's.
         worker: Runs the runner's calls; default: a thread of its own.
+        model_name: What the model is called; default: as the runner calls it.
         stall_after_s: From when on `health` says "stalled".
 
     Raises:
@@ -86,7 +82,8 @@ async def run_engine(
     try:
         runner = await worker.run(load)
         try:
-            async with _serve(config, runner, tokenizer, worker, stall_after_s) as engine:
+            info = runner.info if model_name is None else attrs.evolve(runner.info, name=model_name)
+            async with _serve(config, info, runner.step, tokenizer, worker, stall_after_s) as engine:
                 yield engine
         finally:
             with trio.CancelScope(shield=True):
@@ -97,16 +94,21 @@ async def run_engine(
 
 @asynccontextmanager
 async def _serve(
-    config: EngineConfig, runner: Runner, tokenizer: Tokenizer, worker: Worker, stall_after_s: float
-) -> AsyncIterator[Engine]:
+    config: EngineConfig,
+    info: ModelInfo,
+    step: Step,
+    tokenizer: Tokenizer,
+    worker: Worker,
+    stall_after_s: float,
+) -> AsyncGenerator[Engine, None]:
     blocks = BlockManager(
-        num_blocks=runner.info.num_kv_blocks,
-        groups=runner.info.kv_groups,
+        num_blocks=info.num_kv_blocks,
+        groups=info.kv_groups,
         enable_prefix_caching=config.enable_prefix_caching,
         secret=secrets.token_bytes(32),
         max_step_tokens=config.long_prefill_token_threshold or config.max_num_batched_tokens,
     )
-    info = attrs.evolve(runner.info, max_model_len=_max_model_len(config, runner.info, blocks.max_tokens()))
+    info = attrs.evolve(info, max_model_len=_max_model_len(config, info, blocks.max_tokens()))
     scheduler = Scheduler(
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_batch_size=config.max_batch_size,
@@ -115,70 +117,43 @@ async def _serve(
         policy=config.scheduling_policy,
         long_prefill_token_threshold=config.long_prefill_token_threshold,
     )
-    engine, tasks = _wire(config, info, tokenizer, scheduler, blocks, runner, worker, stall_after_s)
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_supervise, engine, tasks)
-            yield engine
-            nursery.cancel_scope.cancel()
-    except BaseExceptionGroup as group:
-        raise _alone(group) from None
-
-
-def _wire(
-    config: EngineConfig,
-    info: ModelInfo,
-    tokenizer: Tokenizer,
-    scheduler: Scheduler,
-    blocks: BlockManager,
-    runner: Runner,
-    worker: Worker,
-    stall_after_s: float,
-) -> tuple[Engine, list[Task]]:
-    """Make the four actors and the channels between them. One message at a time is on each edge."""
-    tickets = Tickets(config.max_batch_size * (1 + config.max_waiting_batches))
+    limits = _limits(config, info)
+    tickets, pulse, metrics = Tickets(config.max_batch_size * (1 + config.max_waiting_batches)), Pulse(), Metrics(info)
+    trace = deque[StepTrace](maxlen=_TRACED_STEPS)
     # Room for a Submit and an Abort per ticket.
-    send_inbox, inbox = trio.open_memory_channel[Submit | Abort](2 * tickets.limit)
+    send, inbox = trio.open_memory_channel[Submit | Abort](2 * tickets.limit)
+    engine = Engine(info, tokenizer, limits, send, tickets, pulse, metrics, trace, stall_after_s)
+    wire = partial(SchedulerActor, scheduler, inbox, tickets, pulse, trace, metrics.report)
+    tasks = [*_actors(wire, blocks, partial(worker.run, step)), metrics.run]
+    async with open_nursery() as nursery:
+        nursery.start_soon(_supervise, engine, tasks)
+        yield engine
+        nursery.cancel_scope.cancel()
+
+
+def _limits(config: EngineConfig, info: ModelInfo) -> Limits:
+    return Limits(
+        max_model_len=info.max_model_len,
+        vocab_size=info.vocab_size,
+        hidden_size=info.hidden_size,
+        max_logprobs=info.vocab_size if config.max_logprobs == -1 else config.max_logprobs,
+    )
+
+
+def _actors(
+    scheduler: Callable[[Asks, Grants, Plans, Results], SchedulerActor],
+    blocks: BlockManager,
+    step: Callable[[StepPlan], Awaitable[StepResult]],
+) -> list[Task]:
+    """Join the scheduler to the KV manager and the model runner. One message at a time is on each edge."""
     send_ask, asks = trio.open_memory_channel[BlockAsk](1)
     send_grant, grants = trio.open_memory_channel[BlockGrant](1)
     send_plan, plans = trio.open_memory_channel[StepPlan](1)
     send_result, results = trio.open_memory_channel[StepResult](1)
-    metrics = Metrics(info)
-    pulse = Pulse()
-    trace = deque[StepTrace](maxlen=_TRACED_STEPS)
-    actor = SchedulerActor(
-        core=scheduler,
-        inbox=inbox,
-        asks=send_ask,
-        grants=grants,
-        plans=send_plan,
-        results=results,
-        report=metrics.report,
-        tickets=tickets,
-        pulse=pulse,
-        trace=trace,
-    )
-    engine = Engine(
-        info=info,
-        tokenizer=tokenizer,
-        limits=Limits(
-            max_model_len=info.max_model_len,
-            vocab_size=info.vocab_size,
-            hidden_size=info.hidden_size,
-            max_logprobs=info.vocab_size if config.max_logprobs == -1 else config.max_logprobs,
-        ),
-        inbox=send_inbox,
-        tickets=tickets,
-        pulse=pulse,
-        metrics=metrics,
-        trace=trace,
-        stall_after_s=stall_after_s,
-    )
-    return engine, [
-        actor.run,
+    return [
+        scheduler(send_ask, grants, send_plan, results).run,
         partial(manage_blocks, blocks, asks, send_grant),
-        partial(run_model, runner.step, worker, plans, send_result),
-        metrics.run,
+        partial(run_model, step, plans, send_result),
     ]
 
 
@@ -192,7 +167,7 @@ async def _supervise(engine: Engine, tasks: list[Task]) -> None:
         _, died = group.split(trio.Cancelled)
         if died is None:
             raise
-        error = _alone(died)
+        error = alone(died)
         _log.critical("an actor died", exc_info=error)
         engine.die(f"{type(error).__name__}: {error}")
         with trio.move_on_after(LAST_WORDS_S):
@@ -200,12 +175,6 @@ async def _supervise(engine: Engine, tasks: list[Task]) -> None:
         raise error from None
     finally:
         engine.die("The engine was closed.")
-
-
-def _alone(error: BaseException) -> BaseException:
-    """Return the one exception that a nursery wrapped, or the group where it has several."""
-    lone = isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1
-    return error.exceptions[0] if lone else error
 
 
 def _max_model_len(config: EngineConfig, info: ModelInfo, longest: int) -> int:
