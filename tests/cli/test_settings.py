@@ -27,6 +27,7 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "server.shutdown_timeout_s": (1.5, 2.5, 3.5),
     "server.max_connections": (1, 2, 3),
     "server.max_body_bytes": (1, 2, 3),
+    "server.enable_shutdown": (False, False, False),
     "engine.model": ("a", "b", "c"),
     "engine.tokenizer": ("a", "b", "c"),
     "engine.dtype": ("bfloat16", "float16", "float32"),
@@ -49,6 +50,7 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "engine.seed": (1, 2, 3),
     "auth.api_keys": (("a", "b"), ("c",), ("d",)),
     "auth.api_key_file": ("a", "b", "c"),
+    "auth.require_auth": (True, True, True),
     "auth.rate_limit_requests": (1, 2, 3),
     "auth.rate_limit_window_secs": (1.5, 2.5, 3.5),
 }
