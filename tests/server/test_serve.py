@@ -338,6 +338,7 @@ async def test_an_app_that_raises_is_answered_and_does_not_spread() -> None:
             await stream.send_all(http("GET", "/"))
             status, _, body = await read_response(stream)
             assert status == 500
+            assert json.loads(body)["error"]["type"] == "internal_server_error"
             assert b"secret" not in body
 
 

@@ -57,9 +57,10 @@ class Edge:
                 while (await receive())["type"] != "http.disconnect":
                     pass
         else:
-            await self._run(scope, _Exchange(receive, send))
+            await self._run(scope, receive, send)
 
-    async def _run(self, scope: Any, exchange: _Exchange) -> None:
+    async def _run(self, scope: Any, receive: Any, send: Any) -> None:
+        exchange = _Exchange(receive, send)
         try:
             async with contextlib.AsyncExitStack() as stack, trio.open_nursery() as nursery:
                 scope[LIFETIME] = Lifetime(nursery, stack)

@@ -7,6 +7,7 @@ from typing import Any
 
 import attrs
 import msgspec
+import trio
 
 from trio_llm.errors import (
     DrainingError,
@@ -53,8 +54,10 @@ def to_http_error(error: BaseException) -> HttpError:
             return HttpError(404, str(error), param="model", code="model_not_found")
         case OverloadedError():
             return HttpError(503, error.message, code="overloaded", headers=retry_after(error.retry_after_s))
-        case DrainingError():
-            return HttpError(503, error.message, code="draining", headers=retry_after(5.0))
+        case (
+            DrainingError() | trio.ClosedResourceError()
+        ):  # The latter: its stream was closed when draining took too long.
+            return HttpError(503, DrainingError().message, code="draining", headers=retry_after(5.0))
         case EngineDeadError():
             return HttpError(503, error.message, code="engine_dead", headers=retry_after(5.0))
         case RequestFailedError():

@@ -1,0 +1,139 @@
+"""A real engine round a model without torch: its next letter is a function of all tokens before it."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from tests.engine.fakes import InlineWorker
+from trio_llm.config import EngineConfig
+from trio_llm.engine import Engine
+from trio_llm.engine.supervisor import run_engine
+from trio_llm.messages import KVGroup, ModelInfo, SamplingParams, StepPlan, StepResult, TokenLogprobs
+from trio_llm.tokenizer import Tokenizer
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def stub_tokenizer(chat_template: str | None = TEMPLATE) -> Tokenizer:
+    """Return a tokenizer with one token per byte and three control tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
+    inner = tokenizers.Tokenizer(models.BPE(vocab, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([tokenizers.AddedToken(token, special=True) for token in SPECIAL])
+    return Tokenizer(inner.to_str(), chat_template=chat_template, named_special_tokens={"eos_token": SPECIAL[0]})
+
+
+TOKENIZER = stub_tokenizer()
+EOS = TOKENIZER.special_tokens[SPECIAL[0]]
+LETTERS = tuple(TOKENIZER.encode("abcdefghijklmnopqrstuvwxyz "))
+
+
+def next_token(tokens: Sequence[int], seed: int = 0) -> int:
+    """Return the token that follows `tokens`."""
+    return LETTERS[zlib.crc32(b"".join(t.to_bytes(4, "big") for t in tokens), seed % 2**32) % len(LETTERS)]
+
+
+def continuation(prompt: str | Sequence[int], count: int, seed: int = 0) -> str:
+    """Return the text that a fault-free run answers."""
+    tokens = TOKENIZER.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    start = len(tokens)
+    for _ in range(count):
+        tokens.append(next_token(tokens, seed))
+    return TOKENIZER.decode(tokens[start:])
+
+
+class StubRunner:
+    """Answers plans by `next_token`; the hook sees each plan first and may raise or block."""
+
+    def __init__(
+        self,
+        *,
+        max_model_len: int = 512,
+        default_sampling: dict[str, float] | None = None,
+        hook: Callable[[StepPlan], Any] | None = None,
+    ) -> None:
+        self.info = ModelInfo(
+            name="models/stub",
+            architecture="StubForCausalLM",
+            vocab_size=TOKENIZER.vocab_size,
+            hidden_size=4,
+            max_model_len=max_model_len,
+            eos_token_ids=(EOS,),
+            kv_groups=(KVGroup(layers=(0,), block_size=16),),
+            num_kv_blocks=129,
+            block_bytes=1024,
+            dtype="float32",
+            default_sampling=default_sampling or {"temperature": 0.0},
+        )
+        self.hook = hook
+        self.plans: list[StepPlan] = []
+        self.params: dict[int, SamplingParams] = {}
+        self._tokens: dict[int, list[int]] = {}
+
+    def step(self, plan: StepPlan) -> StepResult:
+        self.plans.append(plan)
+        for request_id in plan.dropped:
+            self.params.pop(request_id, None)
+        for admission in plan.admitted:
+            assert isinstance(admission.params, SamplingParams)
+            self.params[admission.request_id] = admission.params
+            self._tokens[admission.request_id] = list(admission.token_ids)
+        if self.hook is not None:
+            self.hook(plan)
+        sampled: list[tuple[int, ...]] = []
+        logprobs: list[tuple[TokenLogprobs, ...] | None] = []
+        prompt_logprobs: dict[int, tuple[TokenLogprobs | None, ...]] = {}
+        at = 0
+        for request_id, start, count, samples in zip(
+            plan.request_ids, plan.starts, plan.counts, plan.samples, strict=True
+        ):
+            tokens, params = self._tokens[request_id], self.params[request_id]
+            tokens[start : start + count] = plan.token_ids[at : at + count]
+            at += count
+            seed = params.seed or 0 if params.temperature else 0
+            row = (next_token(tokens[: start + count], seed),) if samples else ()
+            if params.prompt_logprobs is not None:
+                prompt_logprobs[request_id] = tuple(
+                    None if i == 0 else logprob(tokens[i], params.prompt_logprobs) for i in range(start, start + count)
+                )
+            sampled.append(row)
+            wanted = params.logprobs
+            logprobs.append(None if wanted is None else tuple(logprob(token, wanted) for token in row))
+        return StepResult(
+            plan.step,
+            tuple(sampled),
+            logprobs=tuple(logprobs) if any(logprobs) else None,
+            prompt_logprobs=prompt_logprobs or None,
+        )
+
+    def close(self) -> None:
+        pass
+
+
+def logprob(token_id: int, num_top: int) -> TokenLogprobs:
+    """Make up an entry: the token itself is never among the likeliest."""
+    top = tuple((LETTERS[i], -0.5 - i) for i in range(num_top))
+    return TokenLogprobs(token_id, -float(token_id) / 3, num_top + 1, top)
+
+
+@asynccontextmanager
+async def open_stub(
+    runner: StubRunner | None = None, tokenizer: Tokenizer = TOKENIZER, **settings: Any
+) -> AsyncIterator[Engine]:
+    """Open an engine round a stub runner."""
+    stub = StubRunner() if runner is None else runner
+    worker: Any = InlineWorker()
+    async with run_engine(EngineConfig(**settings), lambda: stub, tokenizer, worker=worker) as engine:
+        yield engine

@@ -1,0 +1,195 @@
+"""The app: every endpoint registered, and what holds for all of them - keys, limits, errors, headers."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+import trio
+from prometheus_client import CollectorRegistry, Counter, Gauge
+from quart import Response, g, request
+from quart_trio import QuartTrio
+from werkzeug.exceptions import HTTPException
+
+from trio_llm.config import Config
+from trio_llm.engine import Engine
+from trio_llm.errors import CheckpointError, ConfigError
+from trio_llm.server import admin, auth, chat, completions, models
+from trio_llm.server.chat_template import ChatTemplate
+from trio_llm.server.edge import Edge
+from trio_llm.server.errors import HttpError, error_body, retry_after, to_http_error
+from trio_llm.server.rate_limit import RateLimiter
+from trio_llm.server.services import Services, model_names
+from trio_llm.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+BODY_TIMEOUT_S = 20.0
+_MAX_REQUEST_ID_CHARS = 128
+# Open to everybody, key or not.
+_PUBLIC = frozenset({"health", "ping"})
+# Decide for themselves who may call them.
+_SELF_GUARDED = frozenset({"metrics", "shutdown"})
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+class ServerApp(QuartTrio):
+    """The Quart app, and what it works with."""
+
+    services: Services
+
+    def last_call(self) -> None:
+        """End the streams that are still open with an error event; see `serve`."""
+        self.services.last_call()
+
+
+def create_app(
+    engine: Engine,
+    config: Config,
+    *,
+    shutdown: Callable[[], None] | None = None,
+    clock: Callable[[], float] = trio.current_time,
+) -> ServerApp:
+    """Make the app that serves `engine`, ready for `serve` or any ASGI server on Trio.
+
+    Args:
+        engine: Open for as long as the app serves.
+        config: Its server and auth parts are used here.
+        shutdown: Begins an orderly end of the process, for GET /shutdown.
+        clock: Seconds, for the rate limit.
+
+    Raises:
+        ConfigError: A key file or chat template that cannot be read; no key although one is required.
+        CheckpointError: A chat template that cannot be parsed.
+    """
+    keys = auth.load_keys(config.auth)
+    if config.auth.require_auth and not keys:
+        raise ConfigError(key="auth.require_auth", value=True, source="configuration", allowed="needs an API key")
+    app = ServerApp("trio_llm", static_folder=None)
+    app.services = Services(
+        engine=engine,
+        config=config,
+        names=model_names(engine, config),
+        template=_load_template(config, engine.tokenizer),
+        shutdown=shutdown,
+        keys=keys,
+    )
+    app.json.sort_keys = False  # pyright: ignore[reportAttributeAccessIssue]
+    app.config["RESPONSE_TIMEOUT"] = None
+    app.config["BODY_TIMEOUT"] = BODY_TIMEOUT_S
+    app.config["MAX_CONTENT_LENGTH"] = config.server.max_body_bytes
+    registry = CollectorRegistry()
+    Gauge("trio_llm_auth_enabled", "1 if an API key is needed.", registry=registry).set(bool(keys))
+    _guard(app, config, clock)
+    _finish_responses(app, registry)
+    app.register_error_handler(Exception, _error_response)
+    admin.register(app, app.services, registry)
+    models.register(app, app.services)
+    completions.register(app, app.services)
+    chat.register(app, app.services)
+    app.asgi_app = Edge(app=app.asgi_app)
+    return app
+
+
+def _load_template(config: Config, tokenizer: Tokenizer) -> ChatTemplate | None:
+    source = tokenizer.chat_template
+    if (path := config.server.chat_template) is not None:
+        try:
+            source = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            raise ConfigError(
+                key="server.chat_template", value=path, source="configuration", allowed="must be a readable text file"
+            ) from None
+    if source is None:
+        return None
+    try:
+        return ChatTemplate(source, tokenizer.named_special_tokens, tokenizer.special_tokens)
+    except CheckpointError as error:
+        # A model whose template is broken still completes prompts; one that was asked for must work.
+        if config.server.chat_template is not None:
+            raise
+        logger.warning("%s: /v1/chat/completions is not available", error)
+        return None
+
+
+def _guard(app: ServerApp, config: Config, clock: Callable[[], float]) -> None:
+    """Check key and rate before anything else, also on paths that do not exist."""
+    capacity = config.auth.rate_limit_requests
+    limiter = RateLimiter(capacity, config.auth.rate_limit_window_secs, clock) if capacity else None
+    keys = app.services.keys
+
+    @app.before_request
+    async def guard() -> None:
+        g.key_id = keys.identify(auth.presented_keys())
+        if request.endpoint in _PUBLIC or request.endpoint in _SELF_GUARDED:
+            return
+        if keys and g.key_id is None:
+            raise HttpError(
+                401,
+                "A valid API key is needed: send it as `Authorization: Bearer <key>`.",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        if limiter is not None and not (g.key_id is None and auth.peer_is_loopback()):
+            _limit(limiter, g.key_id or auth.peer_name())
+
+
+def _limit(limiter: RateLimiter, name: str) -> None:
+    verdict = limiter.take(name)
+    g.rate_headers = {
+        "x-ratelimit-limit-requests": str(limiter.capacity),
+        "x-ratelimit-remaining-requests": str(verdict.remaining),
+        "x-ratelimit-reset-requests": f"{verdict.reset_after_s:.3f}s",
+    }
+    if not verdict.allowed:
+        raise HttpError(
+            429,
+            f"Too many requests: at most {limiter.capacity} at once.",
+            code="rate_limit_exceeded",
+            headers=retry_after(verdict.retry_after_s),
+        )
+
+
+def _finish_responses(app: ServerApp, registry: CollectorRegistry) -> None:
+    counter = Counter("http_requests", "Requests answered.", ["handler", "method", "status"], registry=registry)
+
+    @app.after_request
+    async def finish(response: Response) -> Response:
+        given = request.headers.get("x-request-id", "")
+        usable = 0 < len(given) <= _MAX_REQUEST_ID_CHARS and given.isascii() and given.isprintable()
+        response.headers["x-request-id"] = given if usable else f"req-{secrets.token_hex(12)}"
+        response.headers.update(g.get("rate_headers", {}))
+        if "warning" in g:
+            response.headers["Warning"] = g.warning
+        # Labels from sets of ours only: a client that makes up methods and paths makes no new series.
+        handler = request.url_rule.rule if request.url_rule is not None else "unmatched"
+        method = request.method if request.method in _METHODS else "other"
+        counter.labels(handler, method, str(response.status_code)).inc()
+        return response
+
+
+async def _error_response(error: Exception) -> Response:
+    """Answer any error of any request in OpenAI's shape; of an unexpected one the client learns only that it was."""
+    told = _from_werkzeug(error) if isinstance(error, HTTPException) else to_http_error(error)
+    if told.status == 500:
+        logger.error("%s %s failed", request.method, request.path, exc_info=error)
+    return Response(error_body(told), status=told.status, headers=told.headers, content_type="application/json")
+
+
+def _from_werkzeug(error: HTTPException) -> HttpError:
+    status = error.code or 500
+    if status == 404:
+        path = request.path[:100]
+        return HttpError(404, f"There is no {path!r} here. OpenAI's API is under /v1, e.g. POST /v1/chat/completions.")
+    if status == 405:
+        allowed = ", ".join(sorted(getattr(error, "valid_methods", None) or ()))
+        return HttpError(405, f"{request.method[:16]} is not allowed here, but: {allowed}.", headers={"Allow": allowed})
+    if status == 413:
+        limit = request.max_content_length
+        return HttpError(413, f"The request body is too large: at most {limit} bytes (--max-body-bytes).")
+    if status == 408:
+        # What is left of the body would be read as the next request.
+        return HttpError(408, "The request body did not arrive in time.", headers={"Connection": "close"})
+    return HttpError(status, error.name)

@@ -1,0 +1,96 @@
+"""Who may call what: API keys, deny by default on the matched endpoint.
+
+Never by path: Quart routes `//v1/models` and `http://evil/v1/models` to /v1/models, so a check of the path's
+beginning is no check (the shape of CVE-2026-48746).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+
+from quart import request
+
+from trio_llm.config import AuthConfig
+from trio_llm.errors import ConfigError
+
+
+class ApiKeys:
+    """The accepted keys, as digests: compared in constant time, and nothing here can print one."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in dict.fromkeys(keys)]
+
+    def __len__(self) -> int:
+        return len(self._digests)
+
+    def identify(self, given: Iterable[bytes]) -> str | None:
+        """Return the id of the key among `given`, None if there is none. Every key is compared every time."""
+        found: str | None = None
+        for candidate in given:
+            digest = hashlib.sha256(candidate).digest()
+            for known in self._digests:
+                if secrets.compare_digest(digest, known):
+                    found = known.hex()[:16]
+        return found
+
+
+def load_keys(config: AuthConfig) -> ApiKeys:
+    """Read the keys of the configuration and of its key file.
+
+    Raises:
+        ConfigError: The key file cannot be read or holds no key.
+    """
+    keys = [key for key in config.api_keys if key]
+    if config.api_key_file is not None:
+        try:
+            lines = Path(config.api_key_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError):
+            raise _bad_key_file(config.api_key_file, "must be a readable text file") from None
+        from_file = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if not from_file:  # Starting open because a file is empty would be the worst of surprises.
+            raise _bad_key_file(config.api_key_file, "must hold at least one key")
+        keys += from_file
+    return ApiKeys(keys)
+
+
+def _bad_key_file(path: str, allowed: str) -> ConfigError:
+    return ConfigError(key="auth.api_key_file", value=path, source="configuration", allowed=allowed)
+
+
+def presented_keys() -> list[bytes]:
+    """Return the keys that the current request presents: as Bearer token, or as x-api-key."""
+    keys = [value.encode("latin-1") for value in request.headers.getlist("x-api-key")]
+    for value in request.headers.getlist("Authorization"):
+        scheme, _, token = value.partition(" ")
+        if scheme.lower() == "bearer":
+            keys.append(token.strip().encode("latin-1"))
+    return keys
+
+
+def peer_address() -> str:
+    """Return the address at the other end of the socket; headers that claim another one are not believed."""
+    client = request.scope["client"]
+    return client[0] if client else "local"
+
+
+def peer_is_loopback() -> bool:
+    """Say whether the current request comes from this machine."""
+    try:
+        return ipaddress.ip_address(peer_address()).is_loopback
+    except ValueError:
+        return False
+
+
+def peer_name() -> str:
+    """Return the name that a peer is limited by; an IPv6 host has a whole /64 to make up addresses from."""
+    try:
+        address = ipaddress.ip_address(peer_address())
+    except ValueError:
+        return peer_address()
+    if isinstance(address, ipaddress.IPv6Address):
+        return str(address.ipv4_mapped or ipaddress.ip_network((address, 64), strict=False))
+    return str(address)

@@ -1,0 +1,36 @@
+"""The body of the current HTTP request."""
+
+from __future__ import annotations
+
+import logging
+from typing import TypeVar, cast
+
+from quart import g, request
+
+from trio_llm.server.json_body import check_media_type
+from trio_llm.server.requests import GenerationBody, parse_body
+
+logger = logging.getLogger(__name__)
+
+Body = TypeVar("Body", bound=GenerationBody)
+
+_MAX_NAMED = 10
+
+
+async def read_body(kind: type[Body]) -> Body:
+    """Read, parse and check the body of the current request.
+
+    Fields that nobody here knows change nothing: clients send such, so they are not refused, but they are named in
+    a `Warning` header and in the log.
+    """
+    check_media_type(request.headers.get("Content-Type"), request.headers.get("Content-Encoding"))
+    body, unknown = parse_body(cast(bytes, await request.get_data()), kind)
+    if unknown:
+        names = ", ".join(_printable(name) for name in unknown[:_MAX_NAMED])
+        g.warning = f'299 trio-llm "Ignored unknown fields: {names}"'
+        logger.info("ignored unknown fields of %s: %s", request.path, names)
+    return body
+
+
+def _printable(name: str) -> str:
+    return "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "?" for c in name[:64])

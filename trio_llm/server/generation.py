@@ -1,0 +1,122 @@
+"""What chat and completions share: submitting, counting, and answering whole or as a stream."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
+
+import attrs
+from quart import Response, g, request
+
+import trio_llm
+from trio_llm.engine import Delta, Stream
+from trio_llm.messages import SamplingParams
+from trio_llm.server import sse
+from trio_llm.server.edge import LIFETIME, Lifetime
+from trio_llm.server.requests import GenerationBody
+from trio_llm.server.services import Services
+
+FINGERPRINT = f"trio-llm-{trio_llm.__version__}"
+
+
+@attrs.frozen
+class Head:
+    """What is the same in every chunk of an answer. The id is ours: a client's own is echoed, never used as a key."""
+
+    id: str
+    created: int
+    model: str
+
+    @classmethod
+    def make(cls, prefix: str, model: str) -> Head:
+        return cls(f"{prefix}-{secrets.token_hex(12)}", int(time.time()), model)
+
+    def chunk(self, kind: str, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return the frame of an answer or chunk."""
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": FINGERPRINT,
+            "choices": list(choices),
+        }
+
+
+class UsageCounter:
+    """Counts tokens over the samples of all prompts; a prompt counts once, however many samples it has."""
+
+    def __init__(self, streams: Sequence[Stream], samples_per_prompt: int) -> None:
+        self._firsts = streams[::samples_per_prompt]
+        self._completion_tokens = [0] * len(streams)
+
+    def add(self, index: int, delta: Delta) -> None:
+        if delta.usage is not None:
+            self._completion_tokens[index] = delta.usage.completion_tokens
+        else:
+            self._completion_tokens[index] += len(delta.token_ids)
+
+    def usage(self) -> dict[str, Any]:
+        """Return OpenAI's usage object for what was counted so far."""
+        prompt = sum(len(stream.prompt_token_ids) for stream in self._firsts)
+        completion = sum(self._completion_tokens)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(stream.cached_tokens for stream in self._firsts)},
+        }
+
+
+class StreamUsage:
+    """What the chunks of a stream say about usage: nothing, everything at the end, or the state with each."""
+
+    def __init__(self, body: GenerationBody, counter: UsageCounter) -> None:
+        options = body.stream_options
+        self._counter = counter
+        self._at_end = options is not None and options.include_usage is True
+        self._continuous = self._at_end and options is not None and options.continuous_usage_stats is True
+
+    def mark(self, chunk: dict[str, Any]) -> dict[str, Any]:
+        """Add to an ordinary chunk what it must say."""
+        if self._at_end:
+            chunk["usage"] = self._counter.usage() if self._continuous else None
+        return chunk
+
+    def last_chunks(self, head: Head, kind: str) -> list[dict[str, Any]]:
+        """Return the chunk without choices; clients lose the counts if it has any."""
+        return [{**head.chunk(kind, []), "usage": self._counter.usage()}] if self._at_end else []
+
+
+class AnswerFormat(sse.ChunkFormat, Protocol):
+    """How an endpoint spells its answers."""
+
+    def answer(self, deltas: Sequence[Delta]) -> dict[str, Any]:
+        """Return the whole answer; `deltas` has one per stream."""
+        ...
+
+
+async def submit(
+    services: Services, body: GenerationBody, prompts: Sequence[Sequence[int]], params: SamplingParams
+) -> list[Stream]:
+    """Submit all samples of all prompts; they are aborted when the current HTTP request ends, however it ends."""
+    salt = services.cache_scope(g.get("key_id"), body.cache_salt)
+    return await services.open_streams(_lifetime(), prompts, params, priority=body.priority or 0, salt=salt)
+
+
+async def answer(body: GenerationBody, streams: Sequence[Stream], form: AnswerFormat) -> Response | dict[str, Any]:
+    """Answer the current HTTP request whole, or as a stream once its first token exists."""
+    if not body.stream:
+        # One after the other: the engine waits for no reader, and what is not read yet is merged.
+        return form.answer([await stream.collect() for stream in streams])
+    feed = sse.DeltaFeed(streams, _lifetime())
+    first = await feed.next()
+    response = Response(sse.event_stream(feed, first, form), headers=sse.HEADERS)
+    response.timeout = None  # Quart would end the stream after a minute, without a word.
+    return response
+
+
+def _lifetime() -> Lifetime:
+    return cast(Any, request.scope)[LIFETIME]

@@ -1,0 +1,64 @@
+"""Token buckets by name, with an injected clock; as many as are remembered, however many names are made up."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import attrs
+
+_MAX_BUCKETS = 10_000
+
+
+@attrs.frozen
+class Verdict:
+    """Whether a request may pass.
+
+    Attributes:
+        remaining: Requests that may follow at once.
+        retry_after_s: When the next one may pass; 0 if one may now.
+        reset_after_s: When the bucket is full again.
+    """
+
+    allowed: bool
+    remaining: int
+    retry_after_s: float
+    reset_after_s: float
+
+
+@attrs.define
+class _Bucket:
+    tokens: float
+    filled_at_s: float
+
+
+class RateLimiter:
+    """At most `capacity` requests at once, refilled evenly over `window_s`.
+
+    The least recently seen buckets are forgotten first; a forgotten one comes back full, which lets through at most
+    what a fresh name would get anyway.
+    """
+
+    def __init__(self, capacity: int, window_s: float, clock: Callable[[], float]) -> None:
+        self.capacity = capacity
+        self._rate = capacity / window_s
+        self._clock = clock
+        self._buckets: OrderedDict[str, _Bucket] = OrderedDict()
+
+    def take(self, name: str) -> Verdict:
+        """Take one token from a bucket, if it has one."""
+        now = self._clock()
+        bucket = self._buckets.setdefault(name, _Bucket(self.capacity, now))
+        self._buckets.move_to_end(name)
+        if len(self._buckets) > _MAX_BUCKETS:
+            self._buckets.popitem(last=False)
+        bucket.tokens = min(self.capacity, bucket.tokens + (now - bucket.filled_at_s) * self._rate)
+        bucket.filled_at_s = now
+        allowed = bucket.tokens >= 1
+        bucket.tokens -= allowed
+        return Verdict(
+            allowed=allowed,
+            remaining=int(bucket.tokens),
+            retry_after_s=max(0.0, 1 - bucket.tokens) / self._rate,
+            reset_after_s=(self.capacity - bucket.tokens) / self._rate,
+        )

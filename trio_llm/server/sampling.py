@@ -1,0 +1,110 @@
+"""From the fields of a request to the engine's SamplingParams; the engine checks their ranges once more."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from trio_llm.errors import InvalidRequestError
+from trio_llm.messages import ModelInfo, SamplingParams
+from trio_llm.server.requests import GenerationBody
+from trio_llm.tokenizer import Tokenizer
+
+_MAX_STOP_STRINGS = 4
+_MAX_STOP_BYTES = 256
+_MAX_BAD_WORD_TOKENS = 1024
+_GREEDY_BELOW = 1e-5
+_MIN_TEMPERATURE = 0.01
+_NAMED = ("presence_penalty", "frequency_penalty", "seed", "min_tokens", "ignore_eos", "include_stop_str_in_output")
+_DEFAULTED = ("top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def sampling_params(
+    body: GenerationBody,
+    *,
+    info: ModelInfo,
+    tokenizer: Tokenizer,
+    max_tokens: int | None,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+) -> SamplingParams:
+    """Build the parameters: what the request says, else the model's generation_config, else neutral.
+
+    Raises:
+        InvalidRequestError: Names the field, its value and what is allowed.
+    """
+    _check_together(body, max_tokens, info.max_model_len)
+    given: dict[str, Any] = {name: getattr(body, name) for name in _NAMED if getattr(body, name) is not None}
+    for name in _DEFAULTED:
+        value = getattr(body, name)
+        if value is None:
+            value = info.default_sampling.get(name)
+        if value is not None:
+            given[name] = value
+    return SamplingParams(
+        **given,
+        n=body.n or 1,
+        temperature=_temperature(body, info.default_sampling),
+        max_tokens=max_tokens,
+        stop=_stop(body.stop),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        skip_special_tokens=body.skip_special_tokens is not False,
+        logit_bias=_logit_bias(body.logit_bias or {}),
+        allowed_token_ids=tuple(body.allowed_token_ids) if body.allowed_token_ids is not None else None,
+        bad_words_token_ids=_bad_words(body.bad_words or [], tokenizer),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def _check_together(body: GenerationBody, max_tokens: int | None, max_model_len: int) -> None:
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        raise InvalidRequestError(f"best_of = {body.best_of} is not supported: it must equal n.", param="best_of")
+    if max_tokens is not None and max_tokens > max_model_len:
+        raise InvalidRequestError(
+            f"max_tokens = {max_tokens} is not allowed: this model's maximum context length is {max_model_len} tokens.",
+            param="max_tokens",
+        )
+    if body.min_tokens is not None and max_tokens is not None and body.min_tokens > max_tokens:
+        raise InvalidRequestError(
+            f"min_tokens = {body.min_tokens} is not allowed: at most max_tokens, {max_tokens}.", param="min_tokens"
+        )
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequestError("Stream options can only be defined when `stream=True`.", param="stream_options")
+    if body.prompt_logprobs is not None and body.stream:
+        raise InvalidRequestError("prompt_logprobs are not available when `stream=True`.", param="prompt_logprobs")
+
+
+def _temperature(body: GenerationBody, defaults: Mapping[str, float | int]) -> float:
+    value = body.temperature if body.temperature is not None else float(defaults.get("temperature", 1.0))
+    # Between the two, logits overflow half precision; vLLM raises them to the same floor.
+    return 0.0 if value < _GREEDY_BELOW else max(value, _MIN_TEMPERATURE)
+
+
+def _stop(stop: str | list[str] | None) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if len(strings) > _MAX_STOP_STRINGS:
+        raise InvalidRequestError(f"At most {_MAX_STOP_STRINGS} stop strings, not {len(strings)}.", param="stop")
+    for string in strings:
+        if not 1 <= len(string.encode()) <= _MAX_STOP_BYTES:
+            raise InvalidRequestError(f"A stop string has 1 to {_MAX_STOP_BYTES} bytes.", param="stop")
+    return strings
+
+
+def _logit_bias(biases: Mapping[str, float]) -> dict[int, float]:
+    for key in biases:
+        if not re.fullmatch(r"[0-9]{1,10}", key):
+            raise InvalidRequestError(f"logit_bias: {key[:64]!r} is not a token id.", param="logit_bias")
+    return {int(key): bias for key, bias in biases.items()}
+
+
+def _bad_words(words: list[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """Spell each word with and without a space before it: tokenizers give the two different ids."""
+    sequences: dict[tuple[int, ...], None] = {}
+    for word in words:
+        for text in (word, f" {word.lstrip()}"):
+            sequences[tuple(tokenizer.encode(text, add_special_tokens=False))] = None
+    if sum(map(len, sequences)) > _MAX_BAD_WORD_TOKENS:
+        raise InvalidRequestError(f"bad_words have more than {_MAX_BAD_WORD_TOKENS} tokens.", param="bad_words")
+    return tuple(sequences)

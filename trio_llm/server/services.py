@@ -1,0 +1,88 @@
+"""What every endpoint works with, made once per app."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import attrs
+import trio
+
+from trio_llm.config import Config
+from trio_llm.engine import Engine, Stream, open_samples
+from trio_llm.errors import ModelNotFoundError
+from trio_llm.messages import SamplingParams
+from trio_llm.server.auth import ApiKeys
+from trio_llm.server.chat_template import ChatTemplate
+from trio_llm.server.edge import Lifetime
+from trio_llm.tokenizer import Tokenizer
+
+# A number pulled out of the air: two long prompts are tokenized side by side, the others wait their turn.
+_TOKENIZING_THREADS = 2
+
+
+@attrs.define(kw_only=True)
+class Services:
+    """The engine and what surrounds it.
+
+    Attributes:
+        names: What the model answers to, the first one in answers.
+        template: Turns conversations into prompts; None if the model has no template.
+        shutdown: Begins an orderly end of the process; None where that is somebody else's to decide.
+        keys: The accepted API keys. With several, requests of different keys never share cached prompt blocks.
+    """
+
+    engine: Engine
+    config: Config
+    names: tuple[str, ...]
+    template: ChatTemplate | None
+    shutdown: Callable[[], None] | None
+    keys: ApiKeys
+    threads: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(_TOKENIZING_THREADS))
+    _streams: set[Stream] = attrs.field(factory=set[Stream], init=False)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.engine.tokenizer
+
+    def check_model(self, name: str | None) -> str:
+        """Return the name to answer with. Raises ModelNotFoundError for a model that is not served."""
+        if name is not None and name not in self.names:
+            raise ModelNotFoundError(name[:200], self.names)
+        return name or self.names[0]
+
+    def cache_scope(self, key_id: str | None, cache_salt: str | None) -> bytes:
+        """Return the salt within which a request shares cached blocks."""
+        key = (key_id or "") if len(self.keys) > 1 else ""
+        if not key and cache_salt is None:
+            return b""
+        return hashlib.sha256(f"{key}/{cache_salt or ''}".encode()).digest()
+
+    async def open_streams(
+        self,
+        lifetime: Lifetime,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        priority: int,
+        salt: bytes,
+    ) -> list[Stream]:
+        """Submit every sample of every prompt, sample by sample within a prompt; all end with `lifetime`."""
+        streams: list[Stream] = []
+        for prompt in prompts:
+            samples = open_samples(self.engine, prompt, params, priority=priority, salt=salt)
+            streams += await lifetime.stack.enter_async_context(samples)
+        self._streams.update(streams)
+        lifetime.stack.callback(self._streams.difference_update, streams)
+        return streams
+
+    def last_call(self) -> None:
+        """End every open stream: the time to drain is over. Its reader gets trio.ClosedResourceError."""
+        for stream in self._streams:
+            stream.close()
+
+
+def model_names(engine: Engine, config: Config) -> tuple[str, ...]:
+    """Return the configured names, or the model's own."""
+    return config.server.served_model_name or (Path(engine.info.name).name or engine.info.name,)

@@ -1,0 +1,114 @@
+"""Server-sent events: the deltas of a request's streams as they come, and an orderly end whatever happens.
+
+Nothing is sent before the first token exists, so that whatever is refused or fails until then is an ordinary HTTP
+error, and clients that time the first event time the first token. What has queued since the last write goes out in
+one write. An error after that is an event of its own, followed by [DONE] like a good end.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Protocol
+
+import msgspec
+import trio
+
+from trio_llm.engine import Delta, Stream
+from trio_llm.server.edge import Lifetime
+from trio_llm.server.errors import error_object, to_http_error
+
+logger = logging.getLogger(__name__)
+
+HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",  # nginx would otherwise collect the events
+}
+_DONE = b"data: [DONE]\n\n"
+
+
+class ChunkFormat(Protocol):
+    """How an endpoint spells its chunks."""
+
+    def chunks(self, index: int, delta: Delta) -> Sequence[dict[str, Any]]:
+        """Return the chunks for what stream `index` produced."""
+        ...
+
+    def last_chunks(self) -> Sequence[dict[str, Any]]:
+        """Return what follows a good end: the usage, if it was asked for."""
+        ...
+
+
+class DeltaFeed:
+    """The deltas of one request's streams, merged in the order in which they come."""
+
+    def __init__(self, streams: Sequence[Stream], lifetime: Lifetime) -> None:
+        self._only = streams[0] if len(streams) == 1 else None
+        self._error: Exception | None = None
+        if self._only is None:
+            send, self._receive = trio.open_memory_channel[tuple[int, Delta | Exception]](len(streams))
+            with send:
+                for index, stream in enumerate(streams):
+                    lifetime.nursery.start_soon(_pump, index, stream, send.clone())
+
+    async def next(self) -> list[tuple[int, Delta]]:
+        """Wait for something new and return all of it as (stream index, delta); nothing at the end of all streams.
+
+        Raises:
+            Exception: What reading one of the streams raised.
+        """
+        if self._only is not None:
+            return [(0, delta)] if (delta := await anext(self._only, None)) is not None else []
+        if self._error is not None:
+            raise self._error
+        return self._good(await self._receive_all())
+
+    async def _receive_all(self) -> list[tuple[int, Delta | Exception]]:
+        items: list[tuple[int, Delta | Exception]] = []
+        try:
+            items.append(await self._receive.receive())
+            while True:
+                items.append(self._receive.receive_nowait())
+        except (trio.EndOfChannel, trio.WouldBlock):
+            return items
+
+    def _good(self, items: Sequence[tuple[int, Delta | Exception]]) -> list[tuple[int, Delta]]:
+        good: list[tuple[int, Delta]] = []
+        for index, item in items:
+            if isinstance(item, Exception):
+                self._error = item
+                if not good:
+                    raise item
+                return good
+            good.append((index, item))
+        return good
+
+
+async def _pump(index: int, stream: Stream, send: trio.MemorySendChannel[tuple[int, Delta | Exception]]) -> None:
+    with send:
+        try:
+            async for delta in stream:
+                await send.send((index, delta))
+        except Exception as error:  # noqa: BLE001 - raised where the deltas are read
+            await send.send((index, error))
+
+
+async def event_stream(feed: DeltaFeed, first: list[tuple[int, Delta]], form: ChunkFormat) -> AsyncIterator[bytes]:
+    """Yield the body of a streamed answer, beginning with `first`."""
+    deltas = first
+    try:
+        while deltas:
+            if data := b"".join(_event(chunk) for index, delta in deltas for chunk in form.chunks(index, delta)):
+                yield data
+            deltas = await feed.next()
+        end = b"".join(_event(chunk) for chunk in form.last_chunks())
+    except Exception as error:  # The status is sent: this is the only way left to tell the client.
+        told = to_http_error(error)
+        logger.log(logging.ERROR if told.status == 500 else logging.INFO, "a stream ended early", exc_info=error)
+        end = _event(error_object(told))
+    yield end + _DONE
+
+
+def _event(chunk: dict[str, Any]) -> bytes:
+    return b"data: %b\n\n" % msgspec.json.encode(chunk)
