@@ -20,6 +20,7 @@ from trio_llm.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+    from llguidance._lib import JsonCompileOptions
 
 # Compiling takes about 10 us a byte at worst (20,000 choices: 200 kB, 2 s), so this bounds it to well under a second.
 MAX_SOURCE_BYTES = 64 * 1024
@@ -172,7 +173,7 @@ def _matcher() -> type[LLMatcher]:
     return LLMatcher
 
 
-def _json_options(any_whitespace: bool) -> dict[str, Any]:
+def _json_options(any_whitespace: bool) -> JsonCompileOptions:
     # Without free whitespace the separators are those of json.dumps, which is what models were trained on.
     return (
         {"whitespace_flexible": True}

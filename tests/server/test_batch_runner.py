@@ -1,0 +1,283 @@
+"""Batches through the runner, on a real disk, with a stand-in for the engine."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import trio
+
+from trio_llm.errors import DrainingError, InvalidRequestError, OverloadedError
+from trio_llm.server.batch_runner import MAX_LINES, BatchRunner, Disk
+from trio_llm.server.storage.batches import BatchStore
+from trio_llm.server.storage.database import Database
+from trio_llm.server.storage.files import FileStore
+
+ENDPOINT = "/v1/completions"
+
+
+class Bench:
+    """A data directory and what runs on it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.database = Database(directory)
+        self.files = FileStore(self.database, time.time)
+        self.batches = BatchStore(self.database, self.files, time.time)
+        self.disk = Disk(self.files, self.batches)
+
+    def runner(self, execute, max_in_flight: int = 4) -> BatchRunner:
+        return BatchRunner(self.disk, execute, max_in_flight=max_in_flight, clock=time.time)
+
+    def submit(self, data: bytes, window_s: int = 86_400) -> str:
+        with self.files.create("in.jsonl", "batch") as writer:
+            writer.write(data)
+            file_id = writer.commit().id
+        return self.batches.create(
+            input_file_id=file_id, endpoint=ENDPOINT, completion_window="24h", window_s=window_s, metadata={}
+        )["id"]
+
+    def lines(self, batch_id: str, kind: str) -> list[dict]:
+        file_id = self.batches.get(batch_id)[f"{kind}_file_id"]
+        return [json.loads(line) for line in b"".join(self.files.read_chunks(file_id)).splitlines()] if file_id else []
+
+
+@pytest.fixture(name="bench")
+def _bench(tmp_path: Path):
+    bench = Bench(tmp_path)
+    yield bench
+    bench.database.close()
+
+
+def request_line(number: int, **changes) -> bytes:
+    """Return one line of an input file."""
+    line = {"custom_id": f"c{number}", "method": "POST", "url": ENDPOINT, "body": {"prompt": str(number)}, **changes}
+    return json.dumps(line).encode() + b"\n"
+
+
+def input_file(count: int) -> bytes:
+    """Return an input file of so many lines."""
+    return b"".join(request_line(number) for number in range(count))
+
+
+async def echo(endpoint: str, body, owner: str):
+    """Answer with the prompt."""
+    await trio.lowlevel.checkpoint()
+    return {"echo": body["prompt"], "usage": {"prompt_tokens": 2, "completion_tokens": 1}}
+
+
+async def ended(bench: Bench, batch_id: str) -> dict:
+    """Wait until a batch has ended."""
+    while (batch := await bench.disk.run(bench.batches.get, batch_id))["status"] not in (
+        "completed",
+        "failed",
+        "expired",
+        "cancelled",
+    ):
+        await trio.lowlevel.checkpoint()
+    return batch
+
+
+async def run_to_end(bench: Bench, runner: BatchRunner, *batch_ids: str) -> list[dict]:
+    """Run until these batches have ended; return them."""
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(runner.run)
+            batches = [await ended(bench, batch_id) for batch_id in batch_ids]
+            nursery.cancel_scope.cancel()
+    return batches
+
+
+async def test_every_line_is_answered_once_and_in_order(bench: Bench) -> None:
+    """The output file holds each line's answer once, in input order, and the counts and usage add up."""
+    batch_id = bench.submit(input_file(150))
+    (batch,) = await run_to_end(bench, bench.runner(echo), batch_id)
+    output = bench.lines(batch_id, "output")
+    assert [line["custom_id"] for line in output] == [f"c{i}" for i in range(150)]
+    assert all(line["response"]["body"]["echo"] == line["custom_id"][1:] for line in output)
+    assert batch["request_counts"] == {"total": 150, "completed": 150, "failed": 0}
+    assert batch["usage"]["total_tokens"] == 450 and batch["error_file_id"] is None
+
+
+async def test_no_more_lines_run_at_once_than_allowed(bench: Bench) -> None:
+    """The engine never sees more lines than max_in_flight, whatever the batch's size."""
+    running = peak = 0
+
+    async def execute(endpoint: str, body, owner: str):
+        nonlocal running, peak
+        running += 1
+        peak = max(peak, running)
+        for _ in range(3):
+            await trio.lowlevel.checkpoint()
+        running -= 1
+        return {}
+
+    await run_to_end(bench, bench.runner(execute, max_in_flight=3), bench.submit(input_file(40)))
+    assert peak == 3
+
+
+async def test_a_bad_line_fails_alone(bench: Bench) -> None:
+    """What the endpoint refuses, or fails on, stands in the error file with its status; the others are answered."""
+
+    async def execute(endpoint: str, body, owner: str):
+        if body["prompt"] == "1":
+            raise InvalidRequestError("No.", param="prompt")
+        if body["prompt"] == "2":
+            raise RuntimeError("a secret")
+        return await echo(endpoint, body, owner)
+
+    batch_id = bench.submit(input_file(4))
+    (batch,) = await run_to_end(bench, bench.runner(execute), batch_id)
+    assert batch["request_counts"] == {"total": 4, "completed": 2, "failed": 2}
+    refused, broken = bench.lines(batch_id, "error")
+    assert (refused["custom_id"], refused["response"]["status_code"]) == ("c1", 400)
+    assert refused["response"]["body"]["error"]["param"] == "prompt"
+    assert broken["response"]["status_code"] == 500 and "secret" not in json.dumps(broken)
+
+
+async def test_a_full_queue_only_delays_a_line(bench: Bench) -> None:
+    """Live requests come first: a line that finds no room is tried again, and is not a failed line."""
+    refusals = 5
+
+    async def execute(endpoint: str, body, owner: str):
+        nonlocal refusals
+        if refusals:
+            refusals -= 1
+            raise OverloadedError("full", retry_after_s=0)
+        return await echo(endpoint, body, owner)
+
+    (batch,) = await run_to_end(bench, bench.runner(execute), bench.submit(input_file(3)))
+    assert batch["request_counts"]["completed"] == 3
+
+
+async def test_a_stopped_server_goes_on_where_it_was(bench: Bench) -> None:
+    """Draining leaves lines pending; the next runner answers exactly those."""
+    seen: Counter[str] = Counter()
+    enough = 7
+
+    async def draining(endpoint: str, body, owner: str):
+        if seen.total() >= enough:
+            raise DrainingError
+        seen[body["prompt"]] += 1
+        return await echo(endpoint, body, owner)
+
+    batch_id = bench.submit(input_file(20))
+    with trio.fail_after(30):
+        await bench.runner(draining).run()
+    assert bench.batches.get(batch_id)["request_counts"]["completed"] == enough
+
+    async def counted(endpoint: str, body, owner: str):
+        seen[body["prompt"]] += 1
+        return await echo(endpoint, body, owner)
+
+    await run_to_end(bench, bench.runner(counted), batch_id)
+    assert len(bench.lines(batch_id, "output")) == 20
+    assert set(seen.values()) == {1}
+
+
+async def test_cancelling_keeps_what_was_answered(bench: Bench) -> None:
+    """A cancelled batch ends at once, with its answers in the output file and all other lines accounted for."""
+    answered = trio.Event()
+
+    async def execute(endpoint: str, body, owner: str):
+        if int(body["prompt"]) < 2:
+            return await echo(endpoint, body, owner)
+        answered.set()
+        return await trio.sleep_forever()
+
+    batch_id = bench.submit(input_file(10))
+    runner = bench.runner(execute)
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(runner.run)
+            await answered.wait()
+            await bench.disk.run(bench.batches.cancel, batch_id)
+            runner.interrupt(batch_id)
+            batch = await ended(bench, batch_id)
+            nursery.cancel_scope.cancel()
+    assert batch["status"] == "cancelled"
+    assert [line["custom_id"] for line in bench.lines(batch_id, "output")] == ["c0", "c1"]
+    errors = bench.lines(batch_id, "error")
+    assert len(errors) == 8 and {line["error"]["code"] for line in errors} == {"batch_cancelled"}
+
+
+async def test_a_batch_past_its_time_expires(bench: Bench) -> None:
+    """After its window a batch ends as expired, with the reason on every line without an answer."""
+    batch_id = bench.submit(input_file(3), window_s=-1)
+    (batch,) = await run_to_end(bench, bench.runner(echo), batch_id)
+    assert batch["status"] == "expired"
+    assert {line["error"]["code"] for line in bench.lines(batch_id, "error")} == {"batch_expired"}
+
+
+@pytest.mark.parametrize(
+    ("data", "code", "line"),
+    [
+        (b"", "empty_file", None),
+        (b"\n \n", "empty_file", None),
+        (request_line(0) + b"{", "invalid_json_line", 2),
+        (b"[" * 100_000, "invalid_json_line", 1),
+        (b"\xff\n", "invalid_json_line", 1),
+        (b"[]\n", "invalid_request", 1),
+        (request_line(0, custom_id=""), "invalid_request", 1),
+        (request_line(0, custom_id="\ud800"), "invalid_request", 1),
+        (request_line(0) * 2, "duplicate_custom_id", 2),
+        (request_line(0, method="GET"), "invalid_method", 1),
+        (request_line(0, url="/v1/other"), "mismatched_url", 1),
+        (request_line(0, body=[]), "invalid_request", 1),
+        (request_line(0, body={"stream": True}), "invalid_request", 1),
+        (b'"' + b"x" * 3_000_000, "line_too_long", 1),
+        (b"".join(request_line(number) for number in range(MAX_LINES + 1)), "too_many_lines", None),
+    ],
+)
+async def test_a_file_that_is_no_batch_fails_with_the_line(bench: Bench, data: bytes, code: str, line) -> None:
+    """Validation names what is wrong and where; nothing of such a batch runs."""
+
+    async def execute(endpoint: str, body, owner: str):
+        raise AssertionError("it ran")
+
+    batch_id = bench.submit(data)
+    (batch,) = await run_to_end(bench, bench.runner(execute), batch_id)
+    assert batch["status"] == "failed"
+    assert (batch["errors"]["data"][0]["code"], batch["errors"]["data"][0]["line"]) == (code, line)
+
+
+async def test_batches_run_oldest_first_and_new_ones_are_noticed(bench: Bench) -> None:
+    """A batch that comes while others run is worked off after them, without a restart."""
+    order: list[str] = []
+
+    async def execute(endpoint: str, body, owner: str):
+        order.append(body["prompt"])
+        return {}
+
+    first, second = bench.submit(input_file(2)), bench.submit(request_line(5))
+    runner = bench.runner(execute)
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(runner.run)
+            await ended(bench, second)
+            third = bench.submit(request_line(9))
+            runner.notify()
+            await ended(bench, third)
+            nursery.cancel_scope.cancel()
+    assert bench.batches.get(first)["status"] == "completed"
+    assert order[-2:] == ["5", "9"] and sorted(order[:2]) == ["0", "1"]
+
+
+async def test_a_failing_disk_ends_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an answer cannot be stored, the batch waits and goes on later; the server lives."""
+    monkeypatch.setattr("trio_llm.server.batch_runner._DISK_RETRY_S", 0)
+    real, failures = bench.batches.record, 2
+
+    def record(*args) -> None:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise sqlite3.OperationalError("database or disk is full")
+        real(*args)
+
+    monkeypatch.setattr(bench.batches, "record", record)
+    (batch,) = await run_to_end(bench, bench.runner(echo), bench.submit(input_file(5)))
+    assert batch["request_counts"]["completed"] == 5 and failures == 0
