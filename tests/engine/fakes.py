@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import zlib
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+import attrs
 import trio
 
+from tests.core.hash_model import HashRunner, reference
 from trio_llm.config import EngineConfig
 from trio_llm.engine import Engine
 from trio_llm.engine.supervisor import run_engine
@@ -149,3 +152,22 @@ async def open_stub(
     worker = InlineWorker() if worker is None else worker
     async with run_engine(config, lambda: runner, tokenizer, worker=worker, stall_after_s=stall_after_s) as engine:
         yield engine
+
+
+class HashStub(StubRunner):
+    """The exact oracle behind the engine: it reads every token back through the block tables and checks each slot."""
+
+    def __init__(self, *, num_kv_blocks: int = 65, hook: Callable[[StepPlan], Any] | None = None) -> None:
+        super().__init__(num_kv_blocks=num_kv_blocks, hook=hook)
+        self.model = HashRunner(self.info.kv_groups, num_kv_blocks, VOCAB_SIZE, defaultdict(bytes))
+
+    def step(self, plan: StepPlan) -> StepResult:
+        if self.hook is not None:
+            self.hook(plan)
+        # The oracle is strict, and drops once only; a plan that is run in halves names its drops in each.
+        dropped = tuple(request_id for request_id in plan.dropped if request_id in self.model.known)
+        return self.model.step(attrs.evolve(plan, dropped=dropped))
+
+    def answer(self, prompt: Sequence[int], params: SamplingParams) -> tuple[int, ...]:
+        """Return what a request answers that has the machine to itself."""
+        return tuple(reference(prompt, params, self.info.kv_groups, VOCAB_SIZE, (EOS,), self.info.max_model_len))

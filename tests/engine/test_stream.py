@@ -156,7 +156,7 @@ async def test_an_unseeded_request_gets_a_seed_of_its_own() -> None:
 
 
 async def test_samples_of_one_prompt() -> None:
-    """n samples use seed, seed + 1, ...; the later ones find the prompt in the prefix cache."""
+    """N samples use seed, seed + 1, ...; the later ones find the prompt in the prefix cache."""
     prompt = tuple(range(40))
     params = SamplingParams(max_tokens=5, seed=3, n=3)
     async with open_stub() as engine, open_samples(engine, prompt, params) as streams:
@@ -166,7 +166,7 @@ async def test_samples_of_one_prompt() -> None:
 
 
 async def test_an_embedding_comes_with_its_usage() -> None:
-    """embed returns the runner's vector and counts the prompt's tokens only."""
+    """Embed returns the runner's vector and counts the prompt's tokens only."""
     async with open_stub() as engine:
         vector, usage = await engine.embed(PROMPT, PoolingParams())
     assert (vector, usage) == ((1.0, 0.0, 0.0, 5.0), Usage(5, 0, 0))

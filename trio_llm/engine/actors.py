@@ -1,6 +1,8 @@
 """Scheduler, KV manager and model runner: each one task that owns its state alone and holds no policy.
 
 Per step one message goes each way on each edge: ask and grant, plan and result. The metrics actor is in metrics.py.
+They live and die together, so none of them closes its channels: a channel closed by one that died would make the others
+die of that, too, and hide the cause.
 """
 
 from __future__ import annotations
@@ -48,9 +50,8 @@ async def manage_blocks(
     blocks: BlockManager, asks: trio.MemoryReceiveChannel[BlockAsk], grants: trio.MemorySendChannel[BlockGrant]
 ) -> None:
     """Be the KV manager: answer each ask with a grant."""
-    with asks, grants:
-        async for ask in asks:
-            await grants.send(blocks.reserve(ask))
+    async for ask in asks:
+        await grants.send(blocks.reserve(ask))
 
 
 async def run_model(
@@ -59,9 +60,8 @@ async def run_model(
     results: trio.MemorySendChannel[StepResult],
 ) -> None:
     """Be the model runner: carry plans to the model's thread and results back."""
-    with plans, results:
-        async for plan in plans:
-            await results.send(await run_step(plan, step))
+    async for plan in plans:
+        await results.send(await run_step(plan, step))
 
 
 @attrs.define(eq=False)
@@ -84,15 +84,14 @@ class SchedulerActor:
     _result_at_s: float | None = None
 
     async def run(self) -> None:
-        with self.inbox, self.asks, self.grants, self.plans, self.results:
-            finished: _Step | None = None
-            while True:
-                self._read_inbox()
-                plan = await self._next_plan()
-                if plan is not None:
-                    await self._start(plan)
-                self._tell(finished)
-                finished = await self._finish(plan) if plan is not None else await self._rest()
+        finished: _Step | None = None
+        while True:
+            self._read_inbox()
+            plan = await self._next_plan()
+            if plan is not None:
+                await self._start(plan)
+            self._tell(finished)
+            finished = await self._finish(plan) if plan is not None else await self._rest()
 
     def _read_inbox(self) -> None:
         with suppress(trio.WouldBlock):
