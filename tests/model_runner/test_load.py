@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trio_llm.config import EngineConfig
+from trio_llm.errors import ConfigError, UnsupportedError
+from trio_llm.messages import Admission, SamplingParams, StepPlan
+from trio_llm.model import load
+from trio_llm.model.load import load_runner
+
+CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 128,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "eos_token_id": [2, 3],
+    "dtype": "bfloat16",
+}
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A model of random weights, no larger than a config.json."""
+    path = tmp_path / "tiny"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 2], "temperature": 0.6}))
+    return path
+
+
+def settings(directory: Path, **options: Any) -> EngineConfig:
+    """Return settings that need no weights on disk."""
+    return EngineConfig(model=str(directory), load_format="dummy", **options)
+
+
+def test_the_runner_says_what_it_serves(directory: Path) -> None:
+    """ModelInfo carries the model's own name, sizes, limits and end-of-sequence ids, and the pool as it was taken."""
+    runner = load_runner(settings(directory, num_kv_blocks=10))
+    info = runner.info
+    assert (info.name, info.architecture, info.dtype) == ("tiny", "Qwen3ForCausalLM", "bfloat16")
+    assert (info.vocab_size, info.hidden_size, info.max_model_len) == (128, 48, 256)
+    assert info.eos_token_ids == (3, 2)
+    assert info.default_sampling == {"temperature": 0.6}
+    assert info.num_kv_blocks * info.block_bytes == runner._kv.nbytes
+    assert info.block_bytes == 3 * 16 * 2 * 2 * 16 * 2  # layers, tokens, k and v, heads, head size, bytes
+    runner.close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_dtype_is_chosen_by_the_settings(directory: Path, dtype: str) -> None:
+    """What --dtype names is what the pool and the model hold, and it runs."""
+    runner = load_runner(settings(directory, num_kv_blocks=4, dtype=dtype))
+    assert runner.info.dtype == dtype
+    assert runner._kv.layers[0].k.dtype == getattr(torch, dtype)
+    admitted = (Admission(0, (5, 6), 2, SamplingParams(temperature=0)),)
+    result = runner.step(StepPlan(1, (), admitted, (0,), (0,), (2,), (5, 6), (True,), (((0, (1,)),),)))
+    assert len(result.token_ids[0]) == 1
+    assert result.seconds > 0
+
+
+def test_the_budget_is_what_is_taken(directory: Path) -> None:
+    """Weights and pool are stated to the byte, and the table names every part."""
+    runner = load_runner(settings(directory, num_kv_blocks=100))
+    budget = runner.budget
+    assert budget.kv_bytes == runner._kv.nbytes
+    attention, mlp, norms = 48 * (64 + 32 + 32) + 64 * 48, 3 * 48 * 80, 2 * 48 + 2 * 16
+    assert budget.weight_bytes == 2 * (2 * 128 * 48 + 3 * (attention + mlp + norms) + 48)
+    text = budget.render()
+    for part in ("weights", "KV cache", "100 blocks", "group 0: 3 layers, all tokens", "workspace", "total", "GiB"):
+        assert part in text
+
+
+REFUSED = [
+    ({"tensor_parallel_size": 2}, UnsupportedError, "--tensor-parallel-size 2"),
+    ({"device": "cuda"}, UnsupportedError, "--device cuda"),
+    ({"max_model_len": 257}, ConfigError, "max_model_len = 257: at most 256"),
+    ({"num_kv_blocks": 10**9}, ConfigError, "--kv-blocks"),
+    ({"max_num_batched_tokens": 10**12}, ConfigError, "lower --max-num-batched-tokens"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "says"), REFUSED)
+def test_what_cannot_be_is_refused_before_anything_is_read(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    """Settings that do not fit model or machine are one error that names the setting and the limit."""
+    monkeypatch.delattr(load, "load_model")
+    with pytest.raises(error, match=says):
+        load_runner(settings(directory, **options))
+
+
+def test_the_number_of_blocks_that_would_fit_does(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The refusal's advice can be followed to the letter, and one block more is refused again."""
+    monkeypatch.setattr(load, "available_bytes", lambda: 40 * 2**20)
+    with pytest.raises(ConfigError, match=r"do not fit in the 0\.04 GiB available; --kv-blocks \d+ would") as caught:
+        load_runner(settings(directory, num_kv_blocks=10**6))
+    blocks = int(caught.value.allowed.split("--kv-blocks ")[1].split()[0])
+    load_runner(settings(directory, num_kv_blocks=blocks)).close()
+    with pytest.raises(ConfigError):
+        load_runner(settings(directory, num_kv_blocks=blocks + 1))
+
+
+@pytest.mark.parametrize(("limit", "threads"), [("max 100000", 3), ("250000 100000", 2), ("50000 100000", 1)])
+def test_threads_are_limited_by_the_control_group(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str, threads: int
+) -> None:
+    """A container's processor quota bounds torch's threads, rounded down but never to none."""
+    (tmp_path / "cpu.max").write_text(limit)
+    asked: list[int] = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(load, "control_groups", lambda root, controller: [tmp_path])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    load_runner(settings(directory, num_kv_blocks=4)).close()
+    assert (asked or [3]) == [threads]
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    load_runner(settings(directory, num_kv_blocks=4)).close()
+    assert len(asked) <= 1
