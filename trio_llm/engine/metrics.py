@@ -6,6 +6,7 @@ the channel full is dropped and counted.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 
@@ -78,28 +79,31 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._labels = {"model_name": info.name, "engine": "0"}
         self._block_bytes = info.block_bytes
-        self._send, self._receive = trio.open_memory_channel[Report](capacity)
+        # No memory channel: that hands a message to a waiting receiver, where catch_up could not see it.
+        self._reports = deque[Report]()
+        self._capacity = capacity
+        self._news = trio.lowlevel.ParkingLot()
         self._declare_steps(len(info.kv_groups))
         self._declare_requests(info.max_model_len)
 
     def report(self, report: Report) -> None:
         """Take a report, now or never."""
-        try:
-            self._send.send_nowait(report)
-        except trio.WouldBlock:
+        if len(self._reports) == self._capacity:
             self._dropped.inc()
+            return
+        self._reports.append(report)
+        self._news.unpark()
 
     async def run(self) -> None:
-        async for report in self._receive:
-            self._record(report)
+        """Be the metrics actor."""
+        while True:
+            self.catch_up()
+            await self._news.park()
 
     def catch_up(self) -> None:
         """Record what has been reported so far."""
-        try:
-            while True:
-                self._record(self._receive.receive_nowait())
-        except trio.WouldBlock:
-            pass
+        while self._reports:
+            self._record(self._reports.popleft())
 
     def render(self) -> bytes:
         """Return all series in Prometheus text format."""

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from trio.testing import MockClock
+
+from tests.engine.fakes import StubRunner, open_stub
+from trio_llm.engine import Engine, open_samples
+from trio_llm.engine.messages import Rejected
+from trio_llm.engine.metrics import Metrics
+from trio_llm.errors import OverloadedError, RequestFailedError
+from trio_llm.messages import PoolingParams, SamplingParams
+
+LABELS = {"model_name": "stub", "engine": "0"}
+
+
+def value(engine: Engine, name: str, **labels: str) -> float:
+    engine._metrics.catch_up()
+    found = engine.registry.get_sample_value(f"vllm:{name}", {**LABELS, **labels})
+    assert found is not None, name
+    return found
+
+
+async def finish(engine: Engine, prompt: Any, params: SamplingParams) -> None:
+    async with engine.open_stream(prompt, params) as stream:
+        await stream.collect()
+
+
+@pytest.mark.parametrize("chunk", [2048, 16])
+async def test_exact_sums(chunk: int) -> None:
+    """R requests of P prompt and M output tokens, one at a time, give vLLM's exact counts and sums.
+
+    All prompts are the same: from the second on most of it comes from the prefix cache and counts all the same.
+    """
+    r, p, m = 5, 37, 11
+    async with open_stub(max_num_batched_tokens=chunk) as engine:
+        for _ in range(r):
+            await finish(engine, range(p), SamplingParams(temperature=0, max_tokens=m))
+        for name in (
+            "time_to_first_token_seconds",
+            "e2e_request_latency_seconds",
+            "request_queue_time_seconds",
+            "request_inference_time_seconds",
+            "request_prefill_time_seconds",
+            "request_decode_time_seconds",
+            "request_num_preemptions",
+            "request_time_per_output_token_seconds",
+            "request_params_n",
+        ):
+            assert value(engine, f"{name}_count") == r, name
+        assert value(engine, "inter_token_latency_seconds_count") == r * (m - 1)
+        assert value(engine, "request_prompt_tokens_sum") == r * p
+        assert value(engine, "request_generation_tokens_sum") == r * m
+        assert value(engine, "request_max_num_generation_tokens_sum") == r * m
+        assert value(engine, "request_params_max_tokens_sum") == r * m
+        assert value(engine, "iteration_tokens_total_sum") == r * (p + m)
+        # The first prompt takes three chunks of 16, the others find 32 tokens in the cache and take one.
+        assert value(engine, "iteration_tokens_total_count") == r * m + (2 if chunk == 16 else 0)
+        assert value(engine, "prompt_tokens_total") == r * p
+        assert value(engine, "generation_tokens_total") == r * m
+        assert value(engine, "request_success_total", finished_reason="length") == r
+        assert value(engine, "prefix_cache_queries_total") == r * p
+        assert value(engine, "prefix_cache_hits_total") == (r - 1) * 32
+        assert value(engine, "prompt_tokens_by_source_total", source="local_cache_hit") == (r - 1) * 32
+        assert value(engine, "request_prefill_kv_computed_tokens_sum") == r * p - (r - 1) * 32
+
+
+async def test_times_are_the_clocks(mock_clock: MockClock) -> None:
+    """Latencies are differences of Trio's clock: a model that takes 2 s a step gives 2 s to the first token."""
+    runner = StubRunner(hook=lambda plan: mock_clock.jump(2))
+    async with open_stub(runner) as engine:
+        await finish(engine, [1, 2], SamplingParams(temperature=0, max_tokens=4))
+        assert value(engine, "time_to_first_token_seconds_sum") == 2
+        assert value(engine, "inter_token_latency_seconds_sum") == 6
+        assert value(engine, "request_queue_time_seconds_sum") == 0
+        assert value(engine, "request_decode_time_seconds_sum") == 6
+        assert value(engine, "request_inference_time_seconds_sum") == 8
+        assert value(engine, "e2e_request_latency_seconds_sum") == 8
+        assert value(engine, "request_time_per_output_token_seconds_sum") == 2
+
+
+async def test_samples_count_as_one_request() -> None:
+    """n samples of a prompt observe n once, and the longest of them."""
+    async with (
+        open_stub() as engine,
+        open_samples(engine, [1, 2], SamplingParams(seed=1, n=3, max_tokens=5)) as streams,
+    ):
+        for stream in streams:
+            await stream.collect()
+        assert (value(engine, "request_params_n_sum"), value(engine, "request_params_n_count")) == (3, 1)
+        assert value(engine, "request_max_num_generation_tokens_count") == 1
+        assert value(engine, "request_max_num_generation_tokens_sum") == 5
+
+
+async def test_an_abort_leaves_the_gauges_at_zero() -> None:
+    """After a client left nothing runs or waits, and it is counted as aborted; a stop string counts as "stop"."""
+    async with open_stub() as engine:
+        async with engine.open_stream([1, 2], SamplingParams(temperature=0, max_tokens=400)) as stream:
+            text = (await stream.__anext__()).text
+        await finish(engine, [1, 2], SamplingParams(temperature=0, max_tokens=400, stop=(text,)))
+        await engine.wait_idle()
+        await engine.render_metrics()
+        assert value(engine, "num_requests_running") == value(engine, "num_requests_waiting") == 0
+        assert value(engine, "request_success_total", finished_reason="abort") == 1
+        assert value(engine, "request_success_total", finished_reason="stop") == 1
+
+
+async def test_reports_without_room_are_counted() -> None:
+    """Whoever reports never waits: what finds no room is dropped, and the drop is a metric."""
+    metrics = Metrics(StubRunner().info, capacity=2)
+    for _ in range(5):
+        metrics.report(Rejected("draining"))
+    metrics.catch_up()
+    assert metrics.registry.get_sample_value("trio_llm:dropped_reports_total", LABELS) == 3
+    assert metrics.registry.get_sample_value("vllm:admission_rejections_total", {**LABELS, "reason": "draining"}) == 2
+
+
+async def test_every_series_moves() -> None:
+    """No series is exported that this engine cannot move: one busy day of it changes every single one."""
+    metric_line = re.compile(r"^([a-z_]+:\w+)(\{.*\})? (\S+)$", re.MULTILINE)
+
+    async def scrape(engine: Engine) -> dict[str, float]:
+        lines = metric_line.findall((await engine.render_metrics()).decode())
+        # One number per series: of a histogram its sum or, where time stands still, its count.
+        return {
+            name + labels: float(number) for name, labels, number in lines if not name.endswith(("_bucket", "_created"))
+        }
+
+    runner = StubRunner(num_kv_blocks=12, hook=lambda plan: 1 / 0 if plan.token_ids == (50, 50, 50) else None)
+    async with open_stub(runner, max_batch_size=4, max_waiting_batches=1) as engine:
+        before = await scrape(engine)
+        prompts = [tuple(range(i, i + 20)) for i in range(4)]
+        streams = [engine.open_stream(prompt, SamplingParams(seed=1, max_tokens=40)) for prompt in prompts * 2]
+        with pytest.raises(OverloadedError):
+            engine.open_stream([1], SamplingParams())
+        await streams[0].__anext__()
+        during = await scrape(engine)
+        for stream in streams:
+            await stream.collect()
+        bad = engine.open_stream([50] * 3, SamplingParams())
+        with pytest.raises(RequestFailedError):
+            await bad.collect()
+        await finish(engine, [2, 3], SamplingParams(seed=1, max_tokens=40, stop=tuple("abcdefghijklmnopqrstuvwxyz")))
+        async with engine.open_stream([1, 2, 3], SamplingParams(max_tokens=40)) as left:
+            await left.__anext__()
+        await engine.embed([1, 2, 3], PoolingParams())
+        engine.drain()
+        with pytest.raises(Exception, match="shutting down"):
+            engine.open_stream([1], SamplingParams())
+        for _ in range(2000):
+            engine._metrics.report(Rejected("draining"))
+        after = await scrape(engine)
+    still = {name for name in after if before[name] == during[name] == after[name]}
+    # The stub's model takes no time; the runner's own seconds are tested with the runner.
+    assert still == {'trio_llm:step_model_seconds_sum{engine="0",model_name="stub"}'}
