@@ -144,7 +144,7 @@ def paged_attention(
     kernel("paged_attn.cu", "paged_attention", **defines)(
         (tiles, kv_heads * splits, rows), (tile.threads, 1, 1), tile.shared_bytes(head_dim, int8=int8),
         q, k_cache, v_cache, k_scale, v_scale, tables, context_lens, cu_q, partial, maxima, out,
-        tables.stride(0), block_size.bit_length() - 1, k_cache.stride(0), k_scale.stride(0) if k_scale is not None else 0,
+        tables.stride(0), block_size.bit_length() - 1, k_cache.stride(0), 0 if k_scale is None else k_scale.stride(0),
         kv_heads, splits, window or 0, scale, softcap or 0.0,
     )  # fmt: skip
     if splits > 1:

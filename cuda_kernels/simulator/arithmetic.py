@@ -23,8 +23,7 @@ def _apply(ins: Instruction, program: Program, kinds: list[str], result: str, co
     dtype = TYPES[result]
 
     def run(m: Machine, lanes: Lanes) -> None:
-        with np.errstate(all="ignore"):
-            values = compute(*(read(m, lanes) for read in reads))
+        values = compute(*[read(m, lanes) for read in reads])
         write(m, lanes, np.asarray(values).astype(dtype, copy=False))
 
     return run
@@ -194,14 +193,14 @@ def _permute_bytes(ins: Instruction, program: Program) -> Operate:
         raise UnsupportedError(ins.text)
 
     def compute(a: Any, b: Any, selector: Any) -> Any:
-        pool = a.astype(np.uint64) | (b.astype(np.uint64) << 32)
-        out = np.uint64(0)
-        for i in range(4):
-            pick = (selector >> (4 * i)).astype(np.uint64) & 15
-            byte = (pool >> (8 * (pick & 7))) & 255
-            byte = np.where(pick & 8, np.where(byte & 128, 255, 0).astype(np.uint64), byte)
-            out = out | (byte << np.uint64(8 * i))
-        return out.astype(np.uint32)
+        if (selector & 0x8888).any():
+            raise UnsupportedError(f"{ins.text}: replicates signs")
+        pool = np.stack(np.broadcast_arrays(a, b), 1).view(np.uint8)
+        if (selector == selector[0]).all():  # nearly always, and much faster
+            bytes_ = pool[:, [int(selector[0]) >> 4 * i & 7 for i in range(4)]]
+        else:
+            bytes_ = np.take_along_axis(pool, (selector[:, None] >> (4 * np.arange(4))).astype(np.int64) & 7, 1)
+        return np.ascontiguousarray(bytes_).view(np.uint32)[:, 0]
 
     return _apply(ins, program, ["u32"] * 3, kind, compute)
 

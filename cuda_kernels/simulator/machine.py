@@ -86,6 +86,12 @@ class Machine:
 
     def run(self) -> None:
         """Run every block to its end."""
+        with np.errstate(all="ignore"):  # overflow and NaN are what the hardware makes of them
+            self._run()
+        if self.copies:
+            raise KernelFaultError("asynchronous copies are in flight at the end of the kernel")
+
+    def _run(self) -> None:
         while self._alive.any():
             runnable = self._alive & ~self._waiting
             if not runnable.any():
@@ -98,8 +104,6 @@ class Machine:
             later = pcs[pcs > pc]
             stop = int(later.min()) if len(later) else len(self._code)
             self._run_group(lanes_of(runnable & (self._pc == pc)), pc, stop)
-        if self.copies:
-            raise KernelFaultError("asynchronous copies are in flight at the end of the kernel")
 
     def _one_warp_of_each_block(self, runnable: NDArray[np.bool_]) -> NDArray[np.bool_]:
         warps = runnable.reshape(self._shape).any(2)

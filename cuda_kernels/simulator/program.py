@@ -133,11 +133,12 @@ def parse(ptx: str, entry: str) -> Program:
 
 
 def _body(text: str, start: int) -> str:
-    depth, at = 1, start
-    while depth:
-        depth += {"{": 1, "}": -1}.get(text[at], 0)
-        at += 1
-    return text[start : at - 1]
+    depth = 1
+    for brace in re.finditer(r"[{}]", text[start:]):
+        depth += 1 if brace[0] == "{" else -1
+        if not depth:
+            return text[start : start + brace.start()]
+    raise UnsupportedError("a kernel without an end")
 
 
 def _statements(text: str) -> Iterator[str]:
@@ -187,6 +188,7 @@ def _instruction(text: str) -> Instruction:
     )
 
 
+@functools.lru_cache(maxsize=65536)
 def _operand(text: str) -> Operand:
     if text.startswith("{"):
         return Vector(tuple(_operand(part.strip()) for part in text[1:-1].split(",")))

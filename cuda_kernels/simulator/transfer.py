@@ -197,8 +197,7 @@ def _atomic(ins: Instruction, program: Program) -> Operate:
             else:
                 held = m.shared.load(blocks[i : i + 1], one, item, item, ins.text)
             old[i] = held.view(TYPES[kind])[0, 0]
-            with np.errstate(over="ignore"):
-                new = np.array([[function(old[i], values[i])]], TYPES[kind]).view(f"u{item}")
+            new = np.array([[function(old[i], values[i])]], TYPES[kind]).view(f"u{item}")
             if space == "global":
                 m.memory.store(one, new, ins.text)
             else:

@@ -145,8 +145,7 @@ def _mma(ins: Instruction, program: Program) -> Operate:
         left = expand(_gather(m, lanes, reads_a).view(np.uint16)).reshape(count, 256)[:, _A].reshape(count, 16, 16)
         right = expand(_gather(m, lanes, reads_b).view(np.uint16)).reshape(count, 128)[:, _B].reshape(count, 16, 8)
         sums = _gather(m, lanes, reads_c).reshape(count, 128)[:, _C].reshape(count, 16, 8)
-        with np.errstate(all="ignore"):
-            result = (left.astype(np.float64) @ right.astype(np.float64) + sums).astype(np.float32)
+        result = (left.astype(np.float64) @ right.astype(np.float64) + sums).astype(np.float32)
         values = result.reshape(count, 128)[:, _C_BACK].reshape(-1, 4)
         for i, write in enumerate(writes):
             write(m, lanes, np.ascontiguousarray(values[:, i]))

@@ -59,7 +59,7 @@ class Problem:
 
 
 def make(case: Case) -> Problem:
-    """Fill a shuffled pool: only the slots that a query may see hold numbers, and only their table entries are valid."""
+    """Fill a shuffled pool: only slots that a query may see hold numbers, and only their table entries are valid."""
     torch.manual_seed(len(str(case)))
     size = case.block_size
     blocks = [-(-context // size) for _, context in case.sequences]
