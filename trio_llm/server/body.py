@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 from typing import TypeVar, cast
 
+from msgspec import Struct
 from quart import g, request
 
 from trio_llm.server.json_body import check_media_type
-from trio_llm.server.requests import GenerationBody, parse_body
+from trio_llm.server.requests import parse_body
 
 logger = logging.getLogger(__name__)
 
-Body = TypeVar("Body", bound=GenerationBody)
+Body = TypeVar("Body", bound=Struct)
 
 _MAX_NAMED = 10
 

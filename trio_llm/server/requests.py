@@ -136,7 +136,7 @@ _NOT_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "vllm_xargs": (),
 }
 
-Body = TypeVar("Body", bound=GenerationBody)
+Body = TypeVar("Body", bound=Struct)
 
 
 def parse_body(data: bytes, kind: type[Body]) -> tuple[Body, tuple[str, ...]]:
