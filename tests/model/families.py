@@ -102,11 +102,11 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "llama-yarn": lambda: _llama(rope_parameters={"rope_type": "yarn", **SCALED}),
     "qwen2": lambda: _qwen2(tie_word_embeddings=True),
     "qwen2-window": lambda: _qwen2(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
-    "qwen3": lambda: _qwen3(),
+    "qwen3": _qwen3,
     "qwen3-window": lambda: _qwen3(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2),
     "mistral": lambda: _mistral(sliding_window=None),
     "mistral-window": lambda: _mistral(sliding_window=WINDOW),
-    "mixtral": lambda: _mixtral(),
+    "mixtral": _mixtral,
     "gemma4-e2b": lambda: _gemma4(**E2B),
     "gemma4-26b": lambda: _gemma4(**A4B, **K_EQ_V),
     "gemma4-31b": lambda: _gemma4(**K_EQ_V),
@@ -124,7 +124,9 @@ def make_oracle(name: str) -> Any:
         if key.endswith("bias"):
             tensor.data.normal_(std=0.3)
         elif tensor.ndim == 1:  # norms, scalars, scales
-            tensor.data.normal_(mean=1.0, std=0.3)
+            # Gemma's softmax has no scale but these norms: at 1 its scores would be as large as no trained model's
+            mean = 0.5 if name.startswith("gemma") and ("q_norm" in key or "k_norm" in key) else 1.0
+            tensor.data.normal_(mean=mean, std=0.3 * mean)
     return model
 
 

@@ -1,7 +1,7 @@
 """Drives a loaded model through the paged path as the engine will, with everything unused poisoned.
 
-Blocks are handed out in random order; a block that leaves a window is filled with NaN and its table entry replaced by the
-null block, so that a read outside the window or of an unwritten slot shows in the result.
+Blocks are handed out in random order; a block that leaves a window is filled with NaN and its table entry replaced
+by the null block, so that a read outside the window or of an unwritten slot shows in the result.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ NUM_BLOCKS = 512
 
 
 def load(directory: Path, *, block_size: int = 4, **settings: Any) -> LoadedModel:
+    """Load a checkpoint on the CPU, in its own dtype unless `settings` (of EngineConfig) say otherwise."""
     return load_model(EngineConfig(model=str(directory), block_size=block_size, **settings), None, CPU)
 
 

@@ -37,11 +37,10 @@ SHARED_LAYER_LEFTOVER = re.compile(r"model\.layers\.(\d+)\.self_attn\.(k_proj|v_
 def layer_types(config: ModelConfig) -> list[str]:
     """Return each layer's attention type; the last one is full whatever the list says."""
     num_layers = config.get_int("num_hidden_layers", most=MAX_LAYERS)
-    if not config.has("layer_types"):  # every sixth one is full
-        return [
-            "sliding_attention" if (i + 1) % 6 and i + 1 < num_layers else "full_attention" for i in range(num_layers)
-        ]
-    types = list(config.strings("layer_types", num_layers))
+    if config.has("layer_types"):
+        types = list(config.strings("layer_types", num_layers))
+    else:
+        types = ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(num_layers)]
     unknown = set(types) - {"full_attention", "sliding_attention"}
     if unknown:
         raise CheckpointError(f"{config.source}: layer_types: unknown {sorted(unknown)}")
@@ -71,7 +70,8 @@ class PerLayerInput:
         self.gate = weights.matrix(["per_layer_input_gate"], [size], hidden_size)
         self.projection = weights.matrix(["per_layer_projection"], [hidden_size], size)
         self.norm = weights.tensor("post_per_layer_input_norm.weight", hidden_size)
-        self.kind, self.eps = kind, eps
+        self.kind: ops.Activation = kind
+        self.eps = eps
 
     def __call__(self, hidden: Tensor, own: Tensor) -> Tensor:
         """Return what to add to hidden [S, H], from this layer's embeddings [S, P]."""
@@ -83,7 +83,8 @@ class Gemma4Layer:
     """Attention and feed-forward, each with a norm before and after it inside the residual branch."""
 
     def __init__(self, model: Gemma4, layer: int, weights: Weights) -> None:
-        hidden, self.eps, self.kind = model.hidden_size, model.eps, model.kind
+        hidden, self.eps = model.hidden_size, model.eps
+        self.kind: ops.Activation = model.kind
         self.attention = model.make_attention(layer, weights.at("self_attn"))
         self.mlp = GatedMLP(weights.at("mlp"), hidden, model.intermediate_size(layer), self.kind)
         self.input_norm = weights.tensor("input_layernorm.weight", hidden)
@@ -180,8 +181,8 @@ class Gemma4(Llama):
     def layer_config(self, layer: int) -> ModelConfig:
         """Return the config with what differs in this layer.
 
-        Full-attention layers have a head size of their own, and KV heads where k equals v. transformers 5 writes that as
-        `per_layer_config`, published checkpoints as `global_head_dim` and `num_global_key_value_heads`.
+        Full-attention layers have a head size of their own, and KV heads where k equals v. transformers 5 writes that
+        as `per_layer_config`, published checkpoints as `global_head_dim` and `num_global_key_value_heads`.
         """
         config = self.config
         differing: dict[str, Any] = {}

@@ -18,6 +18,7 @@ from trio_llm.model.rope import Rope
 
 Activation = Literal["silu", "gelu_tanh"]
 INT8_MAX = 127
+INT8_KERNEL_MULTIPLE = 32
 DEQUANT_ELEMENTS = 4 * 1024 * 1024  # weights expanded at a time where no int8 kernel fits: 16 MiB of float32 (guessed)
 
 
@@ -65,9 +66,10 @@ def linear(x: Tensor, matrix: Matrix) -> Tensor:
 
 
 def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    # torch's packed kernel keeps weights int8 in memory; its float32 path is 5 to 80 times slower than expanding them
-    if x.dtype != torch.float32 and x.device.type == "cpu":
-        return torch._weight_int8pack_mm(x.contiguous(), weight, scale)
+    # torch's kernel reads weights as int8; its float32 path is 2 to 80 times slower than expanding them, and in
+    # bfloat16 it reads out of bounds where K is no multiple of 16 (measured, torch 2.13)
+    if x.dtype != torch.float32 and x.device.type == "cpu" and weight.shape[1] % INT8_KERNEL_MULTIPLE == 0:
+        return torch.ops.aten._weight_int8pack_mm(x.contiguous(), weight, scale)
     rows = max(1, DEQUANT_ELEMENTS // weight.shape[1])
     parts = [F.linear(x, part.to(x.dtype)) for part in weight.split(rows)]
     return torch.cat(parts, dim=-1) * scale
