@@ -33,23 +33,27 @@ class CancelAt(trio.abc.Instrument):
 
 
 async def read_stream(engine: Engine) -> None:
+    """Read a request to its end."""
     async with engine.open_stream(PROMPT, SamplingParams(temperature=0, max_tokens=10)) as stream:
         await stream.collect()
 
 
 async def read_samples(engine: Engine) -> None:
+    """Read three samples of a prompt to their ends."""
     async with open_samples(engine, PROMPT, SamplingParams(seed=1, n=3, max_tokens=6)) as streams:
         for stream in streams:
             await stream.collect()
 
 
 async def stop_early(engine: Engine) -> None:
+    """Leave a request while it runs."""
     async with engine.open_stream(PROMPT, SamplingParams(temperature=0, max_tokens=100)) as stream:
         await stream.__anext__()
         await trio.lowlevel.checkpoint()
 
 
 async def embed(engine: Engine) -> None:
+    """Wait for an embedding."""
     await engine.embed(PROMPT, PoolingParams())
 
 
@@ -89,7 +93,7 @@ async def cancelled_at(client: Callable[[Engine], Awaitable[None]], checkpoint: 
 async def test_cancelling_anywhere_leaves_nothing_behind(
     client: Callable[[Engine], Awaitable[None]], mock_clock: MockClock
 ) -> None:
-    """At whichever checkpoint a client is cancelled, its blocks and its place come back and its batch mate is unharmed."""
+    """At whichever checkpoint a client is cancelled, its blocks and place come back and its mate is unharmed."""
     checkpoint = 1
     while await cancelled_at(client, checkpoint):
         checkpoint += 1

@@ -17,6 +17,7 @@ LABELS = {"model_name": "stub", "engine": "0"}
 
 
 def value(engine: Engine, name: str, **labels: str) -> float:
+    """Return one of vLLM's series."""
     engine._metrics.catch_up()
     found = engine.registry.get_sample_value(f"vllm:{name}", {**LABELS, **labels})
     assert found is not None, name
@@ -24,6 +25,7 @@ def value(engine: Engine, name: str, **labels: str) -> float:
 
 
 async def finish(engine: Engine, prompt: Any, params: SamplingParams) -> None:
+    """Read a request to its end."""
     async with engine.open_stream(prompt, params) as stream:
         await stream.collect()
 
@@ -82,7 +84,7 @@ async def test_times_are_the_clocks(mock_clock: MockClock) -> None:
 
 
 async def test_samples_count_as_one_request() -> None:
-    """n samples of a prompt observe n once, and the longest of them."""
+    """N samples of a prompt observe n once, and the longest of them."""
     async with (
         open_stub() as engine,
         open_samples(engine, [1, 2], SamplingParams(seed=1, n=3, max_tokens=5)) as streams,

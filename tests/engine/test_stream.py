@@ -16,10 +16,12 @@ TEXT = FakeTokenizer().decode
 
 
 def greedy(max_tokens: int | None = 20, **more: Any) -> SamplingParams:
+    """Return parameters whose answer is known."""
     return SamplingParams(temperature=0, max_tokens=max_tokens, **more)
 
 
 async def collect(engine: Engine, params: SamplingParams, prompt: Sequence[int] = PROMPT) -> Delta:
+    """Return a request's whole answer."""
     async with engine.open_stream(prompt, params) as stream:
         return await stream.collect()
 

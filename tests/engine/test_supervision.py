@@ -27,10 +27,12 @@ LONG = SamplingParams(temperature=0, max_tokens=400)
 
 
 def short(max_tokens: int = 8) -> SamplingParams:
+    """Return parameters of a short, known answer."""
     return SamplingParams(temperature=0, max_tokens=max_tokens)
 
 
 def used_blocks(engine: Engine) -> float:
+    """Return the share of KV blocks that sequences own."""
     engine._metrics.catch_up()
     value = engine.registry.get_sample_value("vllm:kv_cache_usage_perc", {"model_name": "stub", "engine": "0"})
     assert value is not None
@@ -61,6 +63,8 @@ class Broken(BaseException):
 
 
 def fail_at(step: int, error: BaseException) -> Callable[[StepPlan], None]:
+    """Return a hook that raises from a step on."""
+
     def hook(plan: StepPlan) -> None:
         if plan.step >= step:
             raise error
@@ -79,11 +83,14 @@ async def test_a_dead_runner_ends_the_engine_with_its_exception(error: BaseExcep
                 await stream.collect()
         heard.append(engine.health().status)
 
-    with pytest.raises(type(error)) as caught:
+    async def serve() -> None:
         async with open_stub(StubRunner(hook=fail_at(5, error))) as engine, trio.open_nursery() as nursery:
             nursery.start_soon(read, engine)
             nursery.start_soon(read, engine)
             nursery.start_soon(trio.sleep_forever)
+
+    with pytest.raises(type(error)) as caught:
+        await serve()
     assert caught.value is error
     assert heard == ["dead", "dead"]
 
@@ -97,18 +104,22 @@ async def test_a_dead_kv_manager_ends_the_engine(monkeypatch: pytest.MonkeyPatch
             raise ZeroDivisionError
         return reserve(self, ask)
 
-    monkeypatch.setattr(BlockManager, "reserve", fail)
-    with pytest.raises(ZeroDivisionError):
+    async def serve() -> None:
         async with open_stub() as engine, engine.open_stream(PROMPT, LONG) as stream:
             with pytest.raises(EngineDeadError):
                 await stream.collect()
             assert "ZeroDivisionError" in (engine.health().reason or "")
             await trio.sleep_forever()
 
+    monkeypatch.setattr(BlockManager, "reserve", fail)
+    with pytest.raises(ZeroDivisionError):
+        await serve()
+
 
 async def test_a_dead_engine_refuses(autojump_clock: MockClock) -> None:
     """Between its death and its end the engine answers every new request with EngineDeadError."""
-    with pytest.raises(Broken):
+
+    async def serve() -> None:
         async with open_stub(StubRunner(hook=fail_at(1, Broken()))) as engine:
             with trio.CancelScope(shield=True):
                 stream = engine.open_stream(PROMPT, LONG)
@@ -120,13 +131,20 @@ async def test_a_dead_engine_refuses(autojump_clock: MockClock) -> None:
                     await engine.wait_idle()
             await trio.sleep_forever()
 
+    with pytest.raises(Broken):
+        await serve()
+
 
 async def test_readers_that_do_not_listen_are_waited_for_only_so_long(autojump_clock: MockClock) -> None:
     """A stream that nobody closes delays the end of a dead engine by a second, not for ever."""
-    with pytest.raises(Broken):
+
+    async def serve() -> None:
         async with open_stub(StubRunner(hook=fail_at(1, Broken()))) as engine:
             engine.open_stream(PROMPT, LONG)
             await trio.sleep_forever()
+
+    with pytest.raises(Broken):
+        await serve()
     assert trio.current_time() < 2
 
 

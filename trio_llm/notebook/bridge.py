@@ -39,7 +39,6 @@ class Bridge(Generic[T]):
     value: T
 
     def __init__(self, open_context: Callable[[], AbstractAsyncContextManager[T]]) -> None:
-        self._open_context = open_context
         self._scope = trio.CancelScope()
         self._calls: set[_Call[Any]] = set()
         self._lock = threading.Lock()
@@ -47,7 +46,7 @@ class Bridge(Generic[T]):
         self._up: Future[None] = Future()
         self._ended: Future[None] = Future()
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="trio-llm-bridge", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(open_context,), name="trio-llm-bridge", daemon=True)
         self._thread.start()
         try:
             self._up.result()
@@ -67,12 +66,12 @@ class Bridge(Generic[T]):
 
     def call(self, function: Callable[[*Ts], Awaitable[R]], *args: *Ts) -> R:
         """Run an async function in the bridge's thread and return what it returns, or raise what it raises."""
-        call = self._start(function, *args)
+        call = _Call[R]()
         try:
+            self._start(call, partial(function, *args))
             return call.result()
-        except BaseException:
+        finally:
             self._cancel(call)
-            raise
 
     def call_sync(self, function: Callable[[*Ts], R], *args: *Ts) -> R:
         """Run a synchronous function in the bridge's thread, where it may touch `value`."""
@@ -88,9 +87,10 @@ class Bridge(Generic[T]):
         The function runs ahead of its reader. Closing the iterator, or leaving its loop, cancels it.
         """
         ready: SimpleQueue[tuple[R] | None] = SimpleQueue()
-        call = self._start(produce, lambda item: ready.put((item,)))
+        call = _Call[None]()
         call.add_done_callback(lambda _: ready.put(None))
         try:
+            self._start(call, partial(produce, lambda item: ready.put((item,))))
             while (item := ready.get()) is not None:
                 yield item[0]
             call.result()
@@ -112,25 +112,21 @@ class Bridge(Generic[T]):
             self._token.run_sync_soon(self._scope.cancel)
         self._thread.join()
 
-    def _start(self, function: Callable[[*Ts], Awaitable[R]], *args: *Ts) -> _Call[R]:
-        assert threading.current_thread() is not self._thread, (
-            "a call from the bridge's own thread would wait for itself"
-        )
-        call = _Call[R]()
+    def _start(self, call: _Call[R], function: Callable[[], Awaitable[R]]) -> None:
+        assert threading.current_thread() is not self._thread, "a call from the bridge's thread would wait for itself"
         with self._lock:
             if self._ended.done():
                 raise self._dead()
             self._calls.add(call)
         # Should the run end before it gets there, `_run` answers the call.
         with suppress(trio.RunFinishedError):
-            self._token.run_sync_soon(self._spawn, call, partial(function, *args))
-        return call
+            self._token.run_sync_soon(self._spawn, call, function)
 
     def _cancel(self, call: _Call[Any]) -> None:
         """Cancel a call that nobody waits for any more, and wait until it has cleaned up."""
-        if not call.done():
+        if call in self._calls and not call.done():
             with suppress(trio.RunFinishedError):
-                self._token.run_sync_soon(call.scope.cancel)
+                self._token.run_sync_soon(self._abandon, call)
             wait((call,))
 
     def _dead(self) -> EngineDeadError:
@@ -140,10 +136,10 @@ class Bridge(Generic[T]):
 
     # --- in the bridge's thread -----------------------------------------------------------------------------------
 
-    def _run(self) -> None:
+    def _run(self, open_context: Callable[[], AbstractAsyncContextManager[T]]) -> None:
         error: BaseException | None = None
         try:
-            trio.run(self._main)
+            trio.run(self._main, open_context)
         except BaseException as raised:  # noqa: BLE001 - whoever opened or closes the bridge gets it
             error = raised
         with self._lock:
@@ -153,11 +149,11 @@ class Bridge(Generic[T]):
         for call in calls:
             _settle(call, self._dead())
 
-    async def _main(self) -> None:
+    async def _main(self, open_context: Callable[[], AbstractAsyncContextManager[T]]) -> None:
         self._token = trio.lowlevel.current_trio_token()
         self._entered.set()
         with self._scope:
-            async with self._open_context() as self.value, trio.open_nursery() as self._nursery:
+            async with open_context() as self.value, trio.open_nursery() as self._nursery:
                 self._up.set_result(None)
                 await trio.sleep_forever()
 
@@ -165,6 +161,12 @@ class Bridge(Generic[T]):
         # Where the nursery has closed, `_run` answers the call.
         with suppress(RuntimeError):
             self._nursery.start_soon(self._perform, call, function)
+            call.spawned = True
+
+    def _abandon(self, call: _Call[Any]) -> None:
+        call.scope.cancel()
+        if not call.spawned:  # The interrupt came before it was sent here.
+            call.set_exception(CancelledError())
 
     async def _perform(self, call: _Call[R], function: Callable[[], Awaitable[R]]) -> None:
         try:
@@ -175,6 +177,7 @@ class Bridge(Generic[T]):
         except Exception as error:  # noqa: BLE001 - it is raised again where the call was made
             call.set_exception(error)
         finally:
+            # A task cancelled because the bridge closes leaves its call to `_run`.
             if call.done():
                 self._calls.discard(call)
 
@@ -184,6 +187,7 @@ class _Call(Future[R]):
 
     def __init__(self) -> None:
         super().__init__()
+        self.spawned = False
         self.scope = trio.CancelScope()
 
 

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.engine.fakes import FakeTokenizer, StubRunner, continuation, open_stub
+from trio_llm import LLM, SamplingParams, llm
+from trio_llm.errors import ConfigError, InvalidRequestError, RequestFailedError
+from trio_llm.messages import StepPlan
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> StubRunner:
+    """Stand in for the model of every LLM of the test."""
+    runner = StubRunner()
+    monkeypatch.setattr(
+        llm, "open_engine", lambda config: open_stub(runner, max_batch_size=config.engine.max_batch_size)
+    )
+    return runner
+
+
+@pytest.fixture
+def model(runner: StubRunner) -> Iterator[LLM]:
+    """An LLM round the stand-in."""
+    with LLM(max_batch_size=4) as model:
+        yield model
+
+
+def greedy(**more: Any) -> SamplingParams:
+    """Return parameters whose answer is known."""
+    return SamplingParams(**{"temperature": 0, "max_tokens": 6, **more})
+
+
+def test_prompts_as_text_and_as_tokens(model: LLM) -> None:
+    """A text, a list, and token ids are all prompts; answers come in their order with text and tokens."""
+    encode = FakeTokenizer().encode
+    outputs = model.generate(["abc", {"prompt_token_ids": [7, 8]}], greedy(), use_tqdm=False)
+    assert [output.prompt for output in outputs] == ["abc", None]
+    assert [output.prompt_token_ids for output in outputs] == [tuple(encode("abc")), (7, 8)]
+    for output in outputs:
+        (sample,) = output.outputs
+        assert sample.token_ids == continuation(output.prompt_token_ids, 6)
+        assert sample.text == FakeTokenizer().decode(sample.token_ids)
+        assert (sample.finish_reason, sample.stop_reason, sample.logprobs) == ("length", None, None)
+    assert model.generate("abc", greedy(), use_tqdm=False)[0] == outputs[0]
+
+
+def test_more_prompts_than_places(model: LLM) -> None:
+    """Far more prompts than the engine admits at a time are all answered, in order."""
+    prompts = [{"prompt_token_ids": [i % 60, i // 60]} for i in range(100)]
+    outputs = model.generate(prompts, greedy(), use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in outputs] == [continuation(o.prompt_token_ids, 6) for o in outputs]
+
+
+def test_each_prompt_may_have_its_parameters(model: LLM) -> None:
+    """A list of parameters goes with the prompts one by one; a list of another length is refused."""
+    outputs = model.generate(["a", "b"], [greedy(max_tokens=2), greedy(max_tokens=5)], use_tqdm=False)
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [2, 5]
+    with pytest.raises(InvalidRequestError, match="2 prompts, but 1"):
+        model.generate(["a", "b"], [greedy()], use_tqdm=False)
+
+
+def test_samples_and_logprobs(model: LLM) -> None:
+    """N samples stand in order of their seeds; logprobs and prompt logprobs are there when asked for."""
+    params = SamplingParams(n=3, seed=5, max_tokens=4, logprobs=0, prompt_logprobs=0)
+    (output,) = model.generate("abc", params, use_tqdm=False)
+    assert [s.token_ids for s in output.outputs] == [continuation((0, 1, 2), 4, seed) for seed in (5, 6, 7)]
+    assert [len(s.logprobs or ()) for s in output.outputs] == [4, 4, 4]
+    assert [entry and entry.token_id for entry in output.prompt_logprobs or ()] == [None, 1, 2]
+
+
+def test_embeddings(model: LLM) -> None:
+    """Embed returns a vector per prompt."""
+    assert [e.embedding[3] for e in model.embed(["ab", "abc"], use_tqdm=False)] == [2.0, 3.0]
+
+
+def test_progress_shows_both_rates(model: LLM, capfd: pytest.CaptureFixture[str]) -> None:
+    """The progress bar counts prompts and shows prefill and decode tokens per second; use_tqdm switches it off."""
+    model.generate(["a", "b"], greedy())
+    shown = capfd.readouterr().err
+    assert "2/2" in shown
+    assert "prefill" in shown
+    assert "decode" in shown
+    model.generate(["a", "b"], greedy(), use_tqdm=False)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_bad_prompt_is_refused_before_anything_runs(model: LLM, runner: StubRunner) -> None:
+    """One prompt or parameter that can never be served is named, and nothing was computed for the others."""
+    with pytest.raises(InvalidRequestError, match="maximum context length"):
+        model.generate([{"prompt_token_ids": [1]}, {"prompt_token_ids": [1] * 9999}], greedy(), use_tqdm=False)
+    with pytest.raises(InvalidRequestError, match="temperature"):
+        model.generate("a", greedy(temperature=float("nan")), use_tqdm=False)
+    with pytest.raises(InvalidRequestError, match="prompt_token_ids"):
+        model.generate([{"text": "a"}], greedy(), use_tqdm=False)  # type: ignore[dict-item]
+    assert runner.plans == []
+
+
+def test_a_failure_is_raised_as_itself(model: LLM, runner: StubRunner) -> None:
+    """When the model fails on a prompt, that error is raised, and the next call works."""
+
+    def fail(plan: StepPlan) -> None:
+        raise ZeroDivisionError
+
+    runner.hook = fail
+    with pytest.raises(RequestFailedError):
+        model.generate(["a", "b"], greedy(n=2), use_tqdm=False)
+    runner.hook = None
+    assert model.generate("a", greedy(), use_tqdm=False)[0].outputs[0].token_ids == continuation((0,), 6)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("max_batchsize", 4, "no such setting"),
+        ("max_batch_size", "4", "must be int"),
+        ("dtype", "float12", "'float16'"),
+    ],
+)
+def test_a_wrong_setting_is_named(runner: StubRunner, setting: str, value: object, said: str) -> None:
+    """A setting that does not exist, or a value of another type, is an error that names it."""
+    with pytest.raises(ConfigError, match=said) as caught:
+        LLM(**{setting: value})  # type: ignore[arg-type]
+    assert setting in str(caught.value)
+
+
+def test_engines_follow_one_another(runner: StubRunner) -> None:
+    """A closed LLM leaves no thread behind, and another may be made."""
+    threads = threading.active_count()
+    for _ in range(3):
+        with LLM() as model:
+            assert len(model.generate("a", greedy(), use_tqdm=False)) == 1
+        assert threading.active_count() == threads
+    model.close()
