@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -118,6 +119,36 @@ class Exchange:
     async def body(self) -> bytes:
         """Read the rest of the response."""
         return b"".join([chunk async for chunk in self.chunks])
+
+
+@attrs.frozen
+class Answer:
+    """A whole response."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        """Parse the body."""
+        return json.loads(self.body)
+
+    def events(self) -> list[Any]:
+        """Parse a stream of events; "[DONE]" stays a string."""
+        assert self.body.endswith(b"\n\n"), self.body
+        parts = self.body.decode().split("\n\n")[:-1]
+        assert all(part.startswith("data: ") for part in parts), parts
+        return [part[6:] if part == "data: [DONE]" else json.loads(part[6:]) for part in parts]
+
+
+async def ask(app: Any, method: str, path: str, body: Any = None, **options: Any) -> Answer:
+    """Ask the app in process and return its whole answer; a body that is not bytes is sent as JSON."""
+    data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+    call = exchange(app, method, path, data, **options)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(call.run)
+        content = await call.body()
+    return Answer(call.status, call.headers, content)
 
 
 def exchange(

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import tokenizers
+import trio
 from tokenizers import decoders, models, pre_tokenizers
 
 from tests.engine.fakes import InlineWorker
@@ -52,6 +53,23 @@ def continuation(prompt: str | Sequence[int], count: int, seed: int = 0) -> str:
     for _ in range(count):
         tokens.append(next_token(tokens, seed))
     return TOKENIZER.decode(tokens[start:])
+
+
+class GatedWorker(InlineWorker):
+    """Runs a step only when the test lets it: `let(n)` allows n more."""
+
+    def __init__(self) -> None:
+        self._gate = trio.Semaphore(0)
+        self.open = False
+
+    def let(self, steps: int) -> None:
+        for _ in range(steps):
+            self._gate.release()
+
+    async def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        if args and isinstance(args[0], StepPlan) and not self.open:
+            await self._gate.acquire()
+        return await super().run(function, *args)
 
 
 class StubRunner:
@@ -130,10 +148,16 @@ def logprob(token_id: int, num_top: int) -> TokenLogprobs:
 
 @asynccontextmanager
 async def open_stub(
-    runner: StubRunner | None = None, tokenizer: Tokenizer = TOKENIZER, **settings: Any
+    runner: StubRunner | None = None,
+    tokenizer: Tokenizer = TOKENIZER,
+    *,
+    worker: Any = None,
+    stall_after_s: float = 3600.0,
+    **settings: Any,
 ) -> AsyncIterator[Engine]:
     """Open an engine round a stub runner."""
     stub = StubRunner() if runner is None else runner
-    worker: Any = InlineWorker()
-    async with run_engine(EngineConfig(**settings), lambda: stub, tokenizer, worker=worker) as engine:
+    config = EngineConfig(**settings)
+    worker = InlineWorker() if worker is None else worker
+    async with run_engine(config, lambda: stub, tokenizer, worker=worker, stall_after_s=stall_after_s) as engine:
         yield engine

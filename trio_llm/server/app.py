@@ -77,7 +77,7 @@ def create_app(
         keys=keys,
     )
     app.json.sort_keys = False  # pyright: ignore[reportAttributeAccessIssue]
-    app.config["RESPONSE_TIMEOUT"] = None
+    app.config["RESPONSE_TIMEOUT"] = None  # Quart's minute would end a stream in the middle, without a word.
     app.config["BODY_TIMEOUT"] = BODY_TIMEOUT_S
     app.config["MAX_CONTENT_LENGTH"] = config.server.max_body_bytes
     registry = CollectorRegistry()

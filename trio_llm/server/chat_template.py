@@ -98,10 +98,10 @@ class ChatTemplate:
                 chars += len(piece)
                 if chars > _MAX_CHARS or time.monotonic() > deadline:
                     _refuse("it takes too long or its output is too long")
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-            _refuse(str(error)[:500])
         except (RecursionError, MemoryError, OverflowError):
             _refuse("it needs too much")
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            _refuse(str(error)[:500])
         return "".join(pieces)
 
 

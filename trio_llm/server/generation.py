@@ -113,9 +113,7 @@ async def answer(body: GenerationBody, streams: Sequence[Stream], form: AnswerFo
         return form.answer([await stream.collect() for stream in streams])
     feed = sse.DeltaFeed(streams, _lifetime())
     first = await feed.next()
-    response = Response(sse.event_stream(feed, first, form), headers=sse.HEADERS)
-    response.timeout = None  # Quart would end the stream after a minute, without a word.
-    return response
+    return Response(sse.event_stream(feed, first, form), headers=sse.HEADERS)
 
 
 def _lifetime() -> Lifetime:
