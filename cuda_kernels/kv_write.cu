@@ -89,7 +89,7 @@ DEV void write(kv_t* cache, float* scales, float (*x)[N], int lane) {
   store_half(cache + HALF + lane * N, x[1], scale);
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 4)
     kv_write(const io_t* __restrict__ qkv, const float* __restrict__ cos, const float* __restrict__ sin,
              const s64* __restrict__ slots, const float* __restrict__ qk_norm, io_t* __restrict__ q_out,
              kv_t* __restrict__ k_cache, kv_t* __restrict__ v_cache, float* __restrict__ k_scales,

@@ -11,8 +11,8 @@
 //
 // int8 caches: a 16-byte chunk holds 16 dimensions. An 8x8 matrix of 16-bit elements gives lane (g, t) the bytes
 // 4t..4t+3 of row g, or transposed bytes 2g, 2g+1 of rows 2t, 2t+1. So dimension 16c + 4t + j plays the part of mma's
-// k-index 16c + {2t, 2t+1, 2t+8, 2t+9}[j], and q is stored in that order too (see `query_place`); output column g of
-// the two products over a chunk is dimension 2g and 2g + 1. A key's scale multiplies its column of scores, a value's
+// k-index 16c + {2t, 2t+1, 2t+8, 2t+9}[j], and q is stored in that order too (`load_queries`); output column g of the
+// two products over a chunk is dimension 2g and 2g + 1. A key's scale multiplies its column of scores, a value's
 // its probabilities; these products are of bfloat16 whatever io_t is, as a scaled probability may be too small for
 // float16.
 //
@@ -93,26 +93,22 @@ DEV void load_tile(unsigned char* stage, const Context& c, int at) {
   copies_commit();
 }
 
-// Where pair `pair` (dimensions 2 pair, 2 pair + 1) of a query row is stored, in pairs: as it is for 16-bit keys; for
-// int8 so that mma's k-index meets the order of the keys' bytes.
-DEV int query_place(int pair) {
-#if KV_INT8
-  return pair / 8 * 8 + pair % 2 * 4 + pair % 8 / 2;
-#else
-  return pair;
-#endif
-}
-
+// Queries go to shared memory as they are for 16-bit keys; for int8 each pair of dimensions goes where mma's k-index
+// meets the order of the keys' bytes.
 DEV void load_queries(unsigned char* to, const io_t* q, int tile, int rows, int first_token, int heads, int head) {
   for (int i = threadIdx.x; i < BM * Q_CHUNKS; i += THREADS) {
     const int row = i / Q_CHUNKS, chunk = i % Q_CHUNKS, r = tile * BM + row;
     vec16 v = {};
     if (r < rows) v = load16(q + ((s64)(first_token + r / GQA) * heads + head + r % GQA) * HEAD_DIM + chunk * 8);
+#if KV_INT8
 #pragma unroll
     for (int p = 0; p < 4; p++) {
-      const int place = query_place(chunk * 4 + p);
+      const int pair = chunk * 4 + p, place = pair / 8 * 8 + pair % 2 * 4 + pair % 8 / 2;
       reinterpret_cast<u32*>(to)[swizzled<Q_CHUNKS>(row, place / 4) * 4 + place % 4] = v.x[p];
     }
+#else
+    reinterpret_cast<vec16*>(to)[swizzled<Q_CHUNKS>(row, chunk)] = v;
+#endif
   }
 }
 

@@ -1,0 +1,42 @@
+"""Every way the kernels are compiled for the supported models: what the compile gate builds."""
+
+from __future__ import annotations
+
+from cuda_kernels.launch import Kernel, kernel
+from cuda_kernels.paged_attn import Device, choose_tile
+
+ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+SHARED_BYTES = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}  # KiB a block may ask for
+HEADS = ((64, 7), (128, 4), (128, 1), (256, 8), (512, 8))  # head size, query heads per key head
+
+
+def attention(arch: str) -> list[Kernel]:
+    """Return the attention kernels that an architecture's shared memory leads to."""
+    device = Device(multiprocessors=100, shared_bytes=SHARED_BYTES[arch] * 1024)
+    made: set[Kernel] = set()
+    for head_dim, group in HEADS:
+        for int8 in (False, True):
+            for rows in (16, 64, 128):
+                tile = choose_tile(rows, head_dim, device, int8=int8)
+                defines = {
+                    "HEAD_DIM": head_dim, "GQA": group, "BM": tile.rows, "BN": tile.keys, "WARPS_N": tile.warps_n,
+                    "STAGES": tile.stages, "KV_INT8": int(int8),
+                }  # fmt: skip
+                made.add(kernel("paged_attn.cu", "paged_attention", **defines, IO_FP16=0))
+                if head_dim == 128:
+                    made.add(kernel("paged_attn.cu", "paged_attention", **defines, IO_FP16=1))
+    return sorted(made, key=str)
+
+
+def others() -> list[Kernel]:
+    """Return the rest."""
+    made: list[Kernel] = []
+    for fp16 in (0, 1):
+        for hidden, threads in ((64, 32), (896, 128), (4096, 512), (5376, 512), (16384, 512)):
+            made.append(kernel("norm.cu", "rms_norm", HIDDEN=hidden, THREADS=threads, IO_FP16=fp16))
+        for gelu in (0, 1):
+            made.append(kernel("act.cu", "act_and_mul", GELU=gelu, IO_FP16=fp16))
+        for head_dim in (64, 128, 256, 512):
+            for int8 in (0, 1):
+                made.append(kernel("kv_write.cu", "kv_write", HEAD_DIM=head_dim, KV_INT8=int8, IO_FP16=fp16))
+    return made
