@@ -32,8 +32,18 @@ def run(settings: Settings) -> int:
     configure_logging(config.server.log_level, config.server.log_dir)
     if (warning := open_to_all(config)) is not None:
         _log.warning(warning)
-    trio.run(_Process(config).main)
+    try:
+        trio.run(_Process(config).main)
+    except BaseExceptionGroup as group:
+        raise _innermost(group) from None
     return 0
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """Take the one exception out of the nurseries that it went through; several stay a group."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
 
 
 @attrs.define
