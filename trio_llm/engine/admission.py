@@ -80,9 +80,9 @@ def _check_sampling(params: SamplingParams) -> None:
     _check_range("repetition_penalty", params.repetition_penalty, 0, math.inf, open_below=True)
     _check_range("top_k", params.top_k, -1, math.inf)
     _check_range("n", params.n, 1, math.inf)
-    _check_range("min_tokens", params.min_tokens, 0, math.inf if params.max_tokens is None else params.max_tokens)
     if params.max_tokens is not None:
         _check_range("max_tokens", params.max_tokens, 0, math.inf)
+    _check_range("min_tokens", params.min_tokens, 0, math.inf if params.max_tokens is None else params.max_tokens)
     if params.seed is not None and not -(2**63) <= params.seed < 2**63:
         _refuse("seed", params.seed, "a 64-bit signed integer")
     if "" in params.stop:

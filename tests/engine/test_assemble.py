@@ -1,0 +1,83 @@
+"""The real thing, small: torch and the demo model behind the engine, the bridge and LLM."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from pathlib import Path
+
+import pytest
+import trio
+
+from trio_llm import LLM, Config, SamplingParams, open_engine
+from trio_llm.config import EngineConfig, ServerConfig
+from trio_llm.demo import demo_model_path
+from trio_llm.errors import CheckpointError
+from trio_llm.messages import PoolingParams, Progress
+
+CONFIG = Config(
+    engine=EngineConfig(model=str(demo_model_path()), num_kv_blocks=64),
+    server=ServerConfig(served_model_name=("demo", "alias")),
+)
+PROMPT = "The capital of Japan is"
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+
+
+async def test_an_engine_serves_the_demo_model() -> None:
+    """open_engine loads, reports progress, serves text and embeddings under its served name, and says its limits."""
+    seen: list[Progress] = []
+    async with open_engine(CONFIG, report=seen.append) as engine:
+        ids = engine.tokenizer.encode(PROMPT)
+        async with engine.open_stream(ids, GREEDY) as stream:
+            answer = await stream.collect()
+        vector, _ = await engine.embed(ids, PoolingParams())
+        scraped = (await engine.render_metrics()).decode()
+    assert engine.tokenizer.decode(answer.token_ids) == answer.text
+    assert len(answer.token_ids) == 12
+    assert len(vector) == engine.info.hidden_size
+    assert engine.info.max_model_len <= 63 * 16
+    assert 'model_name="demo"' in scraped
+    assert seen
+
+
+def test_llm_answers_as_the_engine_does() -> None:
+    """LLM gives the same tokens in a batch as one by one, and one LLM can follow another in a process."""
+    prompts = [PROMPT, "hello", "one two three"]
+    with LLM(str(demo_model_path()), num_kv_blocks=64) as llm:
+        batch = llm.generate(prompts, GREEDY, use_tqdm=False)
+    with LLM(str(demo_model_path()), num_kv_blocks=64, enable_prefix_caching=False, max_num_batched_tokens=7) as llm:
+        single = [llm.generate(prompt, GREEDY, use_tqdm=False)[0] for prompt in prompts]
+    assert [o.outputs[0].token_ids for o in batch] == [o.outputs[0].token_ids for o in single]
+
+
+async def test_a_cancelled_load_stops_at_its_next_report() -> None:
+    """Cancelling while the model loads ends loading soon, not after all of it."""
+    reports: list[Progress] = []
+    with trio.CancelScope() as scope:
+        token = trio.lowlevel.current_trio_token()
+
+        def report(progress: Progress) -> None:
+            reports.append(progress)
+            if len(reports) == 1:
+                trio.from_thread.run_sync(scope.cancel, trio_token=token)
+
+        async with open_engine(CONFIG, report=report):
+            pytest.fail("it was cancelled before it was open")
+    assert scope.cancelled_caught
+    assert len(reports) == 1
+
+
+async def test_a_missing_model_is_one_clear_error(tmp_path: Path) -> None:
+    """A directory without a model raises CheckpointError out of open_engine, not in a group."""
+    with pytest.raises(CheckpointError):
+        async with open_engine(Config(engine=EngineConfig(model=str(tmp_path)))):
+            pass
+
+
+async def test_tuning_ends_with_the_engine() -> None:
+    """What serving changes of the interpreter is as it was after the engine closed."""
+    before = gc.get_threshold(), sys.getswitchinterval(), gc.get_freeze_count()
+    async with open_engine(CONFIG, tune_interpreter=True):
+        assert gc.get_threshold() != before[0]
+        assert gc.get_freeze_count() > 0
+    assert (gc.get_threshold(), sys.getswitchinterval(), gc.get_freeze_count()) == before
