@@ -12,12 +12,13 @@ from quart_trio import QuartTrio
 
 from trio_llm.engine import Delta, Stream
 from trio_llm.errors import InvalidRequestError
+from trio_llm.messages import ModelInfo
 from trio_llm.server.body import read_body
 from trio_llm.server.generation import Head, StreamUsage, UsageCounter, answer, submit
 from trio_llm.server.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from trio_llm.server.prompts import check_chars, fit
 from trio_llm.server.requests import ChatBody, Message
-from trio_llm.server.sampling import sampling_params
+from trio_llm.server.sampling import check_max_tokens, sampling_params
 from trio_llm.server.services import Services
 
 _KIND = "chat.completion"
@@ -39,8 +40,8 @@ async def chat(services: Services, body: ChatBody) -> Response | dict[str, Any]:
         body,
         info=services.engine.info,
         tokenizer=services.tokenizer,
-        max_tokens=_max_tokens(body),
-        logprobs=_num_logprobs(body),
+        max_tokens=_max_tokens(body, services.engine.info),
+        logprobs=_num_logprobs(body, services.config.engine.max_logprobs),
         prompt_logprobs=body.prompt_logprobs,
     )
     messages = [_flatten(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
@@ -51,18 +52,22 @@ async def chat(services: Services, body: ChatBody) -> Response | dict[str, Any]:
     return await answer(body, streams, _Format(head, body, streams, names, echo))
 
 
-def _max_tokens(body: ChatBody) -> int | None:
+def _max_tokens(body: ChatBody, info: ModelInfo) -> int | None:
     """Return the limit; without one an answer may take what is left of the context."""
     if body.max_completion_tokens is not None:
-        return body.max_completion_tokens
+        return check_max_tokens("max_completion_tokens", body.max_completion_tokens, info)
     if body.max_tokens == 0:
         raise InvalidRequestError("max_tokens = 0 is not allowed: at least 1.", param="max_tokens")
-    return body.max_tokens
+    return check_max_tokens("max_tokens", body.max_tokens, info)
 
 
-def _num_logprobs(body: ChatBody) -> int | None:
+def _num_logprobs(body: ChatBody, most: int) -> int | None:
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequestError("top_logprobs needs `logprobs=True`.", param="top_logprobs")
+    if body.top_logprobs is not None and most >= 0 and not 0 <= body.top_logprobs <= most:
+        raise InvalidRequestError(
+            f"top_logprobs = {body.top_logprobs} is not allowed: 0 to {most}.", param="top_logprobs"
+        )
     return (body.top_logprobs or 0) if body.logprobs else None
 
 

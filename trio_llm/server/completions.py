@@ -15,7 +15,7 @@ from trio_llm.server.generation import Head, StreamUsage, UsageCounter, answer, 
 from trio_llm.server.logprobs import CompletionLogprobs, TokenNames, prompt_logprobs
 from trio_llm.server.prompts import completion_prompts, token_texts
 from trio_llm.server.requests import CompletionBody
-from trio_llm.server.sampling import sampling_params
+from trio_llm.server.sampling import check_max_tokens, sampling_params
 from trio_llm.server.services import Services
 
 _KIND = "text_completion"
@@ -36,6 +36,7 @@ async def complete(services: Services, body: CompletionBody) -> Response | dict[
     """Answer a checked body."""
     head = Head.make("cmpl", services.check_model(body.model))
     max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    check_max_tokens("max_tokens", body.max_tokens, services.engine.info)
     if max_tokens == 0 and not body.echo:
         raise InvalidRequestError("max_tokens = 0 is allowed only with echo, to score a prompt.", param="max_tokens")
     params = sampling_params(

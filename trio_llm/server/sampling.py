@@ -20,6 +20,16 @@ _NAMED = ("presence_penalty", "frequency_penalty", "seed", "min_tokens", "ignore
 _DEFAULTED = ("top_p", "top_k", "min_p", "repetition_penalty")
 
 
+def check_max_tokens(name: str, value: int | None, info: ModelInfo) -> int | None:
+    """Refuse a limit beyond the context; one that is only beyond what the prompt leaves of it is clamped later."""
+    if value is not None and value > info.max_model_len:
+        raise InvalidRequestError(
+            f"{name} = {value} is not allowed: this model's maximum context length is {info.max_model_len} tokens.",
+            param=name,
+        )
+    return value
+
+
 def sampling_params(
     body: GenerationBody,
     *,
@@ -34,7 +44,7 @@ def sampling_params(
     Raises:
         InvalidRequestError: Names the field, its value and what is allowed.
     """
-    _check_together(body, max_tokens, info.max_model_len)
+    _check_together(body, max_tokens)
     given: dict[str, Any] = {name: getattr(body, name) for name in _NAMED if getattr(body, name) is not None}
     for name in _DEFAULTED:
         value = getattr(body, name)
@@ -58,14 +68,9 @@ def sampling_params(
     )
 
 
-def _check_together(body: GenerationBody, max_tokens: int | None, max_model_len: int) -> None:
+def _check_together(body: GenerationBody, max_tokens: int | None) -> None:
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise InvalidRequestError(f"best_of = {body.best_of} is not supported: it must equal n.", param="best_of")
-    if max_tokens is not None and max_tokens > max_model_len:
-        raise InvalidRequestError(
-            f"max_tokens = {max_tokens} is not allowed: this model's maximum context length is {max_model_len} tokens.",
-            param="max_tokens",
-        )
     if body.min_tokens is not None and max_tokens is not None and body.min_tokens > max_tokens:
         raise InvalidRequestError(
             f"min_tokens = {body.min_tokens} is not allowed: at most max_tokens, {max_tokens}.", param="min_tokens"
