@@ -115,6 +115,8 @@ def _convert(entry: str, defines: Mapping[str, str | int], p: Parameter, arg: Ar
 def _pointee(name: str, defines: Mapping[str, str | int]) -> tuple[torch.dtype, ...]:
     if name == "io_t":
         return (torch.float16 if defines.get("IO_FP16") else torch.bfloat16,)
+    if name == "weight_t":
+        return (torch.int8,) if defines.get("INT8") else _pointee("io_t", defines)
     if name == "kv_t":
         return (torch.int8,) if defines.get("KV_INT8") else _pointee("io_t", defines)
     return _DTYPES[name]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 from cuda_kernels.launch import Kernel, kernel
 from cuda_kernels.paged_attn import Device, choose_tile
 
@@ -29,14 +31,18 @@ def attention(arch: str) -> list[Kernel]:
 
 
 def others() -> list[Kernel]:
-    """Return the rest."""
-    made: list[Kernel] = []
-    for fp16 in (0, 1):
-        for hidden, threads in ((64, 32), (896, 128), (4096, 512), (5376, 512), (16384, 512)):
-            made.append(kernel("norm.cu", "rms_norm", HIDDEN=hidden, THREADS=threads, IO_FP16=fp16))
-        for gelu in (0, 1):
-            made.append(kernel("act.cu", "act_and_mul", GELU=gelu, IO_FP16=fp16))
-        for head_dim in (64, 128, 256, 512):
-            for int8 in (0, 1):
-                made.append(kernel("kv_write.cu", "kv_write", HEAD_DIM=head_dim, KV_INT8=int8, IO_FP16=fp16))
-    return made
+    """Return the rest, for bfloat16 and float16."""
+    flag = (0, 1)
+    rows = ((64, 32), (896, 128), (4096, 512), (5376, 512), (16384, 512))
+    return [
+        *(kernel("norm.cu", "rms_norm", HIDDEN=h, THREADS=t, IO_FP16=fp16) for (h, t), fp16 in product(rows, flag)),
+        *(kernel("act.cu", "act_and_mul", GELU=gelu, IO_FP16=fp16) for gelu, fp16 in product(flag, flag)),
+        *(
+            kernel("kv_write.cu", "kv_write", HEAD_DIM=head_dim, KV_INT8=int8, IO_FP16=fp16)
+            for head_dim, int8, fp16 in product((64, 128, 256, 512), flag, flag)
+        ),
+        *(
+            kernel("gemv.cu", "gemv", M=m, INT8=int8, GATED=gated, GELU=0, IO_FP16=fp16)
+            for m, int8, gated, fp16 in product((1, 2, 4, 8), flag, flag, flag)
+        ),
+    ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from cuda_kernels.simulator.counters import Counters
 from tests.kernels.attention_cases import Case, make
 from tests.kernels.helpers import count
 
@@ -33,11 +35,7 @@ def test_decode_reads_the_cache_once(case: Case, most_instructions: int) -> None
 
 
 def test_counters_see_conflicts_and_waste() -> None:
-    """The counters themselves: a stride of 32 words conflicts in every bank, a stride of 64 bytes wastes half a sector."""
-    import numpy as np
-
-    from cuda_kernels.simulator.counters import Counters
-
+    """A stride of 32 words conflicts in every bank; 16 bytes at a stride of 64 waste half a sector."""
     counters = Counters()
     lanes = np.arange(32)
     counters.shared_access("ld", lanes // 32, lanes * 128, 4)

@@ -1,0 +1,87 @@
+// out [rows, N] = x [rows, K] times the transpose of a weight [N, K], for a few rows: a stream of weights, read once.
+// A warp computes OUTPUTS neighbouring outputs for all rows (at most M); a lane reads 16 bytes of each weight row at a
+// time. x stays in the L1 cache. Weights are io_t, or int8 with a scale per output (-DINT8=1).
+// -DGATED=1: the weight is [2 N, K], gate first; out = act(gate) * up, silu or (-DGELU=1) gelu with tanh.
+// bias [N] (of the products, [2 N] where gated) and residual [rows, N] may be null.
+// Compile-time: M, INT8, GATED, GELU. Grid: N / (WARPS * OUTPUTS).
+#include "common.cuh"
+
+#define WARPS 4
+#define OUTPUTS 2
+#define PRODUCTS (GATED ? 2 * OUTPUTS : OUTPUTS)  // weight rows of a warp
+#define STEP (INT8 ? 16 : 8)                      // weights of 16 bytes
+
+#if INT8
+typedef s8 weight_t;
+DEV void widen(const vec16& v, float* out) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) bytes_to_floats(v.x[i], out + 4 * i);
+}
+#else
+typedef io_t weight_t;
+DEV void widen(const vec16& v, float* out) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    out[2 * i] = io_low(v.x[i]);
+    out[2 * i + 1] = io_high(v.x[i]);
+  }
+}
+#endif
+
+DEV float activate(float v) { return GELU ? gelu_tanh(v) : silu(v); }
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32)
+    gemv(const io_t* __restrict__ x, const weight_t* __restrict__ weight, const float* __restrict__ scales,
+         const io_t* __restrict__ bias, const io_t* __restrict__ residual, io_t* __restrict__ out, int rows, int n,
+         int k, int row_stride) {
+  const int lane = threadIdx.x % 32, first = (blockIdx.x * WARPS + threadIdx.x / 32) * OUTPUTS;
+  if (first >= n) return;
+  const weight_t* weights[PRODUCTS];
+#pragma unroll
+  for (int j = 0; j < PRODUCTS; j++) {
+    const int output = min(first + j % OUTPUTS, n - 1) + j / OUTPUTS * n;  // past the end: any row, never stored
+    weights[j] = weight + (s64)output * k;
+  }
+  float sums[M][PRODUCTS] = {};
+#pragma unroll 2
+  for (int at = lane * STEP; at < k; at += 32 * STEP) {
+    vec16 raw[PRODUCTS];
+#pragma unroll
+    for (int j = 0; j < PRODUCTS; j++) raw[j] = load16(weights[j] + at);
+    float w[PRODUCTS][STEP];
+#pragma unroll
+    for (int j = 0; j < PRODUCTS; j++) widen(raw[j], w[j]);
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+      if (m >= rows) break;
+#pragma unroll
+      for (int part = 0; part < STEP / 8; part++) {
+        const vec16 v = *reinterpret_cast<const vec16*>(x + (s64)m * row_stride + at + part * 8);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+#pragma unroll
+          for (int j = 0; j < PRODUCTS; j++)
+            sums[m][j] += io_low(v.x[i]) * w[j][part * 8 + 2 * i] + io_high(v.x[i]) * w[j][part * 8 + 2 * i + 1];
+      }
+    }
+  }
+  // Every lane gets every sum; lane m * OUTPUTS + j stores output j of row m.
+  float mine[2] = {0.f, 0.f};
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int j = 0; j < PRODUCTS; j++) {
+      const float sum = warp_sum(sums[m][j]);
+      if (lane == m * OUTPUTS + j % OUTPUTS) mine[j / OUTPUTS] = sum;
+    }
+  const int row = lane / OUTPUTS, output = first + lane % OUTPUTS;
+  if (row >= min(rows, M) || output >= n) return;
+#pragma unroll
+  for (int half = 0; half <= GATED; half++) {
+    if (INT8) mine[half] *= scales[output + half * n];
+    if (bias) mine[half] += to_float(bias[output + half * n]);
+  }
+  float y = GATED ? activate(mine[0]) * mine[1] : mine[0];
+  if (residual) y += to_float(residual[(s64)row * n + output]);
+  out[(s64)row * n + output] = to_io(y);
+}
