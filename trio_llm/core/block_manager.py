@@ -104,10 +104,9 @@ class BlockManager:
         tokens = admit.token_ids
         chain = Chain(self._secret, admit.salt, tokens, self._chunk_tokens) if self._caching else None
         tables: list[list[int]] = [[] for _ in self.groups]
-        live_from = [0] * len(self.groups)
-        self._holders[admit.request_id] = Holder(
-            admit.request_id, len(tokens), chain, admit.read_cache, tables, live_from
-        )
+        read_cache = admit.read_cache and self._caching
+        holder = Holder(admit.request_id, len(tokens), chain, read_cache, tables, [0] * len(self.groups))
+        self._holders[admit.request_id] = holder
 
     def _drop(self, request_id: int, computed: int) -> None:
         holder = self._holders.pop(request_id)
@@ -175,6 +174,7 @@ class BlockManager:
             rows.preempt(victim)
             self._release_all(self._holders[victim])
             if victim == holder.request_id:
+                assert victims, f"sequence {victim} is longer than max_tokens()"
                 return False
         return True
 
@@ -235,6 +235,7 @@ class BlockManager:
         start, hits = self._find_hits(holder)
         needs = self._needs(holder.num_tokens, start, hits)
         if needs > available:
+            assert needs <= self._pool.total_blocks, f"sequence {holder.request_id} is longer than max_tokens()"
             holder.needs = needs
             return False
         free_before = self._pool.num_free

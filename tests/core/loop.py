@@ -1,0 +1,313 @@
+"""The whole core in a loop with the hash model, checking after every verb what must always be true."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import attrs
+
+from tests.core.hash_model import HashRunner, chain_of, logprob_of, reference
+from trio_llm.core.block_manager import BlockManager
+from trio_llm.core.block_view import BlockState
+from trio_llm.core.block_math import max_live_blocks
+from trio_llm.core.scheduler import Scheduler
+from trio_llm.messages import (
+    BlockAsk,
+    BlockGrant,
+    Embedding,
+    Event,
+    Failed,
+    Finished,
+    KVGroup,
+    PoolingParams,
+    PromptLogprobs,
+    SamplingParams,
+    Started,
+    StepPlan,
+    StepStats,
+    Tokens,
+)
+
+FULL = (KVGroup((0, 1), 4),)
+SLIDING = (KVGroup((0, 1), 4, 6),)
+HYBRID = (KVGroup((1,), 4), KVGroup((0, 2), 4, 5))
+TWO_SIZES = (KVGroup((0, 1), 2, 7), KVGroup((2,), 8), KVGroup((3,), 4, 3))
+
+EOS = (0, 3)
+VOCAB = 53
+
+
+@attrs.define
+class Client:
+    """What one request asked and what it heard."""
+
+    prompt: tuple[int, ...]
+    params: SamplingParams | PoolingParams
+    salt: bytes
+    events: list[Event] = attrs.field(factory=list)
+    aborted: bool = False
+    hit: int | None = None
+
+    @property
+    def output(self) -> list[int]:
+        return [token for event in self.events if isinstance(event, Tokens) for token in event.token_ids]
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.events) and isinstance(self.events[-1], Finished | Failed)
+
+
+class Loop:
+    """Scheduler, block manager and hash model, stepped by hand."""
+
+    def __init__(
+        self,
+        groups: tuple[KVGroup, ...] = FULL,
+        *,
+        num_blocks: int = 64,
+        budget: int = 16,
+        max_batch_size: int = 8,
+        max_model_len: int = 64,
+        caching: bool = True,
+        policy: str = "fcfs",
+        threshold: int = 0,
+        eos: Sequence[int] = EOS,
+    ) -> None:
+        chunk = min(threshold or budget, budget)
+        self.blocks = BlockManager(
+            num_blocks=num_blocks, groups=groups, enable_prefix_caching=caching, secret=b"key", max_step_tokens=chunk
+        )
+        self.max_model_len = min(max_model_len, self.blocks.max_tokens())
+        self.scheduler = Scheduler(
+            max_num_batched_tokens=budget,
+            max_batch_size=max_batch_size,
+            max_model_len=self.max_model_len,
+            eos_token_ids=eos,
+            policy=policy,
+            long_prefill_token_threshold=threshold,
+        )
+        self.groups, self.budget, self.max_batch_size, self.eos, self.chunk = groups, budget, max_batch_size, eos, chunk
+        self.clients: dict[int, Client] = {}
+        self.salts: dict[int, bytes] = {}
+        self.runner = HashRunner(groups, num_blocks, VOCAB, self.salts)
+        self.plans: list[StepPlan] = []
+        self.grants: list[BlockGrant] = []
+        self.stats: list[StepStats] = []
+        self.returned: list[int] = []
+        self._meanings: dict[bytes, int] = {}
+
+    # --- what a user of the core does -----------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams | PoolingParams | None = None,
+        *,
+        salt: bytes = b"",
+        priority: int = 0,
+        leader: int | None = None,
+    ) -> int:
+        """Submit a request and return its id."""
+        request_id = len(self.clients) + 1
+        params = params or SamplingParams(max_tokens=4)
+        self.scheduler.submit(request_id, prompt, params, priority=priority, salt=salt, leader=leader)
+        self.clients[request_id] = Client(tuple(prompt), params, salt)
+        self.salts[request_id] = salt
+        return request_id
+
+    def abort(self, request_id: int) -> None:
+        self.scheduler.abort(request_id)
+        self.clients[request_id].aborted = not self.clients[request_id].ended
+
+    def step(
+        self,
+        failed: Sequence[int] = (),
+        *,
+        before_plan: Callable[[], None] | None = None,
+        in_flight: Callable[[], None] | None = None,
+    ) -> StepPlan | None:
+        """Do one step; the callbacks run between ask and plan, and while the runner would have it."""
+        wanting = self.scheduler.num_running + len(self.scheduler.waiting)
+        ask = self.scheduler.ask()
+        if ask is None:
+            return None
+        self._check_ask(ask)
+        grant = self.blocks.reserve(ask)
+        self._check_grant(ask, grant)
+        self.check_blocks()
+        assert grant.request_ids or not wanting, "there is work and nothing advances"
+        if before_plan:
+            before_plan()
+        plan = self.scheduler.plan(grant)
+        self.returned += self.scheduler.take_ended()
+        if plan is None:
+            return None
+        self.plans.append(plan)
+        self._check_writes(plan)
+        result = self.runner.step(plan, failed)
+        if in_flight:
+            in_flight()
+        commit = self.scheduler.commit(result)
+        for request_id, event in commit.events:
+            self._hear(request_id, event)
+        self._check_stats(plan, commit.stats)
+        return plan
+
+    def run(self, max_steps: int = 3000) -> None:
+        """Step until nothing is left to do, then check that nothing is left behind."""
+        for _ in range(max_steps):
+            self.step()
+            if not self.scheduler.has_work:
+                self.check_drained()
+                return
+        raise AssertionError("it does not come to an end")
+
+    def shares(self) -> dict[int, int]:
+        """Return how many tokens each row of the last plan computed."""
+        return dict(zip(self.plans[-1].request_ids, self.plans[-1].counts, strict=True))
+
+    # --- what must be true ----------------------------------------------------------------------------------------
+
+    def _check_ask(self, ask: BlockAsk) -> None:
+        assert len(ask.request_ids) <= self.max_batch_size
+        assert sorted(ask.request_ids) == sorted(ask.preempt_order)
+        for sequence in self.scheduler.running:
+            assert sequence.computed < len(sequence.tokens) <= self.max_model_len
+
+    def _check_grant(self, ask: BlockAsk, grant: BlockGrant) -> None:
+        self.grants.append(grant)
+        rows = grant.request_ids
+        assert sum(grant.counts) <= self.budget
+        assert all(0 < count <= self.chunk for count in grant.counts)
+        assert not set(rows) & set(grant.preempted)
+        assert not (grant.preempted and grant.num_admitted), "admitted in a step that preempted"
+        running, admitted = rows[: len(rows) - grant.num_admitted], rows[len(rows) - grant.num_admitted :]
+        assert admitted == ask.waiting[: len(admitted)], "somebody was overtaken"
+        assert len(ask.request_ids) + len(admitted) <= self.max_batch_size
+        kept = [request_id for request_id in ask.request_ids if request_id not in grant.preempted]
+        assert list(running) == kept[: len(running)]
+        if grant.preempted:
+            assert grant.preempted == tuple(reversed(ask.preempt_order))[: len(grant.preempted)]
+        for request_id, start in zip(admitted, grant.starts[len(running) :], strict=True):
+            client = self.clients[request_id]
+            if client.hit is None:
+                client.hit = start
+            assert start < len(self.scheduler_tokens(request_id))
+
+    def scheduler_tokens(self, request_id: int) -> list[int]:
+        client = self.clients[request_id]
+        return list(client.prompt) + client.output
+
+    def check_blocks(self) -> None:
+        """Check the pool: every block is in one state, owned as often as counted, and holds what its key says."""
+        states = self.blocks.blocks()
+        assert states[0].state == "null"
+        assert not states[0].owners
+        ranks = sorted(state.eviction_rank for state in states if state.eviction_rank is not None)
+        assert ranks == list(range(len(ranks)))
+        used = [0] * len(self.groups)
+        for state in states[1:]:
+            assert state.references == len(state.owners)
+            assert (state.state == "used") == bool(state.owners) == (state.eviction_rank is None)
+            assert len({group for _, group, _ in state.owners}) <= 1, "a block of two groups"
+            if state.owners:
+                used[state.owners[0][1]] += 1
+            if state.state == "empty":
+                self.runner.poison(state.block)
+            if state.digest is not None:
+                self._check_meaning(state.block, state.digest)
+        stats = self.grants[-1].stats
+        assert stats.used_blocks == tuple(used)
+        assert stats.cached_blocks == sum(state.state == "cached" for state in states)
+        assert stats.total_blocks == len(states) - 1
+        self._check_live(states)
+
+    def _check_live(self, states: Sequence[BlockState]) -> None:
+        owned: dict[tuple[int, int], int] = {}
+        for state in states:
+            for request_id, group, _ in state.owners:
+                client = self.clients[request_id]
+                assert not client.aborted, "blocks outlive their request"
+                assert not client.ended, "blocks outlive their request"
+                owned[request_id, group] = owned.get((request_id, group), 0) + 1
+        for (request_id, group), count in owned.items():
+            length = len(self.scheduler_tokens(request_id))
+            assert count <= max_live_blocks(length, self.groups[group], self.chunk)
+
+    def _check_meaning(self, block: int, digest: bytes) -> None:
+        """A key of the prefix cache stands for one sequence of tokens, all of which are computed."""
+        slots = self.runner.slots[block]
+        filled = [slot for slot in slots if slot is not None]
+        sizes = {group.block_size for group in self.groups}
+        assert len(filled) in sizes, "a block can be hit before all of it is computed"
+        chain = filled[-1][2]
+        assert self._meanings.setdefault(digest, chain) == chain, "one key, two contents"
+
+    def _check_writes(self, plan: StepPlan) -> None:
+        states = self.blocks.blocks()
+        for request_id, start, count in zip(plan.request_ids, plan.starts, plan.counts, strict=True):
+            for group, table in zip(self.groups, self.blocks.tables(request_id), strict=True):
+                size = group.block_size
+                for index in range(start // size, (start + count - 1) // size + 1):
+                    assert len(states[table[index]].owners) == 1, "written while somebody else reads it"
+                    assert states[table[index]].digest is None
+
+    def _check_stats(self, plan: StepPlan, stats: StepStats) -> None:
+        self.stats.append(stats)
+        assert stats.num_tokens == sum(plan.counts)
+        assert stats.num_rows == len(plan.request_ids)
+        assert stats.num_running == self.scheduler.num_running
+        assert stats.num_waiting == self.scheduler.num_waiting
+
+    def _hear(self, request_id: int, event: Event) -> None:
+        client = self.clients[request_id]
+        assert not client.aborted, "a client that left is told something"
+        assert not client.ended, "told something after the end"
+        assert isinstance(event, Started) == (not client.events)
+        client.events.append(event)
+        if client.ended:
+            self.check_output(request_id)
+
+    def check_output(self, request_id: int) -> None:
+        """Check everything that an ended request heard against the truth."""
+        client = self.clients[request_id]
+        last = client.events[-1]
+        if isinstance(last, Failed):
+            return
+        assert isinstance(last, Finished)
+        assert isinstance(client.events[0], Started)
+        assert client.events[0].cached_tokens == client.hit == last.usage.cached_tokens
+        assert last.usage.prompt_tokens == len(client.prompt)
+        assert last.usage.completion_tokens == len(client.output)
+        if isinstance(client.params, PoolingParams):
+            kinds = [type(event) for event in client.events]
+            assert kinds == [Started, Embedding, Finished]
+            return
+        expected = reference(client.prompt, client.params, self.groups, VOCAB, self.eos, self.max_model_len)
+        assert client.output == expected
+        assert last.reason == ("stop" if self._stops(client, expected) else "length")
+        scored = [event for event in client.events if isinstance(event, PromptLogprobs)]
+        assert len(scored) == (client.params.prompt_logprobs is not None)
+        if scored:
+            assert client.events[1] is scored[0]
+            assert list(scored[0].entries) == [logprob_of(client.prompt, at) for at in range(len(client.prompt))]
+
+    def _stops(self, client: Client, output: list[int]) -> bool:
+        params = client.params
+        stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self.eos))
+        return output[-1] in stops and len(output) >= params.min_tokens
+
+    def check_drained(self) -> None:
+        """Check that nothing is left of the requests that ended."""
+        assert not self.scheduler.has_work
+        assert self.scheduler.num_running == self.scheduler.num_waiting == 0
+        assert all(state.state != "used" for state in self.blocks.blocks())
+        assert "0 sequences" in repr(self.blocks)
+        assert self.blocks._reserved_blocks == 0
+        assert all(client.ended or client.aborted for client in self.clients.values())
+        assert sorted(self.returned) == sorted(self.clients), "a ticket is lost or returned twice"
+
+
+def prompt_of(length: int, seed: int = 1) -> tuple[int, ...]:
+    """Return a prompt; the same seed gives prompts that begin alike."""
+    return tuple(chain_of((seed, at)) % VOCAB for at in range(length))

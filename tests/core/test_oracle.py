@@ -1,0 +1,81 @@
+"""Outputs equal those of an undisturbed run, whatever the scheduler and the block manager do."""
+
+from __future__ import annotations
+
+import random
+from itertools import product
+
+from tests.core.loop import FULL, HYBRID, SLIDING, TWO_SIZES, VOCAB, Loop, prompt_of
+from trio_llm.messages import PoolingParams, SamplingParams
+
+GROUPS = {"full": FULL, "sliding": SLIDING, "hybrid": HYBRID, "two sizes": TWO_SIZES}
+
+
+def simulate(
+    seed: int, loop: Loop, *, num_requests: int, aborts: float = 0.0, failures: float = 0.0, longest: int = 30
+) -> None:
+    """Drive a loop with seeded random traffic, faults included, until it is drained."""
+    rng = random.Random(seed)
+    live: list[int] = []
+    while len(loop.clients) < num_requests or loop.scheduler.has_work:
+        for _ in range(rng.randrange(3)):
+            if len(loop.clients) < num_requests:
+                live.append(_submit(rng, loop, longest))
+
+        def disturb() -> None:
+            if live and rng.random() < aborts:
+                loop.abort(rng.choice(live))
+
+        disturb()
+        failed = [rng.choice(live)] if live and rng.random() < failures else []
+        loop.step(failed, before_plan=disturb, in_flight=disturb)
+    loop.check_drained()
+
+
+def _submit(rng: random.Random, loop: Loop, longest: int) -> int:
+    length = rng.randrange(1, min(longest, loop.max_model_len - 1) + 1)
+    prompt = prompt_of(length, seed=rng.randrange(3))
+    if rng.random() < 0.3:
+        prompt = (*prompt[:-1], rng.randrange(VOCAB))
+    kind = rng.random()
+    params = PoolingParams() if kind < 0.1 else SamplingParams(
+        max_tokens=rng.randrange(1, 25),
+        min_tokens=rng.randrange(2) * rng.randrange(6),
+        ignore_eos=rng.random() < 0.5,
+        stop_token_ids=(5,) if rng.random() < 0.3 else (),
+        prompt_logprobs=1 if kind > 0.85 else None,
+    )
+    if isinstance(params, SamplingParams) and params.max_tokens < params.min_tokens:
+        params = SamplingParams(max_tokens=params.max_tokens)
+    leader = rng.randrange(1, len(loop.clients) + 1) if loop.clients and rng.random() < 0.2 else None
+    salt = rng.choice([b"", b"", b"tenant"])
+    return loop.submit(prompt, params, salt=salt, priority=rng.randrange(3), leader=leader)
+
+
+def test_every_combination_gives_the_undisturbed_output() -> None:
+    """Cache, chunk size, batch size, pool size and kinds of attention groups never change a token."""
+    combinations = product(GROUPS.values(), [True, False], [(1, 1), (7, 4), (16, 8), (200, 16)], [11, 64])
+    for number, (groups, caching, (budget, batch), num_blocks) in enumerate(combinations):
+        sizes = {"num_blocks": num_blocks + 20 * (len(groups) - 1), "budget": budget, "max_batch_size": batch}
+        loop = Loop(groups, caching=caching, **sizes)
+        simulate(number, loop, num_requests=8 if budget == 1 else 14)
+
+
+def test_pressure_forces_preemption_and_eviction_and_changes_nothing() -> None:
+    """With a pool that is always full, sequences are preempted, blocks evicted, and every output is still right."""
+    preempted = hits = 0
+    for number, (groups, policy) in enumerate(product(GROUPS.values(), ["fcfs", "priority"])):
+        small = Loop(groups, num_blocks=12 if len(groups) == 1 else 24, policy=policy, threshold=5)
+        simulate(number, small, num_requests=25)
+        preempted += sum(stats.num_preempted for stats in small.stats)
+        hits += sum(stats.blocks.hit_tokens for stats in small.stats)
+    assert preempted > 40
+    assert hits > 50
+
+
+def test_aborts_and_failures_hurt_nobody_else() -> None:
+    """Clients that leave at any instant and rows that fail give back all they had; the others' outputs are right."""
+    for number, groups in enumerate(GROUPS.values()):
+        loop = Loop(groups, num_blocks=14 if len(groups) == 1 else 40)
+        simulate(number, loop, num_requests=30, aborts=0.15, failures=0.1)
+        assert any(client.aborted for client in loop.clients.values())
