@@ -7,14 +7,34 @@ ten times as much at 256 rows. Prompts travel once, at admission; block tables t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol
 
 import attrs
 
 FinishReason = Literal["stop", "length", "abort"]
 
 # --- what a request asks for -------------------------------------------------------------------------------------
+
+
+class GrammarMatcher(Protocol):
+    """One sequence's state in its grammar."""
+
+    def fill(self, address: int, num_bytes: int, /) -> str | None:
+        """Write which tokens may come next, a bit per id, little-endian; return why it cannot, or None."""
+        ...
+
+    def consume(self, token_ids: Sequence[int], /) -> None:
+        """Advance past tokens of the output."""
+        ...
+
+
+class Grammar(Protocol):
+    """A compiled grammar, shared by the sequences that are held to it."""
+
+    def matcher(self) -> GrammarMatcher:
+        """Return the state of a sequence without output."""
+        ...
 
 
 @attrs.frozen(kw_only=True)
@@ -36,6 +56,7 @@ class SamplingParams:
         stop: Strings that end the output; found across token borders.
         logprobs: Report the sampled token and this many of the likeliest; -1 for the whole vocabulary.
         prompt_logprobs: The same for each prompt token after the first.
+        grammar: What the output must be a sentence of; end-of-sequence comes only where it is complete.
     """
 
     n: int = 1
@@ -59,6 +80,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 @attrs.frozen(kw_only=True)

@@ -87,6 +87,12 @@ def _check_sampling(params: SamplingParams) -> None:
         _refuse("seed", params.seed, "a 64-bit signed integer")
     if "" in params.stop:
         _refuse("stop", params.stop, "strings that are not empty")
+    if params.grammar is not None:
+        # The grammar alone says where the output is complete, and then nothing but its end may follow.
+        if params.min_tokens:
+            _refuse("min_tokens", params.min_tokens, "0 where the output is held to a grammar")
+        if params.ignore_eos:
+            _refuse("ignore_eos", params.ignore_eos, "false where the output is held to a grammar")
 
 
 def _check_logprobs(params: SamplingParams, limits: Limits) -> None:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trio_llm.messages import Admission, SamplingParams
+from trio_llm.messages import Admission, GrammarMatcher, SamplingParams
 
 _Ids = NDArray[np.int64]
 _NO_IDS: _Ids = np.zeros(0, np.int64)
@@ -68,6 +68,22 @@ class TokenHistory:
         return self._counts[: len(self._index)]
 
 
+class GrammarState:
+    """Where one sequence stands in its grammar, caught up with its history when a mask is needed."""
+
+    def __init__(self, matcher: GrammarMatcher) -> None:
+        self._matcher = matcher
+        self._num_consumed = 0
+
+    def write_mask(self, output: Sequence[int], mask: NDArray[np.int32]) -> None:
+        """Write which tokens may follow `output`, a bit each; none where the grammar cannot go on."""
+        if len(output) > self._num_consumed:
+            self._matcher.consume(output[self._num_consumed :])
+            self._num_consumed = len(output)
+        if self._matcher.fill(mask.ctypes.data, mask.nbytes) is not None:
+            mask.fill(0)
+
+
 @attrs.frozen(eq=False)
 class RowEdits:
     """One sequence's edits.
@@ -87,14 +103,16 @@ class RowEdits:
     presence: float
     frequency: float
     history: TokenHistory | None
+    grammar: GrammarState | None
 
     @classmethod
     def of(cls, admission: Admission, params: SamplingParams, eos_token_ids: tuple[int, ...]) -> RowEdits | None:
         """Return the edits that `params` ask for, None for none."""
         penalised = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
         held_back = {*eos_token_ids, *params.stop_token_ids} if params.min_tokens else ()
-        only = params.allowed_token_ids
-        if only is None and not (penalised or params.bad_words_token_ids or held_back or params.logit_bias):
+        only, grammar = params.allowed_token_ids, params.grammar
+        looks_back = penalised or bool(params.bad_words_token_ids) or grammar is not None
+        if only is None and not (looks_back or held_back or params.logit_bias):
             return None
         return cls(
             allowed=None if only is None else np.array(only, np.int64),
@@ -106,7 +124,8 @@ class RowEdits:
             repetition=params.repetition_penalty,
             presence=params.presence_penalty,
             frequency=params.frequency_penalty,
-            history=TokenHistory(admission) if penalised or params.bad_words_token_ids else None,
+            history=TokenHistory(admission) if looks_back else None,
+            grammar=None if grammar is None else GrammarState(grammar.matcher()),
         )
 
     @property
@@ -134,9 +153,12 @@ class LogitEdits:
         masked: [K].
         biased: [K] and what is added there.
         seen: [K] of prompt or output tokens, their output counts, and [4, K]: counts, repetition, presence, frequency.
+        bound: Rows [n] under a grammar, and grammar_masks [n, ceil(V / 32)] int32, a bit per token that may follow.
     """
 
     allowed: tuple[tuple[int, Tensor], ...]
+    bound: Tensor
+    grammar_masks: Tensor
     masked: Tensor
     biased: Tensor
     bias: Tensor
@@ -145,6 +167,10 @@ class LogitEdits:
 
     def apply(self, logits: Tensor) -> None:
         """Edit [R, V] float32, contiguous, in place."""
+        if len(self.bound):
+            bits = self.grammar_masks[:, :, None] >> torch.arange(32, dtype=torch.int32, device=logits.device)
+            forbidden = (bits & 1 == 0).view(len(self.bound), -1)[:, : logits.shape[1]]
+            logits[self.bound] = logits[self.bound].masked_fill_(forbidden, -torch.inf)
         for row, ids in self.allowed:
             kept = logits[row, ids]
             logits[row].fill_(-torch.inf)
@@ -175,6 +201,10 @@ def collect_edits(asked: Sequence[tuple[int, RowEdits, int]], vocab_size: int, d
     def to_device(array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
+    bound = [(row, edits.grammar, edits.history) for row, edits, _ in asked if edits.grammar and edits.history]
+    masks = np.zeros((len(bound), (vocab_size + 31) // 32), np.int32)
+    for (_, grammar, history), mask in zip(bound, masks, strict=True):
+        grammar.write_mask(history.output, mask)
     penalised = [(row, edits, edits.history) for row, edits, _ in asked if edits.penalised and edits.history]
     penalties = [
         np.stack([history.counts, *np.broadcast_to(factors, (len(history.ids), 3)).T])
@@ -183,6 +213,8 @@ def collect_edits(asked: Sequence[tuple[int, RowEdits, int]], vocab_size: int, d
     ]
     return LogitEdits(
         allowed=tuple((row, to_device(edits.allowed)) for row, edits, _ in asked if edits.allowed is not None),
+        bound=to_device(np.array([row for row, _, _ in bound], np.int64)),
+        grammar_masks=to_device(masks),
         masked=to_device(_concatenate(row * vocab_size + edits.masked(position) for row, edits, position in asked)),
         biased=to_device(_concatenate(row * vocab_size + edits.bias_ids for row, edits, _ in asked)),
         bias=to_device(np.concatenate([edits.bias for _, edits, _ in asked])),
