@@ -68,7 +68,7 @@ class Bench:
         salt: bytes = b"",
         leader: int | None = None,
     ) -> None:
-        """Submit a prompt, or one of so many tokens that no other request has; 40 output tokens unless said otherwise."""
+        """Submit a prompt, or one of so many tokens that no other request has; for 40 output tokens by default."""
         tokens = unique(request_id, prompt) if isinstance(prompt, int) else prompt
         params = params or SamplingParams(max_tokens=40)
         self.scheduler.submit(request_id, tokens, params, priority=priority, salt=salt, leader=leader)
@@ -88,14 +88,16 @@ class Bench:
         ask = self.ask()
         return None if ask is None else self.scheduler.plan(self.reserve(ask))
 
-    def commit(self, plan: StepPlan, tokens: dict[int, int] | None = None, failed: dict[int, str] | None = None) -> None:
+    def commit(
+        self, plan: StepPlan, tokens: dict[int, int] | None = None, failed: dict[int, str] | None = None
+    ) -> None:
         """Let the runner have sampled `tokens` by request, PLAIN where nothing is said."""
         failed = failed or {}
         sampled = tuple(
             ((tokens or {}).get(request_id, PLAIN),) if samples and request_id not in failed else ()
             for request_id, samples in zip(plan.request_ids, plan.samples, strict=True)
         )
-        embeddings = {request_id: (1.0,) for request_id in plan.request_ids}
+        embeddings = dict.fromkeys(plan.request_ids, (1.0,))
         commit = self.scheduler.commit(StepResult(plan.step, sampled, embeddings=embeddings, failed=failed))
         self.commits.append(commit)
         for request_id, event in commit.events:

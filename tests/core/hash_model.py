@@ -1,7 +1,7 @@
 """An exact stand-in for a model: integers instead of floats, so that any wrong block changes the output.
 
-A slot of the KV cache holds the position, the token and a hash of everything up to it. The next token is a hash of what is
-read back through the block tables of the plan, which it checks slot by slot: a wrong block, a stale byte, a
+A slot of the KV cache holds the position, the token and a hash of everything up to it. The next token is a hash of
+what is read back through the block tables of the plan, which it checks slot by slot: a wrong block, a stale byte, a
 wrong window or position, another tenant's prefix, or a slot read before it was written fails at once.
 """
 

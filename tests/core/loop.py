@@ -8,8 +8,8 @@ import attrs
 
 from tests.core.hash_model import HashRunner, chain_of, logprob_of, reference
 from trio_llm.core.block_manager import BlockManager
-from trio_llm.core.block_view import BlockState
 from trio_llm.core.block_math import max_live_blocks
+from trio_llm.core.block_view import BlockState
 from trio_llm.core.scheduler import Scheduler
 from trio_llm.messages import (
     BlockAsk,

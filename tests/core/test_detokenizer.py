@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import example, given, strategies as st
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from trio_llm.core.detokenizer import Detokenizer
 
@@ -43,6 +44,7 @@ dirt = st.lists(st.sampled_from([0x80, 0xE4, 0xBD, 0xA0, 0xF0, 0x9F, 0x98, 0xFF,
 
 
 def stream(detokenizer: Detokenizer, ids: Sequence[int]) -> list[str]:
+    """Return what each token, and then the end, makes visible."""
     return [*(detokenizer.add((token,)) for token in ids), detokenizer.finish()]
 
 
@@ -50,7 +52,7 @@ def stream(detokenizer: Detokenizer, ids: Sequence[int]) -> list[str]:
 @example([[0xE4, 0xBD], [0xA0]])
 @example([[0x80] * 30])
 def test_bytes_come_out_as_they_decode_at_once(parts: list[list[int]]) -> None:
-    """Valid or not, the pieces add up to what the whole output decodes to, special tokens between the bytes included."""
+    """Valid or not, the pieces add up to what the whole output decodes to, special tokens within included."""
     ids = [token for part in parts for token in part]
     assert "".join(stream(Detokenizer(byte_level), ids)) == byte_level(ids)
 

@@ -18,9 +18,8 @@ def simulate(
     rng = random.Random(seed)
     live: list[int] = []
     while len(loop.clients) < num_requests or loop.scheduler.has_work:
-        for _ in range(rng.randrange(3)):
-            if len(loop.clients) < num_requests:
-                live.append(_submit(rng, loop, longest))
+        arriving = min(rng.randrange(3), num_requests - len(loop.clients))
+        live.extend([_submit(rng, loop, longest) for _ in range(arriving)])
 
         def disturb() -> None:
             if live and rng.random() < aborts:
@@ -58,7 +57,7 @@ def test_every_combination_gives_the_undisturbed_output() -> None:
     for number, (groups, caching, (budget, batch), num_blocks) in enumerate(combinations):
         sizes = {"num_blocks": num_blocks + 20 * (len(groups) - 1), "budget": budget, "max_batch_size": batch}
         loop = Loop(groups, caching=caching, **sizes)
-        simulate(number, loop, num_requests=8 if budget == 1 else 14)
+        simulate(number, loop, num_requests=4 if budget == 1 else 9)
 
 
 def test_pressure_forces_preemption_and_eviction_and_changes_nothing() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trio_llm.core.stop import StopStrings
 
@@ -20,6 +21,7 @@ def whole(text: str, stop: list[str], *, include: bool) -> tuple[str, str | None
 
 
 def pieces(stopper: StopStrings, parts: list[str]) -> tuple[str, str | None]:
+    """Return what is shown of a text that comes in parts, and what ended it."""
     shown = ""
     for part in parts:
         emitted, matched = stopper.add(part)

@@ -1,0 +1,54 @@
+"""Microseconds that a decode step costs in the scheduler and the block manager: `python benchmarks/core_step.py`."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from itertools import pairwise
+
+from trio_llm.core.block_manager import BlockManager
+from trio_llm.core.scheduler import Scheduler
+from trio_llm.messages import KVGroup, SamplingParams, StepResult
+
+PROMPT_TOKENS, OUTPUT_TOKENS, BUDGET = 100, 300, 2048
+FULL = (KVGroup((0,), 16),)
+HYBRID = (KVGroup((0,), 16), KVGroup((1,), 16, 64))
+
+
+def measure(num_rows: int, groups: tuple[KVGroup, ...]) -> list[float]:
+    """Return the medians of ask, reserve, plan, commit and their sum over the steps in which every row decodes."""
+    blocks = BlockManager(num_blocks=32768, groups=groups, secret=b"benchmark", max_step_tokens=BUDGET)
+    scheduler = Scheduler(
+        max_num_batched_tokens=BUDGET, max_batch_size=num_rows, max_model_len=4096, eos_token_ids=(0,)
+    )
+    for row in range(num_rows):
+        # Different lengths, so that rows do not all need a block in the same step.
+        prompt = range(1000 * row, 1000 * row + PROMPT_TOKENS + row % 16)
+        scheduler.submit(row, prompt, SamplingParams(max_tokens=OUTPUT_TOKENS))
+    steps: list[list[float]] = []
+    while scheduler.has_work:
+        times = [time.perf_counter()]
+        ask = scheduler.ask()
+        times.append(time.perf_counter())
+        grant = blocks.reserve(ask)
+        times.append(time.perf_counter())
+        plan = scheduler.plan(grant)
+        times.append(time.perf_counter())
+        if plan is None:
+            continue
+        result = StepResult(plan.step, tuple([(5,) if samples else () for samples in plan.samples]))
+        begin = time.perf_counter()
+        scheduler.commit(result)
+        spent = [later - earlier for earlier, later in pairwise(times)]
+        spent.append(time.perf_counter() - begin)
+        if plan.counts == (1,) * num_rows:
+            steps.append([*spent, sum(spent)])
+    return [statistics.median(column) * 1e6 for column in zip(*steps, strict=True)]
+
+
+if __name__ == "__main__":
+    print(f"{'rows':>5} {'groups':>6} {'ask':>6} {'reserve':>7} {'plan':>6} {'commit':>6} {'all, us':>8}")
+    for num_rows in (1, 32, 256):
+        for groups in (FULL, HYBRID):
+            ask, reserve, plan, commit, total = measure(num_rows, groups)
+            print(f"{num_rows:5} {len(groups):6} {ask:6.0f} {reserve:7.0f} {plan:6.0f} {commit:6.0f} {total:8.0f}")

@@ -1,0 +1,154 @@
+"""Faults seeded into the core, each of which the tests must notice.
+
+`python -m tests.core.mutants` applies one mutant after the other to a copy of the source, runs tests/core/quick.py on
+it and prints those that survive; a survivor is a hole in the tests. `python -m tests.core.mutants NAME...` runs some.
+A mutant is (name, file, text that occurs once, replacement).
+"""
+
+# ruff: noqa: E501, T201  (a mutant a line reads as a table; this is a script)
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 40  # An endless loop counts as noticed.
+
+MUTANTS: tuple[tuple[str, str, str, str], ...] = (
+    ("keep the blocks of the ended", "block_manager", "        self._release_all(holder)\n\n    def _note", "\n    def _note"),
+    ("keep the blocks of the preempted", "block_manager", "            self._release_all(self._holders[victim])\n", ""),
+    ("preempt the head", "block_manager", "victims.pop()", "victims.pop(0)"),
+    ("admit although preempted", "block_manager", "if not rows.preempted:", "if True:"),
+    ("overtake the one without blocks", "block_manager", "                return\n\n    def _admit", "                continue\n\n    def _admit"),
+    ("admit on the first chunk", "block_manager", "self._needs(holder.num_tokens, start, hits)", "self._needs(min(holder.num_tokens, start + max_row_tokens), start, hits)"),
+    ("forget what was promised", "block_manager", "self._pool.num_free - self._reserved_blocks", "self._pool.num_free"),
+    ("never give a promise back", "block_manager", "        self._reserved_blocks -= holder.reserved\n", ""),
+    ("never use a promise up", "block_manager", "        holder.reserved -= count\n        self._reserved_blocks -= count\n", ""),
+    ("idle hits cost nothing", "block_manager", "new + idle)", "new)"),
+    ("count hits as new", "block_manager", "blocks_for(num_tokens, group) - start // group.block_size", "blocks_for(num_tokens, group)"),
+    ("hit the last token too", "block_manager", "holder.num_tokens - 1, find", "holder.num_tokens, find"),
+    ("share what is only scheduled", "block_manager", "computed // size):", "-(-computed // size)):"),
+    ("share failures", "block_manager", "        if computed < 0:\n            self._forget(holder)\n        elif", "        if"),
+    ("offer each block once too rarely", "block_manager", "holder.register_at = holder.registered + self._chunk_tokens", "holder.register_at = holder.registered + 2 * self._chunk_tokens + 1"),
+    ("do not offer the last block", "block_manager", "        elif computed >= holder.register_at:\n            self._register(holder, computed)\n        self._release", "        self._release"),
+    ("read the cache against orders", "block_manager", "if chain is None or not holder.read_cache:", "if chain is None:"),
+    ("cache although switched off", "block_manager", "if self._caching else None", "if True else None"),
+    ("drop the salt", "block_manager", "admit.salt, tokens", 'b"", tokens'),
+    ("lose sampled tokens", "block_manager", "holder.chain.tail += new", "holder.chain.tail += new[1:]"),
+    ("miscount tokens", "block_manager", "holder.num_tokens += len(new)", "pass"),
+    ("never leave the window", "block_manager", "            if visible > live_from:", "            if False:"),
+    ("leave the window twice", "block_manager", "                holder.live_from[index] = visible\n", ""),
+    ("grow one table only", "block_manager", "max(0, blocks_for(end, group) - at), index)", "max(0, blocks_for(end, group) - at) if index == 0 else 0, index)"),
+    ("head first", "block_manager", "held.sort(key=itemgetter(0), reverse=True)", "held.sort(key=itemgetter(0))"),
+    ("capacity of the largest table", "block_manager", "holder.capacity = min(", "holder.capacity = max("),
+    ("ignore the budget of admissions", "block_manager", "max_row_tokens, rows.budget)", "max_row_tokens)"),
+    ("ignore the budget of rows", "block_manager", "count = min(end - start, rows.budget)", "count = end - start"),
+    ("ignore the threshold", "block_manager", "start, max_row_tokens, rows.budget)", "start, rows.budget)"),
+    ("count every admission", "block_manager", "if not holder.was_admitted and", "if"),
+    ("look up the refused again", "block_manager", "            holder.needs = needs\n", ""),
+    ("keep the victim's row", "holder", "if request_id in self.request_ids:", "if False:"),
+    ("keep the victim's tokens", "holder", "            self.budget += self.counts[at]\n", ""),
+    ("keep the capacity", "holder", "self.capacity = self.registered", "self.registered"),
+    ("keep what was registered", "holder", "        self.register_at = NEVER\n\n", "\n"),
+    ("window off by one, short", "block_math", "position - group.window + 1", "position - group.window + 2"),
+    ("window off by one, long", "block_math", "position - group.window + 1", "position - group.window"),
+    ("bound without the partial block", "block_math", "max_step_tokens, group) + 1)", "max_step_tokens, group))"),
+    ("bound without the chunk", "block_math", "group.window - 1 + max_step_tokens", "group.window"),
+    ("longest sequence too long", "block_math", "<= num_blocks:", "<= num_blocks + 1:"),
+    ("key without the parent", "prefix", 'content = parent + array("I"', 'content = b"" + array("I"'),
+    ("key without the secret", "prefix", "self._hash = blake2b(key=secret, ", "self._hash = blake2b("),
+    ("key of the wrong half of a block", "prefix", "return self._digests[end - 1]", "return self._digests[end - ratio]"),
+    ("hit between two blocks", "prefix", "step = max(group", "step = min(group"),
+    ("no fixed point", "prefix", "while length != agreed:", "if length != agreed:"),
+    ("window hit without its first block", "prefix", "while known > first_visible_block(group, length):", "while known > first_visible_block(group, length) + 1:"),
+    ("resume a run across a hole", "prefix", "            known = length // size\n    return", "            known -= 1\n    return"),
+    ("full hit past a hole", "prefix", "            return at * group.block_size\n", "            return (at + 1) * group.block_size\n"),
+    ("trust the digest", "block_pool", "if block and self._content[block] == content", "if block"),
+    ("keep the key of a block that is handed out", "block_pool", "                self.forget(block)\n", ""),
+    ("evict the newest", "block_pool", "self._free.popitem(last=False)", "self._free.popitem()"),
+    ("useless blocks last", "block_pool", "                    self._free.move_to_end(block, last=False)\n", "                    pass\n"),
+    ("hit a free block and leave it free", "block_pool", "            del self._free[block]\n", ""),
+    ("free a block that others use", "block_pool", "            if self._references[block] == 0:\n                self.used", "            if True:\n                self.used"),
+    ("hand out the null block", "block_pool", "range(1, num_blocks)", "range(num_blocks)"),
+    ("two blocks under one key", "block_pool", "if digest not in known:", "if True:"),
+    ("followers never freed", "queues", "        self.free_followers(sequence)\n", ""),
+    ("followers not held", "queues", "if ahead is not None and not ahead.prompt_computed:", "if False:"),
+    ("revive the dead follower", "queues", "            if follower.status is Status.HELD:\n", "            if True:\n"),
+    ("preempted to the tail", "sequence", "0 if self.num_preemptions else 1", "1 if self.num_preemptions else 0"),
+    ("stop before min_tokens", "sequence", "if newest in self.stop_ids and num_tokens >= self.min_len:", "if newest in self.stop_ids:"),
+    ("one token too many", "sequence", 'return "length" if num_tokens >= self.max_len', 'return "length" if num_tokens > self.max_len'),
+    ("ignore_eos ignored", "sequence", "eos = () if params.ignore_eos else eos", "eos = eos"),
+    ("context end ignored", "sequence", "max_len = min(max_len, num_prompt_tokens + params.max_tokens)", "max_len = num_prompt_tokens + params.max_tokens"),
+    ("embed from the cache", "sequence", "return not self.pooling and not self.wants_prompt_logprobs", "return not self.wants_prompt_logprobs"),
+    ("score from the cache", "sequence", "return not self.pooling and not self.wants_prompt_logprobs", "return not self.pooling"),
+    ("prefills first", "scheduler", "rows = decodes + prefills", "rows = prefills + decodes"),
+    ("one sequence too many", "scheduler", "self._max_batch_size - len(rows)", "self._max_batch_size + 1 - len(rows)"),
+    ("no chunks", "scheduler", "min(len(sequence.tokens), sequence.computed + most)", "len(sequence.tokens)"),
+    ("send tokens again", "scheduler", "            sequence.unsent = ()\n", "            pass\n"),
+    ("release twice", "scheduler", "released, self._to_release = self._to_release, []", "released = self._to_release"),
+    ("introduce twice", "scheduler", "            sequence.known_to_blocks = True\n", "            pass\n"),
+    ("resume with the old progress", "scheduler", "        sequence.computed = 0\n", ""),
+    ("resume with old logprobs", "scheduler", "        sequence.computed = 0\n        sequence.prompt_logprobs = []\n", "        sequence.computed = 0\n"),
+    ("resume without the output", "scheduler", "tuple(sequence.tokens) if len(sequence.tokens) > len(sequence.prompt) else sequence.prompt", "sequence.prompt"),
+    ("preempted stay on the runner", "scheduler", "        self._queues.preempt(sequence)\n        self._drop_from_runner(sequence)\n", "        self._queues.preempt(sequence)\n"),
+    ("cached tokens of the resumption", "scheduler", "if sequence.cached_tokens is None:", "if True:"),
+    ("run the aborted", "scheduler", "        grant = self._without_aborted(grant)\n", ""),
+    ("a failure spreads", "scheduler", "            if why is not None:\n", "            if why is not None or result.failed:\n"),
+    ("tell of the aborted", "scheduler", "if not samples or sequence.status is not running:", "if not samples:"),
+    ("hide the failure of the aborted", "scheduler", "                sequence.failed = True  # Also", "                sequence.failed = sequence.status is Status.RUNNING  # Also"),
+    ("score the prompt twice", "scheduler", "        if sequence.prompt_computed:  # It", "        if False:  # It"),
+    ("secondary end unnamed", "scheduler", 'token_id if reason == "stop" and token_id != limits.primary_eos else None', "None"),
+    ("accept a prompt that fills the context", "scheduler", "0 if isinstance(params, PoolingParams) else 1", "0"),
+    ("tickets lost", "scheduler", "        self._ended += self._asked.released\n", ""),
+    ("priorities ignored", "scheduler", "priority if self._by_priority else 0", "0"),
+    ("sample in the middle", "running_step", "samples.append(end == len(tokens))", "samples.append(True)"),
+    ("a decode of the first token", "running_step", "token_ids.append(tokens[start])", "token_ids.append(tokens[0])"),
+    ("show the held text", "stop", "shown = len(buffer) - max(self._states, default=0)", "shown = len(buffer)"),
+    ("restart naively", "stop", "state = failure[state - 1]", "state = 0"),
+    ("show half characters", "detokenizer", "        if text.endswith(INVALID):\n            return self._settle()", "        if False:\n            return self._settle()"),
+    ("a window without end", "detokenizer", "joined and len(self._context) + len(self._pending) <= MAX_CONTEXT_TOKENS", "joined"),
+    ("hold for ever", "detokenizer", "self._settle() if len(self._pending) >= MAX_PENDING_TOKENS else", '"" if True else'),
+    ("forget what was held", "detokenizer", "if self._pending else \"\"\n        self._pending = []", "if False else \"\"\n        self._pending = []"),
+)  # fmt: skip
+
+
+def survives(name: str, file: str, old: str, new: str) -> bool:
+    """Return whether the quick tests pass although the core is broken in this way."""
+    with tempfile.TemporaryDirectory() as directory:
+        tree = Path(directory)
+        shutil.copytree(ROOT / "trio_llm" / "core", tree / "trio_llm" / "core", ignore=shutil.ignore_patterns("__pyc*"))
+        for module in ("__init__.py", "messages.py", "errors.py"):
+            shutil.copy(ROOT / "trio_llm" / module, tree / "trio_llm" / module)
+        shutil.copytree(ROOT / "tests" / "core", tree / "tests" / "core", ignore=shutil.ignore_patterns("__pyc*"))
+        path = tree / "trio_llm" / "core" / f"{file}.py"
+        source = path.read_text()
+        assert source.count(old) == 1, f"{name}: the text occurs {source.count(old)} times in {file}.py"
+        path.write_text(source.replace(old, new))
+        command = [sys.executable, "-B", "-m", "tests.core.quick"]
+        environment = {**os.environ, "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
+        try:
+            run = subprocess.run(
+                command, cwd=tree, env=environment, capture_output=True, timeout=TIMEOUT_S, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return False
+        return run.returncode == 0
+
+
+def main(names: list[str]) -> int:
+    """Run all mutants, or those named; return the number of survivors."""
+    chosen = [mutant for mutant in MUTANTS if not names or mutant[0] in names]
+    survivors = [mutant[0] for mutant in chosen if survives(*mutant)]
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutants noticed")
+    for name in survivors:
+        print(f"survived: {name}")
+    return len(survivors)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
