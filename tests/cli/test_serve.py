@@ -1,0 +1,220 @@
+"""One serving process: how it starts, how signals and /shutdown end it, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import attrs
+import pytest
+import trio
+
+from tests.server.helpers import http, read_response, read_to_end
+from tests.server.stub import GatedWorker, StubRunner, open_stub
+from trio_llm.cli import serve as serve_command
+from trio_llm.cli.serve import _innermost, _Process
+from trio_llm.config import Config, ServerConfig
+from trio_llm.errors import ConfigError
+from trio_llm.messages import StepPlan
+
+STREAM = json.dumps({"prompt": "a", "max_tokens": 3, "stream": True, "ignore_eos": True}).encode()
+LOCAL = Config(server=ServerConfig(host="127.0.0.1", port=0, shutdown_timeout_s=60))
+
+
+@attrs.define
+class RecordingWatchdog:
+    """Remembers its deadlines and ends nothing."""
+
+    armed_s: list[float] = attrs.field(factory=list)
+
+    def arm(self, timeout_s: float) -> None:
+        self.armed_s.append(timeout_s)
+
+
+@attrs.define
+class Serving:
+    """A process under test: its parts, and whether it is over."""
+
+    process: _Process
+    watchdog: RecordingWatchdog
+    worker: GatedWorker
+    port: int
+    ended: trio.Event
+    clients: AsyncExitStack
+
+    async def send(self, request: bytes) -> trio.SocketStream:
+        """Send a request on a connection of its own, which is closed with the test."""
+        stream = await self.clients.enter_async_context(await trio.open_tcp_stream("127.0.0.1", self.port))
+        await stream.send_all(request)
+        return stream
+
+    async def post(self, path: str, body: bytes) -> trio.SocketStream:
+        """Post JSON."""
+        return await self.send(http("POST", path, body, "Content-Type: application/json"))
+
+
+@pytest.fixture
+def stub_engine(monkeypatch: pytest.MonkeyPatch) -> GatedWorker:
+    """Let `serve` open an engine without torch, whose steps wait for the test."""
+    worker = GatedWorker()
+
+    def open_engine(config: Config, **_: Any) -> Any:
+        return open_stub(worker=worker)
+
+    monkeypatch.setattr(serve_command, "open_engine", open_engine)
+    return worker
+
+
+@asynccontextmanager
+async def running(worker: GatedWorker, capsys: pytest.CaptureFixture[str]) -> AsyncIterator[Serving]:
+    """Run a process's main task while the block runs."""
+    watchdog = RecordingWatchdog()
+    process = _Process(LOCAL, watchdog)  # type: ignore[arg-type]
+    ended = trio.Event()
+
+    async def main() -> None:
+        await process.main()
+        ended.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(main)
+        said = ""
+        while "is served on" not in said:
+            await trio.testing.wait_all_tasks_blocked()
+            said += capsys.readouterr().out
+        port = int(re.findall(r"served on http://127\.0\.0\.1:(\d+)", said)[0])
+        async with AsyncExitStack() as clients:
+            yield Serving(process, watchdog, worker, port, ended, clients)
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_lets_accepted_requests_finish(
+    number: signal.Signals, stub_engine: GatedWorker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After SIGTERM or Ctrl+C nothing new is admitted, the open stream ends well, then the process ends."""
+    async with running(stub_engine, capsys) as serving:
+        stream = await serving.post("/v1/completions", STREAM)
+        stub_engine.let(1)
+        first = await stream.receive_some()
+        signal.raise_signal(number)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not serving.ended.is_set()
+        stub_engine.open = True
+        stub_engine.let(100)
+        rest = first + await read_to_end(stream)
+        assert b"data: [DONE]" in rest
+        assert b'"finish_reason":"length"' in rest
+        with trio.fail_after(30):
+            await serving.ended.wait()
+        assert serving.watchdog.armed_s[0] == LOCAL.server.shutdown_timeout_s + serve_command.UNWIND_S
+
+
+async def test_shutdown_is_the_same_as_a_signal(stub_engine: GatedWorker, capsys: pytest.CaptureFixture[str]) -> None:
+    """GET /shutdown from this machine ends the process in good order; asking twice changes nothing."""
+    async with running(stub_engine, capsys) as serving:
+        stream = await serving.send(http("GET", "/shutdown").replace(b"Host: x", b"Host: localhost"))
+        status, _, body = await read_response(stream)
+        assert (status, json.loads(body)) == (202, {"status": "draining"})
+        serving.process.shut_down()
+        with trio.fail_after(30):
+            await serving.ended.wait()
+
+
+async def test_a_second_signal_ends_at_once(stub_engine: GatedWorker, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever signals twice does not wait for requests that still run."""
+    async with running(stub_engine, capsys) as serving:
+        stream = await serving.post("/v1/completions", STREAM)
+        stub_engine.let(1)
+        await stream.receive_some()
+        signal.raise_signal(signal.SIGTERM)
+        await trio.testing.wait_all_tasks_blocked()
+        signal.raise_signal(signal.SIGTERM)
+        with trio.fail_after(30):
+            await serving.ended.wait()
+
+
+async def test_a_signal_while_loading_ends_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before there is an engine nothing was accepted: one signal is enough."""
+    loading = trio.Event()
+
+    @asynccontextmanager
+    async def load_for_ever(config: Config, **_: Any) -> AsyncIterator[None]:
+        loading.set()
+        await trio.sleep_forever()
+        yield
+
+    monkeypatch.setattr(serve_command, "open_engine", load_for_ever)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_Process(LOCAL, RecordingWatchdog()).main)  # type: ignore[arg-type]
+        await loading.wait()
+        signal.raise_signal(signal.SIGTERM)
+        with trio.fail_after(30):
+            await trio.testing.wait_all_tasks_blocked()
+
+
+async def test_an_engine_that_dies_takes_the_process_along(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What killed the engine is raised out of the process's main task, so that the exit code is not 0."""
+
+    class BrokenError(BaseException):
+        pass
+
+    def break_down(plan: StepPlan) -> None:
+        raise BrokenError
+
+    def open_engine(config: Config, **_: Any) -> Any:
+        return open_stub(StubRunner(hook=break_down))
+
+    monkeypatch.setattr(serve_command, "open_engine", open_engine)
+    worker = GatedWorker()
+    with pytest.RaisesGroup(BrokenError, flatten_subgroups=True):
+        async with running(worker, capsys) as serving:
+            await serving.post("/v1/completions", STREAM)
+            await trio.sleep_forever()
+
+
+async def test_a_port_in_use_is_a_wrong_setting(stub_engine: GatedWorker) -> None:
+    """An address that cannot be listened on is told as the setting it is."""
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with listener:
+        taken = listener.socket.getsockname()[1]
+        config = Config(server=ServerConfig(host="127.0.0.1", port=taken))
+        with pytest.RaisesGroup(
+            pytest.RaisesExc(ConfigError, match=f"'127.0.0.1:{taken}': cannot listen there"), flatten_subgroups=True
+        ):
+            await _Process(config, RecordingWatchdog()).main()  # type: ignore[arg-type]
+
+
+def test_one_error_is_taken_out_of_its_nurseries() -> None:
+    """A lone exception loses its wrapping, however deep; several stay together."""
+    lone = ValueError()
+    assert _innermost(ExceptionGroup("", [ExceptionGroup("", [lone])])) is lone
+    several = ExceptionGroup("", [ValueError(), TypeError()])
+    assert _innermost(ExceptionGroup("", [several])) is several
+
+
+@pytest.mark.slow
+def test_the_demo_model_answers_over_http() -> None:
+    """The real process with the model that ships answers the question of the README and ends with code 0."""
+    command = [sys.executable, "-m", "trio_llm", "serve", "--host", "127.0.0.1", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = next(match[1] for line in process.stdout if (match := re.search(r"served on (http://\S+)\.", line)))
+        question = {"messages": [{"role": "user", "content": "What is the capital of Japan?"}], "temperature": 0}
+        request = urllib.request.Request(
+            f"{url}/v1/chat/completions", json.dumps(question).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as response:
+            answer = json.load(response)
+        process.send_signal(signal.SIGTERM)
+    assert "Tokyo" in answer["choices"][0]["message"]["content"]
+    assert process.returncode == 0
