@@ -21,12 +21,28 @@ BASE_LENGTHS = (45, 21, 30, 1)
 
 @attrs.frozen
 class Golden:
-    """A checkpoint, prompts, and the oracle's greedy continuations of them."""
+    """A checkpoint, prompts for it, and the oracle."""
 
     directory: Path
     oracle: Any
     prompts: list[list[int]]
-    greedy: list[list[int]]
+    _followed: dict[tuple[int, ...], list[int]] = attrs.field(factory=dict)
+
+    def follow(self, prompt: list[int], output: list[int]) -> list[int]:
+        """Return what the oracle finds likeliest after the prompt and after each of the output's tokens but the last.
+
+        An output that equals this is the oracle's own greedy continuation, by induction.
+        """
+        tokens = tuple(prompt + output)
+        if tokens not in self._followed:
+            with torch.inference_mode():
+                likeliest = self.oracle(input_ids=torch.tensor([tokens])).logits[0].argmax(-1).tolist()
+            self._followed[tokens] = likeliest[len(prompt) - 1 : -1]
+        return self._followed[tokens]
+
+    def follow_all(self, outputs: list[list[int]]) -> list[list[int]]:
+        """Follow the outputs of all prompts, in their order."""
+        return [self.follow(prompt, output) for prompt, output in zip(self.prompts, outputs, strict=True)]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,7 +56,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def golden(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Golden]:
-    """Return a function from a family's name to its checkpoint and the oracle's answers, made once a session."""
+    """Return a function from a family's name to its checkpoint and oracle, made once a session."""
     from tests.model.families import VOCAB, make_oracle, save
 
     @cache
@@ -53,18 +69,9 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Golden]:
             other = torch.randint(3, VOCAB, (5,), generator=generator).tolist()
             prompts += [base, base[: length // 2] + other, base[:16] + other[:1], base + other]
         directory = save(oracle, tmp_path_factory.mktemp(name))
-        return Golden(directory, oracle, prompts, [_continue(oracle, prompt) for prompt in prompts])
+        return Golden(directory, oracle, prompts)
 
     return make
-
-
-@torch.inference_mode()
-def _continue(oracle: Any, prompt: list[int]) -> list[int]:
-    """Generate greedily without a cache, so that the oracle's own cache cannot be wrong."""
-    tokens = list(prompt)
-    for _ in range(NUM_GENERATED):
-        tokens.append(int(oracle(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
-    return tokens[len(prompt) :]
 
 
 @pytest.fixture(scope="session")

@@ -36,21 +36,21 @@ def token_hashes(vocab_size: int) -> Tensor:
     return torch.from_numpy((hashes >> np.uint64(32)).astype(np.uint32).view(np.int32))
 
 
-def _shift_right(h: Tensor, bits: int) -> Tensor:
-    """Shift zeros in: torch's own >> on int32 repeats the sign bit."""
-    return (h >> bits).bitwise_and_((1 << (32 - bits)) - 1)
-
-
 def uniform(keys: Tensor, hashes: Tensor) -> Tensor:
     """Return float32 in (0, 1), for keys [R, 2] and token hashes [C] or [R, C].
 
     Small values keep their full relative precision (steps of 2^-31): they decide who wins a race.
     """
     h = (hashes ^ keys[:, :1]).mul_(keys[:, 1:])
-    h = h.bitwise_xor_(_shift_right(h, 15)).mul_(0x2C1B3C6D)
-    h = h.bitwise_xor_(_shift_right(h, 12)).mul_(0x297A2D39)
-    h = h.bitwise_xor_(_shift_right(h, 15)).bitwise_and_(0x7FFFFFFF)
-    return h.to(torch.float32).add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
+    shifted = torch.empty_like(h)
+    for bits, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39), (15, 1)):
+        # torch's >> repeats the sign bit; the mask makes zeros of it.
+        torch.bitwise_right_shift(h, bits, out=shifted).bitwise_and_((1 << (32 - bits)) - 1)
+        h.bitwise_xor_(shifted)
+        if factor != 1:
+            h.mul_(factor)
+    u = shifted.view(torch.float32).copy_(h.bitwise_and_(0x7FFFFFFF))
+    return u.add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
 
 
 def race(scores: Tensor, keys: Tensor, hashes: Tensor) -> Tensor:
@@ -65,4 +65,4 @@ def race(scores: Tensor, keys: Tensor, hashes: Tensor) -> Tensor:
     Source: score - log(E), E exponential, is the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030).
     """
     exponential = uniform(keys, hashes).neg_().log1p_().neg_()
-    return scores - exponential.log_()
+    return exponential.log_().neg_().add_(scores)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trio_llm.messages import TokenLogprobs
+from trio_llm.model.extremes import largest
 
 
 def gather_logprobs(logprobs: Tensor, token_ids: Sequence[int], nums: Sequence[int]) -> list[TokenLogprobs]:
@@ -23,7 +24,7 @@ def gather_logprobs(logprobs: Tensor, token_ids: Sequence[int], nums: Sequence[i
     """
     chosen = torch.tensor(token_ids, device=logprobs.device)[:, None]
     values = logprobs.gather(1, chosen)
-    ranks = (logprobs > values).sum(-1).add_(1).tolist()
+    ranks = (logprobs > values).sum(-1, dtype=torch.int32).add_(1).tolist()
     top = _likeliest(logprobs, max(nums))
     return [
         TokenLogprobs(token_id, value, rank, tuple(row[:num]))
@@ -35,6 +36,6 @@ def _likeliest(logprobs: Tensor, count: int) -> list[list[tuple[int, float]]]:
     """Return per row (token id, logprob) of the `count` likeliest, the lowest id first where several are equal."""
     if count == 0:
         return [[] for _ in logprobs]
-    values, ids = logprobs.topk(min(count, logprobs.shape[1]), dim=-1)
+    values, ids = largest(logprobs, count)
     rows = zip(ids.tolist(), values.tolist(), strict=True)
     return [sorted(zip(*row, strict=True), key=lambda entry: (-entry[1], entry[0])) for row in rows]

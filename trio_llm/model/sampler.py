@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trio_llm.messages import TokenLogprobs
 from trio_llm.model.counter_rng import race, token_hashes
-from trio_llm.model.extremes import Extremes
+from trio_llm.model.extremes import argmax, largest
 from trio_llm.model.logprobs import gather_logprobs
 from trio_llm.model.sampling_rows import FILTERED, LOGPROBS, MIN_P, RANDOM, TEMPERATURE, TOP_K, TOP_P, SamplingBatch
 
@@ -71,16 +71,15 @@ class Sampler:
             # Looked at first: a mask could hide a NaN, an infinity turn into one.
             finite = logits.amax(-1).isfinite()
             batch.edits.apply(logits)
-        extremes = Extremes(logits)
-        ids = extremes.argmax()
+        ids, top = argmax(logits)
         if batch.union & RANDOM:
-            self._draw(logits, extremes, batch, ids)
-        token_ids = _mark_failures(ids, extremes.top, finite).tolist()
+            self._draw(logits, batch, ids)
+        token_ids = _mark_failures(ids, top, finite).tolist()
         if raw is None:
             return Sampled(token_ids, None)
         return Sampled(token_ids, _logprobs_of_rows(raw, asking, token_ids, batch.num_logprobs))
 
-    def _draw(self, logits: Tensor, extremes: Extremes, batch: SamplingBatch, ids: Tensor) -> None:
+    def _draw(self, logits: Tensor, batch: SamplingBatch, ids: Tensor) -> None:
         """Overwrite the ids of the rows that are RANDOM."""
         assert batch.params is not None
         assert batch.keys is not None
@@ -89,26 +88,22 @@ class Sampler:
             ids[plain] = self._draw_whole(logits[plain], batch.params[plain], batch.keys[plain], cut=False)
         if batch.union & FILTERED:
             filtered = _index(np.flatnonzero(batch.flags & FILTERED), logits)
-            ids[filtered] = self._draw_candidates(
-                logits, extremes, filtered, batch.params[filtered], batch.keys[filtered]
-            )
+            ids[filtered] = self._draw_candidates(logits[filtered], batch.params[filtered], batch.keys[filtered])
             rest = filtered[ids[filtered] < 0]
             if len(rest):
                 ids[rest] = self._draw_whole(logits[rest], batch.params[rest], batch.keys[rest], cut=True)
 
-    def _draw_candidates(
-        self, logits: Tensor, extremes: Extremes, rows: Tensor, params: Tensor, keys: Tensor
-    ) -> Tensor:
-        """Return [n] ids drawn among the likeliest tokens of n rows; -1 where the cut lies, or may lie, beyond them."""
-        values, candidates = extremes.largest(_CANDIDATES, rows)
-        top = extremes.top[rows, None]
+    def _draw_candidates(self, logits: Tensor, params: Tensor, keys: Tensor) -> Tensor:
+        """Return [n] ids drawn among the likeliest of logits [n, V]; -1 where the cut lies, or may lie, beyond them."""
+        values, candidates = largest(logits, _CANDIDATES)
+        top = values[:, :1]
         scores = (values - top) / params[:, TEMPERATURE, None]
         cutoff = _cutoff(scores, params)
         total = None
         # Where neither min_p nor top_k ends within the candidates, top_p is of a mass that reaches beyond them.
         beyond = ((scores[:, -1:] >= cutoff) & (params[:, TOP_P, None] < 1))[:, 0].nonzero()[:, 0]
         if len(beyond):
-            mass = _mass(logits[rows[beyond]], top[beyond], params[beyond], cutoff[beyond])
+            mass = _mass(logits[beyond], top[beyond], params[beyond], cutoff[beyond])
             total = torch.zeros_like(top).index_copy_(0, beyond, mass)
         threshold = _threshold(scores, cutoff, params[:, TOP_P, None], total)
         lots = race(scores.masked_fill(scores < threshold, -torch.inf), keys, self._hashes[candidates])
@@ -127,7 +122,7 @@ class Sampler:
                 ordered = _descending(scores)
                 threshold = _threshold(ordered, _cutoff(ordered, own), own[:, TOP_P, None], None)
                 scores.masked_fill_(scores < threshold, -torch.inf)
-            drawn.append(Extremes(race(scores, key, self._hashes)).argmax())
+            drawn.append(argmax(race(scores, key, self._hashes))[0])
         return torch.cat(drawn)
 
 
