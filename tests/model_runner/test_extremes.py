@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from trio_llm.model.extremes import argmax, largest
+from trio_llm.model.extremes import argmax, argmax_of_blocks, largest
 
 
 @pytest.mark.parametrize("vocab_size", [1, 63, 64, 65, 1000, 9000])
@@ -17,18 +19,23 @@ def test_the_largest_are_those_of_torch(vocab_size: int, count: int) -> None:
     assert all(len(set(row)) == len(row) for row in ids.tolist())
 
 
+Largest = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+@pytest.mark.parametrize("find", [argmax, argmax_of_blocks])
 @pytest.mark.parametrize("vocab_size", [1, 63, 64, 65, 1000])
-def test_argmax_takes_the_lowest_id(vocab_size: int) -> None:
+def test_argmax_takes_the_lowest_id(vocab_size: int, find: Largest) -> None:
     """Among equal logits, all -inf included, the lowest id is the largest."""
     logits = torch.randint(0, 3, (50, vocab_size), generator=torch.Generator().manual_seed(0)).float()
     logits[0] = -torch.inf
-    ids, top = argmax(logits)
+    ids, top = find(logits)
     assert torch.equal(ids, logits.argmax(-1))
     assert torch.equal(top, logits.amax(-1))
 
 
-def test_nan_is_the_largest() -> None:
+@pytest.mark.parametrize("find", [argmax, argmax_of_blocks])
+def test_nan_is_the_largest(find: Largest) -> None:
     """A NaN anywhere in a row shows in its top, so that the row can be failed."""
     logits = torch.zeros(3, 100)
     logits[1, 99] = torch.nan
-    assert argmax(logits)[1].isnan().tolist() == [False, True, False]
+    assert find(logits)[1].isnan().tolist() == [False, True, False]

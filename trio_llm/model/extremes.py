@@ -24,6 +24,11 @@ def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     if logits.is_cpu:
         ids = torch.from_numpy(logits.numpy().argmax(axis=1))
         return ids, torch.from_numpy(np.take_along_axis(logits.numpy(), ids.numpy()[:, None], axis=1)[:, 0])
+    return argmax_of_blocks(logits)
+
+
+def argmax_of_blocks(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Do the same on any device."""
     blocks, maxima = _blocks(logits)
     block = maxima.argmax(-1)
     inside = blocks[torch.arange(len(block), device=block.device), block].argmax(-1)

@@ -152,7 +152,8 @@ class LogitEdits:
         allowed: (row, ids) of rows that may sample nothing else.
         masked: [K].
         biased: [K] and what is added there.
-        seen: [K] of prompt or output tokens, their output counts, and [4, K]: counts, repetition, presence, frequency.
+        seen: [K], prompt and output tokens of penalised rows.
+        penalties: [4, K]: their counts in the output, repetition, presence and frequency penalty.
         bound: Rows [n] under a grammar, and grammar_masks [n, ceil(V / 32)] int32, a bit per token that may follow.
     """
 
