@@ -175,15 +175,18 @@ def _extract_bits(ins: Instruction, program: Program) -> Operate:
 @instruction("bfi")
 def _insert_bits(ins: Instruction, program: Program) -> Operate:
     _, (kind,) = modifiers(ins, "")
-    if kind != "b32":
+    if kind not in ("b32", "b64"):
         raise UnsupportedError(ins.text)
+    source = f"u{kind[1:]}"
 
     def compute(a: Any, b: Any, start: Any, length: Any) -> Any:
-        start = (start & 255).astype(np.uint64)
-        mask = ((np.uint64(1) << np.minimum(length & 255, 32).astype(np.uint64)) - np.uint64(1)) << start
-        return (b & ~mask) | ((a.astype(np.uint64) << start) & mask)
+        start, length = (start & 255).astype(np.uint64), (length & 255).astype(np.uint64)
+        if (start + length > 64).any() or (length > 63).any():
+            raise UnsupportedError(f"{ins.text}: beyond the register")
+        mask = ((np.uint64(1) << length) - np.uint64(1)) << start
+        return (b.astype(np.uint64) & ~mask) | ((a.astype(np.uint64) << start) & mask)
 
-    return _apply(ins, program, ["u32"] * 4, kind, lambda *args: compute(*args).astype(np.uint32))
+    return _apply(ins, program, [source, source, "u32", "u32"], kind, compute)
 
 
 @instruction("prmt")

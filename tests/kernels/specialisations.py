@@ -45,4 +45,5 @@ def others() -> list[Kernel]:
             kernel("gemv.cu", "gemv", M=m, INT8=int8, GATED=gated, GELU=0, IO_FP16=fp16)
             for m, int8, gated, fp16 in product((1, 2, 4, 8), flag, flag, flag)
         ),
+        kernel("sample.cu", "sample", THREADS=1024, IO_FP16=0),
     ]
