@@ -31,10 +31,10 @@ def resolve_model(model: str | None) -> Path:
 
         return demo_model_path()
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         return path
     if path.exists() or not HUB_ID.fullmatch(model):
-        raise CheckpointError(f"{model}: not a directory, nor a hub id (owner/name)")
+        raise CheckpointError(f"{model!r}: not a directory, nor a hub id (owner/name)")
     return _download(model)
 
 

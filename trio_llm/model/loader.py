@@ -148,7 +148,7 @@ def _inspect(engine: EngineConfig, dtype: torch.dtype | None) -> tuple[ModelPlan
         ),
         weight_bytes=weights.tally.nbytes,
         stored_bytes=headers.stored_bytes,
-        max_model_len=_max_model_len(config.text),
+        max_model_len=max_model_len(config.text),
         eos_token_ids=_eos_token_ids(generation, config),
         default_sampling=_default_sampling(generation),
         skipped=checkpoint.skipped if checkpoint else {},
@@ -193,7 +193,7 @@ def _default_sampling(generation: ModelConfig) -> dict[str, float | int]:
     return found
 
 
-def _max_model_len(config: ModelConfig) -> int:
+def max_model_len(config: ModelConfig) -> int:
     """Return the longest context: YaRN stretches the original one by its factor."""
     longest = config.get_int("max_position_embeddings")
     for key in ("rope_parameters", "rope_scaling"):
