@@ -6,6 +6,7 @@ import signal
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import CancelledError
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -13,10 +14,10 @@ import pytest
 import trio
 
 from tests.engine.fakes import StubRunner, continuation, open_stub
-from trio_llm.engine import Delta, Engine
+from trio_llm.engine import Delta, Engine, supervisor
 from trio_llm.errors import EngineDeadError
 from trio_llm.messages import SamplingParams, StepPlan
-from trio_llm.notebook.bridge import Bridge
+from trio_llm.notebook.bridge import Bridge, _Call
 
 PROMPT = (1, 2, 3)
 LONG = SamplingParams(temperature=0, max_tokens=400)
@@ -95,9 +96,9 @@ def test_a_client_that_hangs_up() -> None:
         deltas = bridge.iterate(reader(bridge))
         next(deltas)
         deltas.close()
+        assert bridge.value._replies == {}
         gate.set()
         bridge.call(bridge.value.wait_idle)
-        assert bridge.value._replies == {}
         assert len(runner.plans) <= 20
 
 
@@ -129,6 +130,14 @@ def test_an_interrupt_cancels_the_call(bridge: Bridge[Engine]) -> None:
         bridge.call(wait_for_ever)
     assert cancelled.is_set()
     assert answer(bridge) == continuation(PROMPT, 9)
+
+
+def test_an_interrupt_before_the_call_was_sent(bridge: Bridge[Engine]) -> None:
+    """A call interrupted between being noted and being sent ends as well, instead of being waited for in vain."""
+    call = _Call[None]()
+    bridge._calls.add(call)
+    bridge._cancel(call)
+    assert isinstance(call.exception(), CancelledError)
 
 
 def test_closing_ends_waiting_calls_and_the_thread() -> None:
@@ -172,8 +181,9 @@ def test_what_cannot_be_opened_raises_at_once() -> None:
         Bridge(broken)
 
 
-def test_an_engine_that_dies_tells_every_caller() -> None:
+def test_an_engine_that_dies_tells_every_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     """After its engine died, calls raise EngineDeadError with the cause, and close raises the cause."""
+    monkeypatch.setattr(supervisor, "LAST_WORDS_S", 0)
 
     class Broken(BaseException):
         pass

@@ -12,6 +12,11 @@ from trio.testing import wait_all_tasks_blocked
 from trio_llm.engine.step_thread import StepThread
 
 
+def open_descriptors() -> int:
+    """Count this process's open file descriptors."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 @pytest.fixture
 def thread() -> Iterator[StepThread]:
     """A thread that is ended after the test."""
@@ -95,9 +100,9 @@ async def test_an_idle_thread_holds_nothing(thread: StepThread) -> None:
 
 async def test_closing_frees_thread_and_descriptor() -> None:
     """After close neither a thread nor a file descriptor is left."""
-    threads, descriptors = threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
+    threads, descriptors = threading.active_count(), open_descriptors()
     thread = StepThread()
     await thread.run(abs, -1)
     thread.close()
     assert threading.active_count() == threads
-    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
+    assert open_descriptors() == descriptors

@@ -11,6 +11,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from tests.engine.fakes import HashStub, StubRunner, continuation, open_stub
 from trio_llm.core.block_manager import BlockManager
 from trio_llm.engine import Engine
+from trio_llm.engine.recovery import run_step
 from trio_llm.engine.step_thread import StepThread
 from trio_llm.errors import (
     ConfigError,
@@ -20,7 +21,7 @@ from trio_llm.errors import (
     OverloadedError,
     RequestFailedError,
 )
-from trio_llm.messages import PoolingParams, SamplingParams, StepPlan
+from trio_llm.messages import Admission, PoolingParams, SamplingParams, StepPlan, StepResult
 
 PROMPT = (1, 2, 3, 4, 5)
 LONG = SamplingParams(temperature=0, max_tokens=400)
@@ -73,7 +74,9 @@ def fail_at(step: int, error: BaseException) -> Callable[[StepPlan], None]:
 
 
 @pytest.mark.parametrize("error", [Broken("no Exception"), EngineDeadError("CUDA error: an illegal access")])
-async def test_a_dead_runner_ends_the_engine_with_its_exception(error: BaseException) -> None:
+async def test_a_dead_runner_ends_the_engine_with_its_exception(
+    error: BaseException, autojump_clock: MockClock
+) -> None:
     """What the runner cannot survive is raised from the engine's block; every reader hears EngineDeadError first."""
     heard: list[str] = []
 
@@ -81,6 +84,8 @@ async def test_a_dead_runner_ends_the_engine_with_its_exception(error: BaseExcep
         async with engine.open_stream(PROMPT, LONG) as stream:
             with pytest.raises(EngineDeadError):
                 await stream.collect()
+        # Its client has time to be told, too.
+        await trio.lowlevel.checkpoint()
         heard.append(engine.health().status)
 
     async def serve() -> None:
@@ -95,7 +100,7 @@ async def test_a_dead_runner_ends_the_engine_with_its_exception(error: BaseExcep
     assert heard == ["dead", "dead"]
 
 
-async def test_a_dead_kv_manager_ends_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_dead_kv_manager_ends_the_engine(monkeypatch: pytest.MonkeyPatch, autojump_clock: MockClock) -> None:
     """An exception in another actor than the runner has the same effect."""
     reserve = BlockManager.reserve
 
@@ -130,6 +135,18 @@ async def test_a_dead_engine_refuses(autojump_clock: MockClock) -> None:
                 with pytest.raises(EngineDeadError):
                     await engine.wait_idle()
             await trio.sleep_forever()
+
+    with pytest.raises(Broken):
+        await serve()
+
+
+async def test_a_block_that_ends_by_itself_does_not_hide_the_death(autojump_clock: MockClock) -> None:
+    """Whoever hears of the death and leaves the block at once still gets the actor's exception from it."""
+
+    async def serve() -> None:
+        async with open_stub(StubRunner(hook=fail_at(1, Broken()))) as engine:
+            with pytest.raises(EngineDeadError):
+                await engine.open_stream(PROMPT, LONG).collect()
 
     with pytest.raises(Broken):
         await serve()
@@ -254,6 +271,25 @@ async def test_halves_carry_what_their_rows_need(num_kv_blocks: int) -> None:
         assert (sum(step.stats.num_preempted for step in engine.trace) > 0) == (num_kv_blocks == 12)
 
 
+async def test_a_half_drops_no_row_of_the_other() -> None:
+    """A sequence that one plan drops and admits again is dropped only by the half that has its row."""
+    ids = (1, 2, 3, 4)
+    admissions = tuple(Admission(i, (i,), 1, short()) for i in ids)
+    plan = StepPlan(7, (9, *ids), admissions, ids, (0,) * 4, (1,) * 4, ids, (True,) * 4, ((),) * 4)
+    parts: list[StepPlan] = []
+
+    async def step(part: StepPlan) -> StepResult:
+        if len(part.request_ids) > 2:
+            raise MemoryError
+        parts.append(part)
+        return StepResult(part.step, tuple((i,) for i in part.request_ids))
+
+    result = await run_step(plan, step)
+    assert result.token_ids == ((1,), (2,), (3,), (4,))
+    assert [part.dropped for part in parts] == [(9, 1, 2), (9, 3, 4)]
+    assert [tuple(a.request_id for a in part.admitted) for part in parts] == [(1, 2), (3, 4)]
+
+
 # --- clients leave, lag and flood ---------------------------------------------------------------------------------
 
 
@@ -341,6 +377,9 @@ async def test_a_step_that_hangs_shows_as_stalled_until_it_ends(mock_clock: Mock
         assert engine.health().status == "stalled"
         gate.open.set()
         await stream.collect()
+        assert engine.health().status == "ok"
+        await engine.wait_idle()
+        mock_clock.jump(100)
         assert engine.health().status == "ok"
 
 

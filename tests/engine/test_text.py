@@ -60,3 +60,4 @@ def test_text_of_the_first_tokens_is_no_stop_string() -> None:
     tokens = [b"a", b"b", b"a", b"b", b"c"]
     assert shown(tokens, [], ("ab",), min_tokens=2) == ("ab", 4, "ab")
     assert shown(tokens, [5], ("ab",), min_tokens=2) == ("ab", 4, "ab")
+    assert shown([b"x", b"ab", b"ab"], [], ("ab",), min_tokens=2) == ("xab", 3, "ab")

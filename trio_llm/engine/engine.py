@@ -68,7 +68,6 @@ class Engine:
         self._stall_after_s = stall_after_s
         self._request_ids = count(1)
         self._replies: dict[int, trio.MemorySendChannel[Event]] = {}
-        self._reader_gone = trio.lowlevel.ParkingLot()
         self._draining = False
         self._why_dead: str | None = None
 
@@ -164,10 +163,13 @@ class Engine:
         # Milliseconds of string building; meanwhile the loop goes on.
         return await trio.to_thread.run_sync(self._metrics.render)
 
-    def die(self, why: str) -> None:
-        """Stop for good: every open request gets EngineDeadError. For the supervisor, after the actors have ended."""
+    def die(self, why: str) -> bool:
+        """Stop for good: every open request gets EngineDeadError. For the supervisor, after the actors have ended.
+
+        Returns whether there was any.
+        """
         if self._why_dead is not None:
-            return
+            return False
         self._why_dead = why
         self._tickets.give_back(self._tickets.in_use)
         for reply in self._replies.values():
@@ -176,11 +178,7 @@ class Engine:
             except (trio.ClosedResourceError, trio.BrokenResourceError):
                 continue  # It had its last event already, or its reader is gone.
             reply.close()
-
-    async def wait_readers_gone(self) -> None:
-        """Wait until no stream is open any more. For the supervisor."""
-        while self._replies:
-            await self._reader_gone.park()
+        return bool(self._replies)
 
     def _submit(
         self,
@@ -214,6 +212,5 @@ class Engine:
     def _leave(self, request_id: int, reason: FinishReason | None) -> None:
         """Forget a reader; `reason` is why the rest of its request is not wanted, None where there is none."""
         del self._replies[request_id]
-        self._reader_gone.unpark_all()
         if reason is not None and self._why_dead is None:
             self._inbox.send_nowait(Abort(request_id, reason))

@@ -31,7 +31,7 @@ from trio_llm.tokenizer import Tokenizer
 
 Task = Callable[[], Awaitable[None]]
 Step = Callable[[StepPlan], StepResult]
-# How long clients get to hear of the engine's death before what they run in is cancelled. Out of the air.
+# How long those who read get to pass on the engine's death before what they run in is cancelled. Out of the air.
 LAST_WORDS_S = 1.0
 # Without a finished step for so long, work that exists counts as stuck. Out of the air: above any step we have seen.
 STALL_AFTER_S = 60.0
@@ -169,10 +169,11 @@ async def _supervise(engine: Engine, tasks: list[Task]) -> None:
             raise
         error = alone(died)
         _log.critical("an actor died", exc_info=error)
-        engine.die(f"{type(error).__name__}: {error}")
-        with trio.move_on_after(LAST_WORDS_S):
-            await engine.wait_readers_gone()
-        raise error from None
+        try:
+            if engine.die(f"{type(error).__name__}: {error}"):
+                await trio.sleep(LAST_WORDS_S)
+        finally:  # Also when the block ends meanwhile: its end must not hide why.
+            raise error from None
     finally:
         engine.die("The engine was closed.")
 
