@@ -125,6 +125,7 @@ PARAMETERS = [
     SamplingParams(temperature=0.5, seed=1),
     SamplingParams(top_k=3, seed=1),
     SamplingParams(top_k=200, seed=1),
+    SamplingParams(top_k=150, top_p=0.5, temperature=3.0, seed=1),
     SamplingParams(top_p=0.6, seed=1),
     SamplingParams(top_p=0.999, seed=1),
     SamplingParams(min_p=0.2, seed=1),
