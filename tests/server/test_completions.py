@@ -209,6 +209,12 @@ async def test_defaults_are_the_models(given: float | None, used: float) -> None
     assert (params.temperature, params.top_p, params.top_k, params.repetition_penalty) == (used, 0.8, 20, 1.1)
 
 
+async def test_a_raised_temperature_is_said(app: ServerApp) -> None:
+    """A temperature that is raised to the least that works is named in a Warning header."""
+    assert "temperature" in (await complete(app, temperature=0.001)).headers["warning"]
+    assert "warning" not in (await complete(app, temperature=0.5)).headers
+
+
 async def test_stop_strings(app: ServerApp) -> None:
     """Output ends before a stop string, or behind it if asked; the answer says which one."""
     text = continuation("hello", 40)

@@ -153,6 +153,28 @@ async def test_protocol_errors_are_error_objects(probe: Probe, name: str) -> Non
         assert await read_to_end(stream) == b""
 
 
+@pytest.mark.parametrize(
+    ("request_head", "expected"),
+    [
+        (b"GET ?x HTTP/1.1\r\nHost: x\r\n\r\n", 400),  # Quart: IndexError, hence 500
+        (b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"GET /hello HTTP/1.1\r\nHost: x\r\n" + b"X-A: 1\r\n" * 100 + b"\r\n", 431),
+        (
+            b"GET /hello HTTP/1.1\r\nHost: x\r\nX-A: " + b"a" * 20_000 + b"\r\n\r\n",
+            431,
+        ),  # h11 limits partial heads only
+        (b"GET /hello?" + b"a" * 17_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 431),
+        (b"GET http://elsewhere/hello HTTP/1.1\r\nHost: x\r\n\r\n", 200),
+    ],
+)
+async def test_heads_that_no_app_should_see(probe: Probe, request_head: bytes, expected: int) -> None:
+    """A target that is no path is a 400, and too much of a head a 431, however fast it arrives."""
+    async with running(probe.edge) as server:
+        stream = await server.connect()
+        await stream.send_all(request_head)
+        assert (await read_response(stream))[0] == expected
+
+
 async def test_both_framings_are_refused(probe: Probe) -> None:
     """L12: Content-Length beside Transfer-Encoding is request smuggling: 400 and close; h11 alone accepts it."""
     async with running(probe.edge) as server:

@@ -161,8 +161,8 @@ def _finish_responses(app: ServerApp, registry: CollectorRegistry) -> None:
         usable = 0 < len(given) <= _MAX_REQUEST_ID_CHARS and given.isascii() and given.isprintable()
         response.headers["x-request-id"] = given if usable else f"req-{secrets.token_hex(12)}"
         response.headers.update(g.get("rate_headers", {}))
-        if "warning" in g:
-            response.headers["Warning"] = g.warning
+        for warning in g.get("warnings", ()):
+            response.headers.add("Warning", warning)
         # Labels from sets of ours only: a client that makes up methods and paths makes no new series.
         handler = request.url_rule.rule if request.url_rule is not None else "unmatched"
         method = request.method if request.method in _METHODS else "other"

@@ -28,9 +28,14 @@ async def read_body(kind: type[Body]) -> Body:
     body, unknown = parse_body(cast(bytes, await request.get_data()), kind)
     if unknown:
         names = ", ".join(_printable(name) for name in unknown[:_MAX_NAMED])
-        g.warning = f'299 trio-llm "Ignored unknown fields: {names}"'
+        warn(f"Ignored unknown fields: {names}")
         logger.info("ignored unknown fields of %s: %s", request.path, names)
     return body
+
+
+def warn(text: str) -> None:
+    """Tell the current client something in a `Warning` header of the response; plain characters only."""
+    g.setdefault("warnings", []).append(f'299 trio-llm "{text}"')
 
 
 def _printable(name: str) -> str:

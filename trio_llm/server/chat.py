@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 import trio
@@ -14,12 +14,15 @@ from trio_llm.engine import Delta, Stream
 from trio_llm.errors import InvalidRequestError
 from trio_llm.messages import ModelInfo
 from trio_llm.server.body import read_body
+from trio_llm.server.chat_template import MAX_RENDER_S
 from trio_llm.server.generation import Head, StreamUsage, UsageCounter, answer, submit
 from trio_llm.server.logprobs import TokenNames, chat_logprobs, prompt_logprobs
-from trio_llm.server.prompts import check_chars, fit
+from trio_llm.server.prompts import bad_word_ids, check_chars, fit, run
 from trio_llm.server.requests import ChatBody, Message
 from trio_llm.server.sampling import check_max_tokens, sampling_params
 from trio_llm.server.services import Services
+
+T = TypeVar("T")
 
 _KIND = "chat.completion"
 _CHUNK_KIND = "chat.completion.chunk"
@@ -39,16 +42,14 @@ async def chat(services: Services, body: ChatBody) -> Response | dict[str, Any]:
     params = sampling_params(
         body,
         info=services.engine.info,
-        tokenizer=services.tokenizer,
+        bad_words=await bad_word_ids(services, body.bad_words),
         max_tokens=_max_tokens(body, services.engine.info),
         logprobs=_num_logprobs(body, services.config.engine.max_logprobs),
         prompt_logprobs=body.prompt_logprobs,
     )
-    messages = [_flatten(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
-    prompt = await _prompt(services, body, messages)
-    streams = await submit(services, body, [prompt], params)
+    streams = await submit(services, body, [await chat_prompt(services, body)], params)
     names = TokenNames(services.tokenizer, as_ids=body.return_tokens_as_token_ids is True)
-    echo = messages[-1].get("content") or "" if body.echo else ""
+    echo = _flatten(body.messages[-1], "")["content"] if body.echo else ""
     return await answer(body, streams, _Format(head, body, streams, names, echo))
 
 
@@ -87,14 +88,19 @@ def _flatten(message: Message, path: str) -> dict[str, Any]:
     return flat
 
 
-async def _prompt(services: Services, body: ChatBody, messages: Sequence[dict[str, Any]]) -> list[int]:
-    """Render and tokenize in a thread: a template is a program, and both take longer the more there is."""
+async def chat_prompt(services: Services, body: ChatBody) -> list[int]:
+    """Render and tokenize a conversation, in a thread: a template is a program, and some never end.
+
+    Raises:
+        InvalidRequestError: The model has no template, it refuses, or the prompt is too long.
+    """
     template = services.template
     if template is None:
         raise InvalidRequestError(
             "This model has no chat template: use /v1/completions, or start the server with --chat-template.",
             param="messages",
         )
+    messages = [_flatten(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
     for message in messages:
         check_chars(services, message["content"], "messages", body)
     continues = body.continue_final_message is True
@@ -104,17 +110,27 @@ async def _prompt(services: Services, body: ChatBody, messages: Sequence[dict[st
         )
     opens_turn = not continues and body.add_generation_prompt is not False
 
-    def work() -> list[int]:
-        segments = template.render(
-            messages,
-            add_generation_prompt=opens_turn,
-            continue_final_message=continues,
-            variables=body.chat_template_kwargs or {},
+    def render() -> list[tuple[str, bool]]:
+        variables = body.chat_template_kwargs or {}
+        return template.render(
+            messages, add_generation_prompt=opens_turn, continue_final_message=continues, variables=variables
         )
-        ids = services.tokenizer.encode("") if body.add_special_tokens else []
-        return ids + services.tokenizer.encode_segments(segments)
 
-    return fit(services, await trio.to_thread.run_sync(work, limiter=services.threads), "messages", body)
+    segments = await _in_time(render)
+
+    def encode() -> list[int]:
+        beginning = services.tokenizer.encode("") if body.add_special_tokens else []
+        return beginning + services.tokenizer.encode_segments(segments)
+
+    ids = await run(services, encode, chars=sum(len(text) for text, _ in segments))
+    return fit(services, ids, "messages", body)
+
+
+async def _in_time(render: Callable[[], T]) -> T:
+    """Give up on a template that loops without output, which only its thread could end."""
+    with trio.move_on_after(2 * MAX_RENDER_S):
+        return await trio.to_thread.run_sync(render, abandon_on_cancel=True)
+    raise InvalidRequestError("The model's chat template takes too long on this conversation.", param="messages")
 
 
 class _Format:

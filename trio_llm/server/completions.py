@@ -13,7 +13,7 @@ from trio_llm.errors import InvalidRequestError
 from trio_llm.server.body import read_body
 from trio_llm.server.generation import Head, StreamUsage, UsageCounter, answer, submit
 from trio_llm.server.logprobs import CompletionLogprobs, TokenNames, prompt_logprobs
-from trio_llm.server.prompts import completion_prompts, token_texts
+from trio_llm.server.prompts import bad_word_ids, completion_prompts, token_texts
 from trio_llm.server.requests import CompletionBody
 from trio_llm.server.sampling import check_max_tokens, sampling_params
 from trio_llm.server.services import Services
@@ -42,7 +42,7 @@ async def complete(services: Services, body: CompletionBody) -> Response | dict[
     params = sampling_params(
         body,
         info=services.engine.info,
-        tokenizer=services.tokenizer,
+        bad_words=await bad_word_ids(services, body.bad_words),
         max_tokens=max_tokens,
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo and body.prompt_logprobs is None else body.prompt_logprobs,

@@ -14,6 +14,7 @@ import trio_llm
 from trio_llm.engine import Delta, Stream
 from trio_llm.messages import SamplingParams
 from trio_llm.server import sse
+from trio_llm.server.body import warn
 from trio_llm.server.edge import LIFETIME, Lifetime
 from trio_llm.server.requests import GenerationBody
 from trio_llm.server.services import Services
@@ -102,6 +103,8 @@ async def submit(
     services: Services, body: GenerationBody, prompts: Sequence[Sequence[int]], params: SamplingParams
 ) -> list[Stream]:
     """Submit all samples of all prompts; they are aborted when the current HTTP request ends, however it ends."""
+    if body.temperature is not None and body.temperature < params.temperature:
+        warn(f"temperature raised to {params.temperature}")
     salt = services.cache_scope(g.get("key_id"), body.cache_salt)
     return await services.open_streams(_lifetime(), prompts, params, priority=body.priority or 0, salt=salt)
 

@@ -15,6 +15,7 @@ from trio_llm.tokenizer import Tokenizer
 T = TypeVar("T")
 
 _MAX_PROMPTS = 128
+_MAX_BAD_WORD_TOKENS = 1024
 # About 4 ms of tokenizing at the measured 2 microseconds a character: as long as anybody may hold the event loop.
 _MAX_INLINE_CHARS = 2048
 
@@ -32,34 +33,52 @@ async def completion_prompts(services: Services, prompt: str | list[Any], body: 
     Raises:
         InvalidRequestError: Not one of these, too many, empty, or too long.
     """
+    items = split_prompts(prompt, "prompt", _MAX_PROMPTS)
+    texts = [item for item in items if isinstance(item, str)]
+    for text in texts:
+        check_chars(services, text, "prompt", body)
     add_special = body.add_special_tokens is not False
-    prompts: list[list[int]] = []
-    for item in _split(prompt):
-        if isinstance(item, str):
-            check_chars(services, item, "prompt", body)
+    encode = services.tokenizer.encode
 
-            def encode(text: str = item) -> list[int]:
-                return services.tokenizer.encode(text, add_special_tokens=add_special)
+    def work() -> list[list[int]]:
+        return [encode(i, add_special_tokens=add_special) if isinstance(i, str) else i for i in items]
 
-            ids = await run(services, encode, chars=len(item))
-        else:
-            ids = item
-        prompts.append(fit(services, ids, "prompt", body))
-    return prompts
+    prompts = await run(services, work, chars=sum(map(len, texts)))
+    return [fit(services, ids, "prompt", body) for ids in prompts]
 
 
-def _split(prompt: str | list[Any]) -> Sequence[str | list[int]]:
+async def bad_word_ids(services: Services, words: Sequence[str] | None) -> tuple[tuple[int, ...], ...]:
+    """Spell each word with and without a space before it: tokenizers give the two different ids."""
+    if not words:
+        return ()
+    encode = services.tokenizer.encode
+
+    def work() -> dict[tuple[int, ...], None]:
+        spellings = [text for word in words for text in (word, f" {word.lstrip()}")]
+        return {tuple(encode(text, add_special_tokens=False)): None for text in spellings}
+
+    sequences = await run(services, work, chars=2 * sum(map(len, words)))
+    if sum(map(len, sequences)) > _MAX_BAD_WORD_TOKENS:
+        raise InvalidRequestError(f"bad_words have more than {_MAX_BAD_WORD_TOKENS} tokens.", param="bad_words")
+    return tuple(sequences)
+
+
+def split_prompts(prompt: str | list[Any], what: str, most: int) -> Sequence[str | list[int]]:
+    """Return the texts and token id lists in a field that may be one of them or a list of them.
+
+    Raises:
+        InvalidRequestError: It is neither, or holds none or more than `most`.
+    """
     if isinstance(prompt, str):
         return (prompt,)
     if prompt and all(_is_id(item) for item in prompt):
         return (cast("list[int]", prompt),)
-    if not 1 <= len(prompt) <= _MAX_PROMPTS:
-        raise InvalidRequestError(f"prompt must hold 1 to {_MAX_PROMPTS} prompts, not {len(prompt)}.", param="prompt")
+    if not 1 <= len(prompt) <= most:
+        raise InvalidRequestError(f"{what} must hold 1 to {most} prompts, not {len(prompt)}.", param=what)
     for item in prompt:
         if not isinstance(item, str) and not (isinstance(item, list) and all(map(_is_id, cast("list[Any]", item)))):
             raise InvalidRequestError(
-                "prompt must be a string, a list of strings, a list of token ids or a list of such lists.",
-                param="prompt",
+                f"{what} must be a string, a list of strings, a list of token ids or a list of such lists.", param=what
             )
     return cast("list[str | list[int]]", prompt)
 

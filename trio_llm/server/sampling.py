@@ -9,11 +9,9 @@ from typing import Any
 from trio_llm.errors import InvalidRequestError
 from trio_llm.messages import ModelInfo, SamplingParams
 from trio_llm.server.requests import GenerationBody
-from trio_llm.tokenizer import Tokenizer
 
 _MAX_STOP_STRINGS = 4
 _MAX_STOP_BYTES = 256
-_MAX_BAD_WORD_TOKENS = 1024
 _GREEDY_BELOW = 1e-5
 _MIN_TEMPERATURE = 0.01
 _NAMED = ("presence_penalty", "frequency_penalty", "seed", "min_tokens", "ignore_eos", "include_stop_str_in_output")
@@ -34,7 +32,7 @@ def sampling_params(
     body: GenerationBody,
     *,
     info: ModelInfo,
-    tokenizer: Tokenizer,
+    bad_words: tuple[tuple[int, ...], ...],
     max_tokens: int | None,
     logprobs: int | None,
     prompt_logprobs: int | None,
@@ -62,7 +60,7 @@ def sampling_params(
         skip_special_tokens=body.skip_special_tokens is not False,
         logit_bias=_logit_bias(body.logit_bias or {}),
         allowed_token_ids=tuple(body.allowed_token_ids) if body.allowed_token_ids is not None else None,
-        bad_words_token_ids=_bad_words(body.bad_words or [], tokenizer),
+        bad_words_token_ids=bad_words,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
@@ -102,14 +100,3 @@ def _logit_bias(biases: Mapping[str, float]) -> dict[int, float]:
         if not re.fullmatch(r"[0-9]{1,10}", key):
             raise InvalidRequestError(f"logit_bias: {key[:64]!r} is not a token id.", param="logit_bias")
     return {int(key): bias for key, bias in biases.items()}
-
-
-def _bad_words(words: list[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    """Spell each word with and without a space before it: tokenizers give the two different ids."""
-    sequences: dict[tuple[int, ...], None] = {}
-    for word in words:
-        for text in (word, f" {word.lstrip()}"):
-            sequences[tuple(tokenizer.encode(text, add_special_tokens=False))] = None
-    if sum(map(len, sequences)) > _MAX_BAD_WORD_TOKENS:
-        raise InvalidRequestError(f"bad_words have more than {_MAX_BAD_WORD_TOKENS} tokens.", param="bad_words")
-    return tuple(sequences)
