@@ -34,7 +34,7 @@ class Probe:
         app.post("/early")(self.early)
         app.post("/endless")(self.endless)
         app.post("/wait")(self.wait)
-        self.edge = Edge(app=app)
+        self.edge = Edge(app=app, max_body_bytes=1_000_000)
 
     async def hello(self) -> str:
         return "hello"
@@ -341,7 +341,7 @@ async def test_streams_are_framed_as_chunks(probe: Probe) -> None:
             await send({"type": "http.response.body", "body": part, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
-    async with running(Edge(app=app)) as server:
+    async with running(Edge(app=app, max_body_bytes=1_000_000)) as server:
         stream = await server.connect()
         await stream.send_all(http("GET", "/", b"", "Connection: close"))
         _, _, body = (await read_to_end(stream)).partition(b"\r\n\r\n")
@@ -354,7 +354,7 @@ async def test_an_app_that_raises_is_answered_and_does_not_spread() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         raise RuntimeError("secret path /etc")
 
-    async with running(Edge(app=app)) as server:
+    async with running(Edge(app=app, max_body_bytes=1_000_000)) as server:
         for _ in range(2):
             stream = await server.connect()
             await stream.send_all(http("GET", "/"))
@@ -362,6 +362,26 @@ async def test_an_app_that_raises_is_answered_and_does_not_spread() -> None:
             assert status == 500
             assert json.loads(body)["error"]["type"] == "internal_server_error"
             assert b"secret" not in body
+
+
+async def test_an_app_sees_no_more_of_a_body_than_it_may() -> None:
+    """A chunked body without end costs the memory of its limit: the rest is read off the connection and dropped."""
+    sizes: list[int] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (message := await receive()).get("more_body"):
+            sizes.append(len(message["body"]))
+        await send({"type": "http.response.start", "status": 413, "headers": []})
+        await send({"type": "http.response.body"})
+
+    async with running(Edge(app=app, max_body_bytes=100_000)) as server:
+        stream = await server.connect()
+        await stream.send_all(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n")
+        for _ in range(100):
+            await stream.send_all(b"2710\r\n" + CHUNK + b"\r\n")
+        await stream.send_all(b"0\r\n\r\n")
+        assert (await read_response(stream))[0] == 413
+    assert 100_000 < sum(sizes) <= 100_000 + 65_536
 
 
 async def test_lifetime_ends_with_the_request_however_it_ends() -> None:
@@ -375,7 +395,7 @@ async def test_lifetime_ends_with_the_request_however_it_ends() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    call = exchange(Edge(app=app), "POST", "/")
+    call = exchange(Edge(app=app, max_body_bytes=1_000_000), "POST", "/")
     call.disconnect()
     await call.run()
     assert closed.is_set()

@@ -89,7 +89,7 @@ def create_app(
     models.register(app, app.services)
     completions.register(app, app.services)
     chat.register(app, app.services)
-    app.asgi_app = Edge(app=app.asgi_app)
+    app.asgi_app = Edge(app=app.asgi_app, max_body_bytes=config.server.max_body_bytes)
     return app
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import attrs
@@ -23,7 +25,11 @@ from trio_llm.server.errors import HttpError, error_body
 logger = logging.getLogger(__name__)
 
 LIFETIME = "trio_llm.lifetime"
+_UPLOAD = "trio_llm.upload"
+# Bodies of these are not read ahead of the handler: they may be far larger than what anybody wants in memory.
+_UPLOAD_PATHS = frozenset({"/v1/files"})
 _BODY_GRACE_S = 5.0
+_CHUNK_TIMEOUT_S = 20.0
 
 
 @attrs.frozen
@@ -38,11 +44,23 @@ class Lifetime:
     stack: contextlib.AsyncExitStack
 
 
+def upload_chunks(scope: Any) -> AsyncIterator[bytes] | None:
+    """Return the body of an upload, to be read as fast as it can be stored; None where Quart has read it.
+
+    Raises, while it is read:
+        HttpError: 408, the next part does not come.
+        trio.BrokenResourceError: The client has left.
+    """
+    exchange: _Exchange | None = scope.get(_UPLOAD)
+    return None if exchange is None else exchange.chunks()
+
+
 @attrs.frozen(kw_only=True)
 class Edge:
-    """Wraps an ASGI app."""
+    """Wraps an ASGI app; it is shown little more than `max_body_bytes` of a body, however much is sent."""
 
     app: ASGIApp
+    max_body_bytes: int
     max_headers: int = 100
     max_head_bytes: int = 16 * 1024
 
@@ -60,7 +78,10 @@ class Edge:
             await self._run(scope, receive, send)
 
     async def _run(self, scope: Any, receive: Any, send: Any) -> None:
-        exchange = _Exchange(receive, send)
+        streams = scope["method"] == "POST" and scope["path"] in _UPLOAD_PATHS
+        exchange = _Exchange(receive, send, max_body_bytes=self.max_body_bytes, streams=streams)
+        if streams:
+            scope[_UPLOAD] = exchange
         try:
             async with contextlib.AsyncExitStack() as stack, trio.open_nursery() as nursery:
                 scope[LIFETIME] = Lifetime(nursery, stack)
@@ -82,8 +103,6 @@ class Edge:
             return HttpError(400, "Content-Length and Transfer-Encoding exclude each other.")
         if names.total() > self.max_headers or head_bytes > self.max_head_bytes:
             return HttpError(431, f"At most {self.max_headers} headers and {self.max_head_bytes} bytes of them.")
-        if names[b"host"] > 1:
-            return HttpError(400, "More than one Host header.")
         if not scope["path"].startswith(("/", "http://", "https://")):
             return HttpError(400, "The request target is not a path.")
         return None
@@ -96,17 +115,34 @@ class _Exchange:
         started: The response has begun.
     """
 
-    def __init__(self, receive: Any, send: Any) -> None:
+    def __init__(self, receive: Any, send: Any, *, max_body_bytes: int, streams: bool = False) -> None:
         self._receive = receive
         self._send = send
+        self._max_body_bytes = max_body_bytes
+        self._body_bytes = 0
         self._body_arrived = trio.Event()
+        self._streams = streams
+        self._told_empty = False
+        self._gone = False
         self._finished = False
         self.started = False
 
     async def receive(self) -> Any:
+        if self._streams and not self._told_empty:
+            # The handler reads the body itself; Quart is told that there is none.
+            self._told_empty = True
+            return {"type": "http.request", "body": b"", "more_body": False}
+        if self._streams:
+            await self._body_arrived.wait()
+            if self._gone:
+                return {"type": "http.disconnect"}
         message = await self._receive()
         if message["type"] != "http.request" or not message.get("more_body", False):
             self._body_arrived.set()
+        if message["type"] == "http.request":
+            # Quart 0.23 looks at the size of a chunked body when it has all of it: it gets enough to refuse it.
+            message = message if self._body_bytes <= self._max_body_bytes else {**message, "body": b""}
+            self._body_bytes += len(message["body"])
         if self._finished and message["type"] == "http.disconnect":
             await trio.sleep_forever()  # The response is complete: the app ends by itself.
         return message
@@ -119,9 +155,27 @@ class _Exchange:
             self._finished = True
         await self._send(message)
 
+    async def chunks(self) -> AsyncIterator[bytes]:
+        while not self._body_arrived.is_set():
+            message = None
+            with trio.move_on_after(_CHUNK_TIMEOUT_S):
+                message = await self._receive()
+            if message is None:
+                raise HttpError(408, "The request body did not arrive in time.", headers={"Connection": "close"})
+            if message["type"] != "http.request":
+                self._gone = True
+                self._body_arrived.set()
+                raise trio.BrokenResourceError("the client left during its upload")
+            if not message.get("more_body", False):
+                self._body_arrived.set()
+            yield message["body"]
+
     async def _when_body_arrived(self, start: Any) -> Any:
         """Hold a response until the request was read, or say that the connection ends with it."""
-        with trio.move_on_after(_BODY_GRACE_S):
+        with trio.move_on_after(_BODY_GRACE_S), suppress(HttpError, trio.BrokenResourceError):
+            if self._streams:
+                async for _ in self.chunks():
+                    pass  # What nobody wanted; its sender reads no answer before it is through.
             await self._body_arrived.wait()
         if self._body_arrived.is_set():
             return start
