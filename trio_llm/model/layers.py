@@ -85,10 +85,14 @@ class Attention:
         self.out = weights.matrix(["o_proj"], [hidden_size], q_size, bias=out_bias)
         self.qk_norm = None
         if qk_norm:
-            heads = [weights.tensor("q_norm.weight", spec.head_dim).expand(spec.num_heads, -1)]
+            # Filled in place: torch.cat on the meta device, where checkpoints are checked, imports torch._dynamo,
+            # which takes longer than everything else about loading a small model.
+            of_q = weights.tensor("q_norm.weight", spec.head_dim)
+            num_rows = spec.num_heads + (spec.num_kv_heads if owns_kv else 0)
+            self.qk_norm = of_q.new_empty(num_rows, spec.head_dim, dtype=torch.float32)
+            self.qk_norm[: spec.num_heads] = of_q
             if owns_kv:
-                heads.append(weights.tensor("k_norm.weight", spec.head_dim).expand(spec.num_kv_heads, -1))
-            self.qk_norm = torch.cat(heads).float()
+                self.qk_norm[spec.num_heads :] = weights.tensor("k_norm.weight", spec.head_dim)
         self.spec, self.layer, self.rope, self.eps, self.v_norm = spec, layer, rope, eps, v_norm
 
     def __call__(self, hidden: Tensor, batch: AttentionBatch, kv: KVCache) -> Tensor:
