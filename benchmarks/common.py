@@ -51,13 +51,16 @@ def serving(*flags: str) -> Iterator[Server]:
         try:
             yield Server(port, started_s, process)
             process.send_signal(signal.SIGTERM)
-            process.wait(STOP_TIMEOUT_S)
+            code = process.wait(STOP_TIMEOUT_S)
+        except BaseException:
+            log.seek(0)
+            sys.stderr.write(log.read().decode())
+            raise
         finally:
             process.kill()
             process.wait()
-            if process.returncode != 0:
-                log.seek(0)
-                sys.exit(f"the server ended with {process.returncode}:\n{log.read().decode()}")
+    if code != 0:
+        sys.exit(f"the server ended with {code}")
 
 
 def free_port() -> int:
@@ -94,11 +97,11 @@ async def request(port: int, method: str, path: str, body: object = None) -> tri
 
 
 async def fetch(port: int, path: str) -> str:
-    """GET a small page, head and all."""
+    """GET a page and return its body."""
     stream = await request(port, "GET", path)
     parts = [part async for part in stream]
     await stream.aclose()
-    return b"".join(parts).decode()
+    return b"".join(parts).partition(b"\r\n\r\n")[2].decode()
 
 
 @attrs.frozen
@@ -144,7 +147,7 @@ async def stream_completion(port: int, path: str, body: dict[str, object]) -> Ti
 
 def scrape(text: str) -> dict[str, float]:
     """Read a /metrics page: series with its labels -> value."""
-    found = re.findall(r"^([a-zA-Z_:][\w:]*(?:\{[^}]*\})?) ([^\s]+)$", text.replace("\r", ""), re.MULTILINE)
+    found = re.findall(r"^([a-zA-Z_:][\w:]*(?:\{[^}]*\})?) (\S+)$", text, re.MULTILINE)
     return {name: float(value) for name, value in found}
 
 

@@ -60,6 +60,19 @@ for arguments in (["check-config"], ["serve", "--print-config"]):
     assert modules_loaded_by(program) == set()
 
 
+@pytest.mark.slow
+def test_loading_the_demo_model_compiles_nothing() -> None:
+    """Start-up stays short: torch's compiler, which takes seconds to import, is not needed to load a model."""
+    program = """
+import sys
+from trio_llm.config import EngineConfig
+from trio_llm.model.load import load_runner
+load_runner(EngineConfig()).close()
+assert not {"torch._dynamo", "torch._inductor", "sympy"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 @pytest.mark.parametrize("arguments", [["check-config", "--port", "x"], ["serve", "--kv-blocks", "0"]])
 def test_a_wrong_setting_is_one_line_and_exit_code_2(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
