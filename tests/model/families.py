@@ -64,6 +64,7 @@ def _gemma4_config(**options: Any) -> Any:
         "global_head_dim": 16,
         "sliding_window": WINDOW,
         "final_logit_softcapping": 5.0,  # low enough to show in the logits of a tiny model
+        "rms_norm_eps": 1e-2,  # high, or norms after it would hide a branch's wrong scale
         "hidden_size_per_layer_input": 0,
         "vocab_size_per_layer_input": VOCAB,
     }
