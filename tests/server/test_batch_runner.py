@@ -12,10 +12,8 @@ import pytest
 import trio
 
 from trio_llm.errors import DrainingError, InvalidRequestError, OverloadedError
-from trio_llm.server.batch_runner import MAX_LINES, BatchRunner, Disk
-from trio_llm.server.storage.batches import BatchStore
-from trio_llm.server.storage.database import Database
-from trio_llm.server.storage.files import FileStore
+from trio_llm.server.batch_runner import MAX_LINES, BatchRunner
+from trio_llm.server.disk import Disk
 
 ENDPOINT = "/v1/completions"
 
@@ -24,10 +22,9 @@ class Bench:
     """A data directory and what runs on it."""
 
     def __init__(self, directory: Path) -> None:
-        self.database = Database(directory)
-        self.files = FileStore(self.database, time.time)
-        self.batches = BatchStore(self.database, self.files, time.time)
-        self.disk = Disk(self.files, self.batches)
+        self.disk = Disk(str(directory))
+        self.disk.open()
+        self.files, self.batches = self.disk.files, self.disk.batches
 
     def runner(self, execute, max_in_flight: int = 4) -> BatchRunner:
         return BatchRunner(self.disk, execute, max_in_flight=max_in_flight, clock=time.time)
@@ -49,7 +46,7 @@ class Bench:
 def _bench(tmp_path: Path):
     bench = Bench(tmp_path)
     yield bench
-    bench.database.close()
+    bench.disk.close()
 
 
 def request_line(number: int, **changes) -> bytes:

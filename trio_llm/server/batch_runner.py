@@ -13,19 +13,17 @@ import secrets
 import sqlite3
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import suppress
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, cast
 
 import msgspec
 import trio
 
 from trio_llm.errors import DrainingError, EngineDeadError, OverloadedError
+from trio_llm.server.disk import Disk
 from trio_llm.server.errors import error_object, to_http_error
-from trio_llm.server.storage.batches import BatchStore, LineError, LineRecord, PendingLine, read_line
-from trio_llm.server.storage.files import FileStore
+from trio_llm.server.storage.batches import LineError, LineRecord, PendingLine, read_line
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 MAX_LINES = 50_000
 MAX_LINE_BYTES = 2 * 1024 * 1024
@@ -38,19 +36,6 @@ _DISK_RETRY_S = 30.0
 
 Execute = Callable[[str, Mapping[str, Any], str], Awaitable[Mapping[str, Any]]]
 """(endpoint, request body, owner) -> the answer's body; raises what the endpoint raises."""
-
-
-class Disk:
-    """Runs storage calls one after the other, off the event loop."""
-
-    def __init__(self, files: FileStore, batches: BatchStore) -> None:
-        self.files = files
-        self.batches = batches
-        self._limiter = trio.CapacityLimiter(1)
-
-    async def run(self, call: Callable[..., T], *args: Any) -> T:
-        """Call in the storage thread. A cancelled caller still waits: a transaction is not to be left running."""
-        return await trio.to_thread.run_sync(call, *args, limiter=self._limiter)
 
 
 class BatchRunner:

@@ -6,6 +6,7 @@ again. Output files are written from the records at the end, and become visible 
 batch. Status is stored because clients cancel; everything else is derived from the lines.
 """
 
+# ruff: noqa: S608 - what is put into statements are names and numbers of placeholders of ours
 from __future__ import annotations
 
 import json
@@ -136,9 +137,7 @@ class BatchStore:
 
     def unfinished(self) -> list[str]:
         """Return the ids of all batches that still need work, oldest first: the runner's queue after a restart."""
-        rows = self._connection.execute(
-            f"SELECT id FROM batches WHERE status NOT IN {ENDED} ORDER BY rowid"  # noqa: S608
-        )
+        rows = self._connection.execute(f"SELECT id FROM batches WHERE status NOT IN {ENDED} ORDER BY rowid")
         return [row["id"] for row in rows]
 
     def row(self, batch_id: str) -> sqlite3.Row:
@@ -211,52 +210,49 @@ class BatchStore:
         `unanswered` makes the error-file line of a line that never got its answer (expired, cancelled).
         """
         assert status in ("completed", "expired", "cancelled"), status
-        row = self.row(batch_id)
-        with self._database.transaction() as connection:
-            connection.execute(
-                "UPDATE batches SET status = 'finalizing', finalizing_at = ? WHERE id = ? AND status = 'in_progress'",
-                (int(self._clock()), batch_id),
-            )
+        self._connection.execute(
+            "UPDATE batches SET status = 'finalizing', finalizing_at = ? WHERE id = ? AND status = 'in_progress'",
+            (int(self._clock()), batch_id),
+        )
         with ExitStack() as stack:
-            written: dict[str, str] = {}
-            writers: list[FileWriter] = []
-            for state, name in (("completed", "output"), ("failed", "error")):
-                writer = stack.enter_context(
-                    self._files.create(
-                        f"{batch_id}_{name}.jsonl",
-                        "batch_output",
-                        owner=row["owner"],
-                        expires_after_s=row["output_expires_after_s"],
-                    )
-                )
-                for line in self._records(batch_id, state, unanswered):
-                    writer.write(line + b"\n")
-                if writer.size_bytes:
-                    writer.sync()
-                    writers.append(writer)
-                    written[f"{name}_file_id"] = writer.id
+            output = self._write(stack, batch_id, "output", self._records(batch_id, ("completed",), unanswered))
+            error = self._write(stack, batch_id, "error", self._records(batch_id, ("failed", "pending"), unanswered))
             with self._database.transaction() as connection:
-                for writer in writers:
-                    writer.insert(connection)
+                for writer in (output, error):
+                    if writer is not None:
+                        writer.insert(connection)
                 connection.execute("DELETE FROM lines WHERE batch_id = ?", (batch_id,))
                 connection.execute(
-                    f"UPDATE batches SET status = ?, {status}_at = ?, output_file_id = ?, error_file_id = ?,"  # noqa: S608
+                    f"UPDATE batches SET status = ?, {status}_at = ?, output_file_id = ?, error_file_id = ?,"
                     " failed = total - completed WHERE id = ?",
-                    (
-                        status,
-                        int(self._clock()),
-                        written.get("output_file_id"),
-                        written.get("error_file_id"),
-                        batch_id,
-                    ),
+                    (status, int(self._clock()), output and output.id, error and error.id, batch_id),
                 )
 
-    def _records(self, batch_id: str, state: str, unanswered: Callable[[PendingLine], bytes]) -> Iterator[bytes]:
-        """Yield the lines of an output or error file in input order; the error file takes the unanswered too."""
-        states = (state, "pending") if state == "failed" else (state, state)
+    def _write(self, stack: ExitStack, batch_id: str, name: str, lines: Iterable[bytes]) -> FileWriter | None:
+        """Write a result file, durable but not yet visible; None if there is nothing to write."""
+        row = self.row(batch_id)
+        writer = stack.enter_context(
+            self._files.create(
+                f"{batch_id}_{name}.jsonl",
+                "batch_output",
+                owner=row["owner"],
+                expires_after_s=row["output_expires_after_s"],
+            )
+        )
+        for line in lines:
+            writer.write(line + b"\n")
+        if not writer.size_bytes:
+            return None
+        writer.sync()
+        return writer
+
+    def _records(
+        self, batch_id: str, states: Sequence[str], unanswered: Callable[[PendingLine], bytes]
+    ) -> Iterator[bytes]:
+        """Yield the records of the lines in these states, in input order."""
         for row in self._connection.execute(
             "SELECT line, custom_id, position, length, state, record FROM lines"
-            " WHERE batch_id = ? AND state IN (?, ?) ORDER BY line",
+            f" WHERE batch_id = ? AND state IN ({', '.join('?' for _ in states)}) ORDER BY line",
             (batch_id, *states),
         ):
             if row["state"] == "pending":

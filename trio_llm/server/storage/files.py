@@ -148,6 +148,13 @@ class FileWriter:
     def write(self, data: bytes) -> None:
         self._file.write(data)
 
+    def describe(self, *, filename: str, purpose: str, owner: str, expires_after_s: int | None) -> None:
+        """Say what an upload is once that is known; its fields may come after the file."""
+        expires_at = None if expires_after_s is None else self._stored.created_at + expires_after_s
+        self._stored = attrs.evolve(
+            self._stored, filename=filename, purpose=purpose, owner=owner, expires_at=expires_at
+        )
+
     def sync(self) -> StoredFile:
         """Make the contents and the name durable; what is left is the row (`insert`)."""
         self._file.flush()
@@ -172,10 +179,14 @@ class FileWriter:
         self.insert(self._database.connection)
         return self._stored
 
+    def close(self) -> None:
+        """Leave nothing behind of a file that was not committed."""
+        self._file.close()
+        if not self._committed:
+            self._path.unlink(missing_ok=True)
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._file.close()
-        if not self._committed:
-            self._path.unlink(missing_ok=True)
+        self.close()
