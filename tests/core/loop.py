@@ -10,6 +10,7 @@ from tests.core.hash_model import HashRunner, chain_of, logprob_of, reference
 from trio_llm.core.block_manager import BlockManager
 from trio_llm.core.block_math import max_live_blocks
 from trio_llm.core.block_view import BlockState
+from trio_llm.core.prefix import Chain
 from trio_llm.core.scheduler import Scheduler
 from trio_llm.messages import (
     BlockAsk,
@@ -95,6 +96,7 @@ class Loop:
         self.stats: list[StepStats] = []
         self.returned: list[int] = []
         self._meanings: dict[bytes, int] = {}
+        self._digests: dict[tuple[bytes, tuple[int, ...]], bytes] = {}
 
     # --- what a user of the core does -----------------------------------------------------------------------------
 
@@ -173,6 +175,7 @@ class Loop:
         assert sorted(ask.request_ids) == sorted(ask.preempt_order)
         for sequence in self.scheduler.running:
             assert sequence.computed < len(sequence.tokens) <= self.max_model_len
+        assert all(sequence.computed == 0 for sequence in self.scheduler.waiting)
 
     def _check_grant(self, ask: BlockAsk, grant: BlockGrant) -> None:
         self.grants.append(grant)
@@ -203,6 +206,7 @@ class Loop:
         states = self.blocks.blocks()
         assert states[0].state == "null"
         assert not states[0].owners
+        assert states[0].references == 0, "the null block is counted"
         ranks = sorted(state.eviction_rank for state in states if state.eviction_rank is not None)
         assert ranks == list(range(len(ranks)))
         used = [0] * len(self.groups)
@@ -215,7 +219,7 @@ class Loop:
             if state.state == "empty":
                 self.runner.poison(state.block)
             if state.digest is not None:
-                self._check_meaning(state.block, state.digest)
+                self._check_meaning(state)
         stats = self.grants[-1].stats
         assert stats.used_blocks == tuple(used)
         assert stats.cached_blocks == sum(state.state == "cached" for state in states)
@@ -234,14 +238,25 @@ class Loop:
             length = len(self.scheduler_tokens(request_id))
             assert count <= max_live_blocks(length, self.groups[group], self.chunk)
 
-    def _check_meaning(self, block: int, digest: bytes) -> None:
-        """A key of the prefix cache stands for one sequence of tokens, all of which are computed."""
-        slots = self.runner.slots[block]
+    def _check_meaning(self, state: BlockState) -> None:
+        """Check that a key of the prefix cache stands for one sequence of tokens, all of them computed: its owners'."""
+        slots, digest = self.runner.slots[state.block], state.digest
         filled = [slot for slot in slots if slot is not None]
         sizes = {group.block_size for group in self.groups}
         assert len(filled) in sizes, "a block can be hit before all of it is computed"
         chain = filled[-1][2]
         assert self._meanings.setdefault(digest, chain) == chain, "one key, two contents"
+        for request_id, group, at in state.owners:
+            size = self.groups[group].block_size
+            tokens = tuple(self.scheduler_tokens(request_id)[: (at + 1) * size])
+            assert digest == self._digest(self.salts[request_id], tokens), "a key for other tokens than the owner's"
+
+    def _digest(self, salt: bytes, tokens: tuple[int, ...]) -> bytes:
+        if (salt, tokens) not in self._digests:
+            chunk = min(group.block_size for group in self.groups)
+            chain = Chain(b"key", salt, tokens, chunk)
+            self._digests[salt, tokens] = chain.block(len(tokens) // chunk - 1, chunk)[0]
+        return self._digests[salt, tokens]
 
     def _check_writes(self, plan: StepPlan) -> None:
         states = self.blocks.blocks()

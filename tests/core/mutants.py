@@ -53,8 +53,7 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
     ("look up the refused again", "block_manager", "            holder.needs = needs\n", ""),
     ("keep the victim's row", "holder", "if request_id in self.request_ids:", "if False:"),
     ("keep the victim's tokens", "holder", "            self.budget += self.counts[at]\n", ""),
-    ("keep the capacity", "holder", "self.capacity = self.registered", "self.registered"),
-    ("keep what was registered", "holder", "        self.register_at = NEVER\n\n", "\n"),
+    ("free the preempted twice", "holder", "        self.tables = [[] for _ in self.tables]\n", ""),
     ("window off by one, short", "block_math", "position - group.window + 1", "position - group.window + 2"),
     ("window off by one, long", "block_math", "position - group.window + 1", "position - group.window"),
     ("bound without the partial block", "block_math", "max_step_tokens, group) + 1)", "max_step_tokens, group))"),
@@ -66,7 +65,7 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
     ("hit between two blocks", "prefix", "step = max(group", "step = min(group"),
     ("no fixed point", "prefix", "while length != agreed:", "if length != agreed:"),
     ("window hit without its first block", "prefix", "while known > first_visible_block(group, length):", "while known > first_visible_block(group, length) + 1:"),
-    ("resume a run across a hole", "prefix", "            known = length // size\n    return", "            known -= 1\n    return"),
+    ("stop at the first hole", "prefix", "            length = (known - 1) * size // step * step\n", "            length = 0\n"),
     ("full hit past a hole", "prefix", "            return at * group.block_size\n", "            return (at + 1) * group.block_size\n"),
     ("trust the digest", "block_pool", "if block and self._content[block] == content", "if block"),
     ("keep the key of a block that is handed out", "block_pool", "                self.forget(block)\n", ""),
@@ -143,11 +142,13 @@ def survives(name: str, file: str, old: str, new: str) -> bool:
 def main(names: list[str]) -> int:
     """Run all mutants, or those named; return the number of survivors."""
     chosen = [mutant for mutant in MUTANTS if not names or mutant[0] in names]
-    survivors = [mutant[0] for mutant in chosen if survives(*mutant)]
-    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutants noticed")
-    for name in survivors:
-        print(f"survived: {name}")
-    return len(survivors)
+    survivors = 0
+    for number, mutant in enumerate(chosen, start=1):
+        survived = survives(*mutant)
+        survivors += survived
+        print(f"{number:3} {'SURVIVED' if survived else 'noticed '} {mutant[0]}", flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} mutants noticed")
+    return survivors
 
 
 if __name__ == "__main__":

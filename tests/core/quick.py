@@ -1,7 +1,7 @@
 """Every plain test of the core in one fast process, without pytest: what a mutant has to get past.
 
-`python -m tests.core.quick` stops at the first failure. Tests that want fixtures or Hypothesis are left out;
-parametrized ones run with each of their arguments.
+`python -m tests.core.quick` stops at the first failure. Tests that want fixtures are left out; parametrized ones run
+with each of their arguments, those of Hypothesis last.
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from hypothesis import settings
+
 MODULES = (
     "test_block_manager", "test_hybrid", "test_scheduler", "test_commit", "test_stop", "test_detokenizer",
 )  # fmt: skip
 
 
-def plain_tests() -> Iterator[Callable[[], None]]:
-    """Yield each test that can be called as it is."""
+def tests(*, hypothesis: bool) -> Iterator[Callable[[], None]]:
+    """Yield each test that can be called as it is, with or without Hypothesis."""
     for name in MODULES:
         module = importlib.import_module(f"tests.core.{name}")
-        for test in [value for key, value in vars(module).items() if key.startswith("test_")]:
-            if not hasattr(test, "hypothesis"):
-                yield from _calls(test)
+        for key, test in vars(module).items():
+            if key.startswith("test_") and hasattr(test, "hypothesis") == hypothesis:
+                yield from [test] if hypothesis else _calls(test)
 
 
 def _calls(test: Any) -> Iterator[Callable[[], None]]:
@@ -59,6 +61,10 @@ def traffic() -> None:
 
 
 if __name__ == "__main__":
-    for test in plain_tests():
+    for test in tests(hypothesis=False):
         test()
     traffic()
+    settings.register_profile("quick", deadline=None, derandomize=True, database=None)
+    settings.load_profile("quick")
+    for test in tests(hypothesis=True):
+        test()

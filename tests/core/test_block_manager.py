@@ -57,6 +57,15 @@ def test_a_prompt_hits_the_full_blocks_of_one_that_began_alike() -> None:
     assert states[1].references == 2
 
 
+def test_a_hit_on_blocks_in_use_costs_no_free_block() -> None:
+    """A prompt that shares most of its blocks with a running sequence is admitted to the little room it needs."""
+    bench = Bench(num_blocks=5, max_model_len=16)
+    bench.submit(1, unique(1, 9))
+    bench.step()
+    bench.submit(2, unique(1, 9))
+    assert bench.step() == {1: 1, 2: 1}
+
+
 @pytest.mark.parametrize(("length", "hit"), [(8, 4), (9, 8), (7, 4), (4, 0), (5, 4)])
 def test_one_token_of_a_prompt_is_always_computed(length: int, hit: int) -> None:
     """A prompt that is cached to the last token computes its last block again, for its logits."""
@@ -118,17 +127,18 @@ def test_the_secret_decides_the_keys() -> None:
     assert len(keys | salted) == 4
 
 
-def test_tokens_are_compared_on_a_hit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_compared_on_a_hit() -> None:
     """Even if all digests were equal, no prompt would be served with the KV of another."""
     honest = Chain.block
-    monkeypatch.setattr(Chain, "block", lambda self, index, size: (b"same", honest(self, index, size)[1]))
     bench = Bench()
-    bench.submit(1, 9, ONE)
-    bench.step()
-    bench.submit(2, 9, ONE)
-    assert bench.step() == {2: 9}
-    bench.submit(3, unique(1, 5), ONE)
-    assert bench.step() == {3: 1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Chain, "block", lambda self, index, size: (b"same", honest(self, index, size)[1]))
+        bench.submit(1, 9, ONE)
+        bench.step()
+        bench.submit(2, 9, ONE)
+        assert bench.step() == {2: 9}
+        bench.submit(3, unique(1, 5), ONE)
+        assert bench.step() == {3: 1}
 
 
 def test_a_sequence_frees_its_tail_first() -> None:
@@ -231,7 +241,7 @@ def test_a_row_that_is_last_in_line_preempts_itself() -> None:
     assert (grant.request_ids, grant.preempted) == ((1,), (2,))
 
 
-def test_a_refused_prompt_is_not_looked_up_again_until_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_prompt_is_not_looked_up_again_until_there_is_room() -> None:
     """Waiting costs nothing per step, however long the prompt that waits."""
     bench = Bench(num_blocks=17)
     bench.submit(1, 32)
@@ -239,13 +249,14 @@ def test_a_refused_prompt_is_not_looked_up_again_until_there_is_room(monkeypatch
     bench.submit(2, 60)
     bench.step()
     looked_up: list[int] = []
-    monkeypatch.setattr(bench.blocks._pool, "find", lambda *args: looked_up.append(1) or 0)
-    for _ in range(10):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench.blocks._pool, "find", lambda *args: looked_up.append(1) or 0)
+        for _ in range(10):
+            bench.step()
+        assert not looked_up
+        bench.scheduler.abort(1)
         bench.step()
-    assert not looked_up
-    bench.scheduler.abort(1)
-    bench.step()
-    assert looked_up
+        assert looked_up
     assert bench.running() == [2]
 
 

@@ -123,6 +123,12 @@ def test_hits_end_where_every_group_begins_a_block() -> None:
     assert bench.step() == {2: 7, 3: 1}
 
 
+def test_a_hole_behind_the_hit_does_no_harm() -> None:
+    """Where a hit is cut back to a whole larger block, smaller blocks between there and the hole are not needed."""
+    groups = (KVGroup((0,), 8), KVGroup((1,), 2, 3))
+    assert hit_length(groups, 24, lambda group, at: int(group == 0 or at == 7)) == 16
+
+
 def test_a_hit_of_a_window_of_one_needs_no_block() -> None:
     """A group that sees only the query itself never limits the others."""
     groups = (KVGroup((0,), 4), KVGroup((1,), 4, 1))

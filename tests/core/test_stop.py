@@ -61,6 +61,7 @@ def test_a_stop_string_across_many_pieces_is_found() -> None:
 
 def test_a_false_start_hides_no_real_one() -> None:
     """A string that overlaps itself is found where a naive restart would miss it."""
+    assert StopStrings(["aab"]).add("xaaab") == ("xa", "aab")
     assert StopStrings(["aab"]).add("xaaaab") == ("xaa", "aab")
     assert StopStrings(["abab"], include=True).add("aababb") == ("aabab", "abab")
     assert StopStrings(["b", "ab"]).add("ab") == ("", "ab")

@@ -284,6 +284,6 @@ class BlockManager:
             skipped = start // group.block_size - len(blocks)
             holder.tables[index] = [NULL_BLOCK] * skipped + blocks
             holder.live_from[index] = skipped
-        if self._caching:
+        if holder.chain is not None:
             holder.registered = start
             holder.register_at = start + self._chunk_tokens

@@ -39,7 +39,8 @@ def block_states(pool: BlockPool, holders: Iterable[Holder]) -> tuple[BlockState
             for at in range(holder.live_from[index], len(table)):
                 owners.setdefault(table[at], []).append((holder.request_id, index, at))
     ranks = {block: rank for rank, block in enumerate(pool.eviction_order())}
-    states = [BlockState(NULL_BLOCK, "null", 0, (), None, None)]
+    null_owners = tuple(owners.get(NULL_BLOCK, ()))  # None, if all is well.
+    states = [BlockState(NULL_BLOCK, "null", pool.references(NULL_BLOCK), null_owners, None, None)]
     for block in range(1, pool.total_blocks + 1):
         digest, rank = pool.digest(block), ranks.get(block)
         state = "used" if rank is None else "empty" if digest is None else "cached"

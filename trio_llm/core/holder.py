@@ -45,11 +45,9 @@ class Holder:
     was_admitted: bool = False
 
     def reset(self) -> None:
-        """Forget where it was: its blocks are gone."""
+        """Forget its blocks, which are gone; where it stands is set anew when it is admitted again."""
         self.tables = [[] for _ in self.tables]
-        self.live_from = [0] * len(self.tables)
-        self.capacity = self.registered = self.reserved = self.needs = 0
-        self.register_at = NEVER
+        self.reserved = self.needs = 0
 
 
 @attrs.define(eq=False)

@@ -33,7 +33,7 @@ class Chain:
         """Tokens not digested yet. The sequence grows by appending here; digests are made when a block is asked for."""
         self._hash = blake2b(key=secret, digest_size=DIGEST_BYTES)
         self._chunk_tokens = chunk_tokens
-        self._root = blake2b(salt, key=secret, digest_size=DIGEST_BYTES, person=b"salt").digest()
+        self._root = self._digest(salt)
         self._digests: list[bytes] = []
         self._contents: list[bytes] = []
 
@@ -47,15 +47,18 @@ class Chain:
         end = (index + 1) * ratio
         return self._digests[end - 1], b"".join(self._contents[end - ratio : end])
 
+    def _digest(self, content: bytes) -> bytes:
+        state = self._hash.copy()
+        state.update(content)
+        return state.digest()
+
     def _digest_tail(self) -> None:
         tail, size = self.tail, self._chunk_tokens
         parent = self._digests[-1] if self._digests else self._root
         full = len(tail) - len(tail) % size
         for at in range(0, full, size):
             content = parent + array("I", tail[at : at + size]).tobytes()
-            state = self._hash.copy()
-            state.update(content)
-            parent = state.digest()
+            parent = self._digest(content)
             self._contents.append(content)
             self._digests.append(parent)
         del tail[:full]
