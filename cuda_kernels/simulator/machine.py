@@ -1,8 +1,9 @@
 """A batch of thread blocks side by side: registers, the order of execution, barriers.
 
 Lane number = (warp * blocks + block) * 32 + lane of the warp, so that "one warp of every block" is a slice and
-numpy reads and writes registers without copying. Lanes at the lowest program counter run first, which brings
-diverged lanes together again at the earliest point.
+numpy reads and writes registers without copying. Lanes at the lowest program counter run first, which mostly brings
+diverged lanes together again at the earliest point; where it does not, an instruction of a whole warp waits for the
+warp's other lanes, as the hardware does.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ _WIDTHS = {"pred": "?", "b8": "u1", "b16": "u2", "b32": "u4", "b64": "u8"}
 
 LOCKSTEP, FIRST_WARP_FIRST, LAST_WARP_FIRST = range(3)
 ORDERS = (LOCKSTEP, FIRST_WARP_FIRST, LAST_WARP_FIRST)
+# Instructions that a warp executes together.
+COLLECTIVES = frozenset({"bar", "shfl", "vote", "ldmatrix", "mma"})
 
 
 def storage_type(declared: str) -> str:
@@ -83,6 +86,7 @@ class Machine:
         self._pc = np.zeros(len(self.lanes), np.int64)
         self._alive = np.ones(len(self.lanes), np.bool_)
         self._waiting = np.zeros(len(self.lanes), np.bool_)
+        self._parked = np.zeros(len(self.lanes), np.bool_)
 
     def run(self) -> None:
         """Run every block to its end."""
@@ -93,8 +97,11 @@ class Machine:
 
     def _run(self) -> None:
         while self._alive.any():
-            runnable = self._alive & ~self._waiting
+            runnable = self._alive & ~self._waiting & ~self._parked
             if not runnable.any():
+                if self._parked.any():
+                    text = self._program.instructions[int(self._pc[self._parked][0])].text
+                    raise KernelFaultError(f"{text}: the rest of the warp never comes here")
                 self._open_barriers()
                 continue
             if self._order != LOCKSTEP:
@@ -124,6 +131,11 @@ class Machine:
         instructions = self._program.instructions
         while pc < stop:
             operate, instruction = self._code[pc], instructions[pc]
+            if instruction.opcode in COLLECTIVES:
+                together = self._gather_warps(lanes, pc)
+                if together is None:
+                    return
+                lanes = together
             if self.counters is not None:
                 self.counters.issue(instruction.opcode, self.warps_of(lanes))
             chosen = lanes if instruction.guard is None else self._guarded(lanes, instruction.guard)
@@ -142,6 +154,17 @@ class Machine:
         self._pc[lanes] = pc
         if pc >= len(self._code):
             self._alive[lanes] = False
+
+    def _gather_warps(self, lanes: Lanes, pc: int) -> Lanes | None:
+        """Return the whole warps that have come to a collective instruction, and park the lanes of others."""
+        if isinstance(lanes, slice) and lanes.start % 32 == 0 and lanes.stop % 32 == 0:
+            return lanes
+        here = self._parked & (self._pc == pc)
+        here[lanes] = True
+        whole = np.repeat(here.reshape(-1, 32).all(1), 32)
+        self._parked[here] = ~whole[here]
+        self._pc[here] = pc
+        return lanes_of(whole) if whole.any() else None
 
     def _control(self, opcode: str, operands: tuple, lanes: Lanes, chosen: Lanes, pc: int) -> int | None:
         """Branch, wait or end. Returns where the whole group goes on, or None where it is done or has parted."""

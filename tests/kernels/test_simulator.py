@@ -104,7 +104,7 @@ FAULTS = {
     "misaligned": "*(u32*)((char*)x + 2) = n;",
     "outside every argument": "x[(s64)n << 38] = 1;",
     "outside the": "DYN_SMEM(int, s); s[1024 + threadIdx.x] = n; __syncthreads(); x[0] = s[n];",
-    "not converged": "if (threadIdx.x < 5) x[0] = __shfl_xor_sync(FULL_WARP, n, 1);",
+    "never comes": "if (threadIdx.x < 5) x[0] = __shfl_xor_sync(FULL_WARP, n, 1);",
     "have left": "if (threadIdx.x >= 32) return; DYN_SMEM(int, s); s[n] = n; __syncthreads(); x[0] = s[n + 1];",
     "in flight": "DYN_SMEM(int, s); copy16_async(s, x, true); copies_commit();",
 }

@@ -1,0 +1,203 @@
+"""Tests of the tests: each of these one-line bugs must be caught by running the kernel on the simulator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from cuda_kernels import compile as compiling
+from cuda_kernels import gemv, kv_write, norm, sample
+from cuda_kernels.paged_attn import Tile
+from cuda_kernels.simulator import KernelFaultError, UnsupportedError
+from tests.kernels.attention_cases import Case, make, reference
+from tests.kernels.helpers import assert_close, simulate
+
+DECODE = Case(head_dim=64, kv_heads=2, group=7, sequences=((1, 130), (1, 17)), splits=1)
+WINDOW = Case(head_dim=64, kv_heads=1, group=7, sequences=((1, 200), (2, 90)), window=40, splits=1)
+SPLIT = Case(head_dim=64, kv_heads=1, group=7, sequences=((1, 200), (1, 10)), splits=3)
+PREFILL = Case(head_dim=64, kv_heads=1, group=2, sequences=((40, 140), (1, 0)), splits=1)
+NO_KEYS = Case(head_dim=64, kv_heads=1, group=16, sequences=((5, 20), (1, 0)), splits=1)
+ONE_STAGE = Case(head_dim=64, kv_heads=1, sequences=((1, 150),), splits=1, tile=Tile(16, 64, 4, 1))
+INT8 = Case(head_dim=64, kv_heads=1, sequences=((1, 100),), int8=True, splits=1)
+
+
+def attention(case: Case) -> Callable[[], None]:
+    """Return a check of one attention problem."""
+
+    def check() -> None:
+        problem = make(case)
+        (out,) = simulate(lambda: (problem.run(),))
+        assert_close(out, reference(problem), slack=4)
+
+    return check
+
+
+def check_norm() -> None:
+    """Normalise one row of 300 pieces by 128 threads."""
+    x = torch.randn(2, 320).bfloat16()
+    (out,) = simulate(lambda: (norm.rms_norm(x, x[0], 1e-6),))
+    wide = x.double()
+    assert_close(out, wide * (wide.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * wide[0])
+
+
+def check_kv_write() -> None:
+    """Write int8 keys and values of three tokens, one of them padding."""
+    qkv, angles = torch.randn(3, 4 * 64).bfloat16(), torch.randn(3, 32)
+    slots = torch.tensor([2, -1, 0])
+
+    def run() -> tuple[Tensor, ...]:
+        k, v = torch.zeros(2, 4, 1, 64, dtype=torch.int8)
+        scales = torch.zeros(2, 4, 1)
+        cos, sin = angles.cos(), angles.sin()
+        args = (qkv, cos, sin, slots, k, v, *scales)
+        return kv_write.write_kv(*args, num_heads=2, qk_norm=None, v_norm=True, eps=1e-6), k, v, scales
+
+    q, k, v, scales = simulate(run)
+    heads = qkv.double().view(3, 4, 64)
+    first, second = heads[:, :3].chunk(2, dim=-1)
+    c, s = angles.double().cos()[:, None], angles.double().sin()[:, None]
+    turned = torch.cat((first * c - second * s, second * c + first * s), dim=-1)
+    assert_close(q, turned[:, :2])
+    value = heads[:, 3:] * (heads[:, 3:].pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
+    for token, slot in ((0, 2), (2, 0)):
+        for cache, scale, wanted in ((k, scales[0], turned[token, 2]), (v, scales[1], value[token, 0])):
+            torch.testing.assert_close(scale[slot, 0].double(), wanted.abs().max() / 127, rtol=1e-5, atol=0)
+            assert (cache[slot, 0] * scale[slot, 0].double() - wanted).abs().max() <= scale[slot, 0] * 0.501
+
+
+def check_gemv() -> None:
+    """Multiply three rows by seven int8 outputs of 272 inputs, gated."""
+    x, weight = torch.randn(3, 272).bfloat16(), torch.randint(-127, 128, (14, 272), dtype=torch.int8)
+    scale = torch.rand(14) / 100
+    (out,) = simulate(lambda: (gemv.linear(x, weight, scale=scale, activation="silu"),))
+    gate, up = (x.double() @ weight.double().T * scale.double()).chunk(2, dim=-1)
+    assert_close(out, torch.nn.functional.silu(gate) * up, slack=2)
+
+
+def check_sample() -> None:
+    """Choose greedily, equals among the largest."""
+    logits = torch.randn(3, 5000)
+    logits[:, 3000] = logits[:, 4000] = 9.0
+    ids, _ = simulate(lambda: sample.sample(logits, None, None, torch.zeros(5000, dtype=torch.int32)))
+    assert ids.tolist() == [3000] * 3
+
+
+class Bug(NamedTuple):
+    """A replacement in an expanded source, and the check that must fail."""
+
+    source: str
+    old: str
+    new: str
+    check: Callable[[], None]
+
+
+def paged(old: str, new: str, case: Case) -> Bug:
+    """Return a bug of attention."""
+    return Bug("paged_attn.cu", old, new, attention(case))
+
+
+TILE_BARRIER = "__syncthreads();  // this tile is there for all, and all have left the tile before"
+BUGS = {
+    "no barrier before a sum is read": Bug(
+        "norm.cu", "= v;\n  __syncthreads();\n  float total", "= v;\n  float total", check_norm
+    ),
+    "a warp's sum in a neighbour's place": Bug(
+        "norm.cu", "scratch[threadIdx.x / 32] = v", "scratch[threadIdx.x / 64] = v", check_norm
+    ),
+    "no end of the row": Bug("norm.cu", "if (at < HIDDEN) v = load16", "v = load16", check_norm),
+    "half a warp summed": Bug("norm.cu", "int offset = 16; offset > 0", "int offset = 8; offset > 0", check_norm),
+    "rotated the other way": Bug("kv_write.cu", "cos[i] - second", "cos[i] + second", check_kv_write),
+    "padding is written": Bug("kv_write.cu", "if (slot < 0) return;", "", check_kv_write),
+    "a scale of 128": Bug("kv_write.cu", "/ 127.f", "/ 128.f", check_kv_write),
+    "keys where values belong": Bug("kv_write.cu", "write(v_cache + at, v_", "write(k_cache + at, k_", check_kv_write),
+    "values are rotated": Bug("kv_write.cu", "if (!is_value) {", "if (true) {", check_kv_write),
+    "an output past the end": Bug("gemv.cu", "|| output >= n) return", ") return", check_gemv),
+    "weights past the end": Bug("gemv.cu", "at < k; at +=", "at < k + 32 * STEP; at +=", check_gemv),
+    "the gate's scale for both": Bug("gemv.cu", "scales[output + half * n]", "scales[output]", check_gemv),
+    "the last of equals": Bug("sample.cu", "(0xffffffffu - (u32)id)", "(u32)id", check_sample),
+    "scratch read too early": Bug(
+        "sample.cu", "= v;\n  __syncthreads();\n  v = scratch", "= v;\n  v = scratch", check_sample
+    ),
+    "no barrier before a tile": paged(TILE_BARRIER, "", DECODE),
+    "copies not waited for": paged("copies_wait<0>();", "", DECODE),
+    "the tile in use is overwritten": paged("(stage + 1) % STAGES * STAGE_BYTES, c", "stage * STAGE_BYTES, c", DECODE),
+    "no barrier before a reload": paged(
+        "__syncthreads();\n      load_tile(shared, c", "load_tile(shared, c", ONE_STAGE
+    ),
+    "no barrier before maxima": paged(
+        "__syncthreads();\n#pragma unroll\n    for (int w = 0; w", "for (int w = 0; w", DECODE
+    ),
+    "no barrier before probabilities": paged(
+        "s[n][2 * i + 1]);\n      }\n    __syncthreads();", "s[n][2 * i + 1]);\n      }", DECODE
+    ),
+    "queries overwrite results": paged("+ Q_AT;\n  __syncthreads();", "+ Q_AT;", NO_KEYS),
+    "mma: halves of a swapped": paged("{%4,%5,%6,%7}", "{%5,%4,%6,%7}", DECODE),
+    "mma: halves of b swapped": paged("{%8,%9}", "{%9,%8}", DECODE),
+    "cvt: halves swapped": paged('"f"(high), "f"(low)', '"f"(low), "f"(high)', PREFILL),
+    "ldmatrix not transposed": paged("x4.trans.shared", "x4.shared", DECODE),
+    "swizzle of writes differs": paged("LOADED + row, chunk) * 16;", "LOADED + row, chunk ^ 1) * 16;", DECODE),
+    "a neighbour's slot": paged("slot, row);", "slot, row ^ 1);", DECODE),
+    "a token sees not itself": paged("key > position[row] ||", "key >= position[row] ||", DECODE),
+    "a token sees the next": paged("high_position + 1,", "high_position + 2,", DECODE),
+    "the window is one too wide": paged("key <= position[row] - window", "key < position[row] - window", WINDOW),
+    "masks are skipped at the edge": paged("at + BN > all_to", "at > all_to", DECODE),
+    "sums are not rescaled": paged("l[i] *= rescale;", "", DECODE),
+    "maxima of half a row": paged(
+        "top[i] = fmaxf(top[i], __shfl_xor_sync(FULL_WARP, top[i], 2));", "", Case(head_dim=64, kv_heads=1)
+    ),
+    "sums of half a row": paged("l[i] += __shfl_xor_sync(FULL_WARP, l[i], 2);", "", DECODE),
+    "heads of the wrong group": paged("head + r % GQA) * HEAD", "head + r / GQA) * HEAD", PREFILL),
+    "values of the first head": paged("v + (s64)kv_head * HEAD_DIM,", "v,", DECODE),
+    "keys lost between splits": paged("BN - 1) / BN + splits - 1) / splits", "BN - 1) / BN) / splits", SPLIT),
+    "empty splits are read": paged("if (l == 0.f) continue;", "", SPLIT),
+    "splits joined unscaled": paged("* rest + x.x * mine", "* rest + x.x", SPLIT),
+    "int8: no scale of keys": paged("x *= reinterpret_cast<const float*>(keys", "x *= 1.f + 0.f * (keys", INT8),
+    "int8: keys' scales for values": paged("[BN + warp_n * KEYS", "[warp_n * KEYS", INT8),
+    "int8: queries in plain order": paged("pair % 2 * 4 + pair % 8 / 2;", "pair % 8;", INT8),
+    "int8: even and odd swapped": paged("p[half], even);", "p[half], odd);", INT8),
+    "int8: biased wrongly": paged("8388736.f", "8388735.f", INT8),
+}  # fmt: skip
+DEFAULT = [name for name, bug in BUGS.items() if bug.source != "paged_attn.cu"] + [
+    "no barrier before probabilities", "mma: halves of b swapped", "a token sees the next",
+    "int8: queries in plain order",
+]  # fmt: skip
+
+
+def assert_caught(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile the source with the bug and see its check fail."""
+    text = compiling.expand(bug.source)
+    assert bug.old in text, "the source has changed: seed the bug anew"
+    torch.manual_seed(1)
+    monkeypatch.setattr(compiling, "expand", lambda name: text.replace(bug.old, bug.new))
+    with pytest.raises((AssertionError, KernelFaultError, UnsupportedError)):
+        bug.check()
+
+
+def test_there_are_enough_bugs() -> None:
+    """At least 25, and none does nothing."""
+    assert len(BUGS) >= 25 and all(bug.old != bug.new for bug in BUGS.values())
+
+
+@pytest.mark.parametrize("name", DEFAULT)
+def test_bugs_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of them, in every run."""
+    assert_caught(BUGS[name], monkeypatch)
+
+
+@pytest.mark.kernels_full
+@pytest.mark.parametrize("name", [name for name in BUGS if name not in DEFAULT])
+def test_all_bugs_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest."""
+    assert_caught(BUGS[name], monkeypatch)
+
+
+@pytest.mark.kernels_full
+@pytest.mark.parametrize("check", sorted({bug.check for bug in BUGS.values()}, key=id))
+def test_without_a_bug_the_checks_pass(check: Callable[[], None]) -> None:
+    """What the bugs fail is passed by the sources as they are."""
+    torch.manual_seed(1)
+    check()
