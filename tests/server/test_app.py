@@ -125,6 +125,13 @@ async def test_request_ids_are_echoed_and_made(app: ServerApp) -> None:
         assert answer.headers["x-request-id"].startswith("req-")
 
 
+async def test_each_request_is_one_log_line(app: ServerApp, caplog: pytest.LogCaptureFixture) -> None:
+    """The log has a line per request with its id, in words of ours: nothing a client sends can forge another line."""
+    caplog.set_level("INFO", "trio_llm.server.app")
+    await ask(app, "GET", "/x\nforged", headers={"x-request-id": "mine"})
+    assert [record.message for record in caplog.records] == ["GET unmatched 404, request mine"]
+
+
 async def test_unknown_fields_are_answered_with_a_warning(app: ServerApp) -> None:
     """A field nobody knows changes nothing, but is named in a Warning header, in plain characters."""
     extra = {"frobnicate": 1, "évil\r\nX: 1": 2, "stream_options": None}

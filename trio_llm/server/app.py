@@ -167,6 +167,8 @@ def _finish_responses(app: ServerApp, registry: CollectorRegistry) -> None:
         handler = request.url_rule.rule if request.url_rule is not None else "unmatched"
         method = request.method if request.method in _METHODS else "other"
         counter.labels(handler, method, str(response.status_code)).inc()
+        request_id = response.headers["x-request-id"]
+        logger.info("%s %s %d, request %s", method, handler, response.status_code, request_id)
         return response
 
 
