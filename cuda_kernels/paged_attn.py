@@ -60,8 +60,10 @@ def choose_tile(packed_rows: int, head_dim: int, device: Device, *, int8: bool) 
         rows, keys, warps_n = (16 if packed_rows <= 16 else 32), 32, 4
     elif packed_rows <= 16:
         rows, keys, warps_n = 16, (32 if head_dim == 256 else 64), 4
-    elif packed_rows <= 64 or head_dim == 256:
-        rows, keys, warps_n = 64, (32 if head_dim == 256 else 64), 1
+    elif head_dim == 256:
+        rows, keys, warps_n = 64, 32, (2 if int8 else 1)  # int8 in one warp's registers spills on sm_100
+    elif packed_rows <= 64:
+        rows, keys, warps_n = 64, 64, 1
     else:
         rows, keys, warps_n = 128, 64, 1
     two = Tile(rows, keys, warps_n, stages=2)

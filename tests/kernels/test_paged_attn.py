@@ -16,6 +16,7 @@ CASES = [
     Case(kv_heads=1, group=1, sequences=((40, 40), (3, 90)), softcap=5.0),
     Case(head_dim=256, group=2, kv_heads=1, sequences=((1, 70),), window=33, block_size=32),
     Case(head_dim=256, group=8, kv_heads=1, sequences=((9, 50),), window=20),
+    Case(head_dim=256, group=2, kv_heads=1, sequences=((9, 40),), int8=True),
     Case(head_dim=512, group=4, kv_heads=1, sequences=((1, 40), (1, 33))),
     Case(head_dim=512, group=8, kv_heads=1, sequences=((5, 37),), padding=64),
     Case(int8=True, sequences=((1, 100), (1, 31)), splits=2, padding=128),
