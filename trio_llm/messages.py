@@ -257,6 +257,7 @@ class StepResult:
         embeddings: request_id -> the finished vector.
         failed: request_id -> why this row alone failed (for example logits that are not finite).
         seconds: Time in the model and the sampler, measured by the runner.
+        expert_tokens: Tokens that each expert was given, added up over the layers; None for a model without experts.
     """
 
     step: int
@@ -266,6 +267,7 @@ class StepResult:
     embeddings: Mapping[int, tuple[float, ...]] | None = None
     failed: Mapping[int, str] = attrs.field(factory=dict[int, str])
     seconds: float = 0.0
+    expert_tokens: tuple[int, ...] | None = None
 
 
 # --- scheduler -> client -----------------------------------------------------------------------------------------
@@ -342,6 +344,7 @@ class StepStats:
         num_prefill_tokens: Tokens computed in rows that were not decodes; after a preemption some for the second time.
         num_generated_tokens: Tokens that were sampled and kept.
         num_running, num_waiting: Sequences after the step.
+        expert_tokens: As in StepResult.
     """
 
     step: int
@@ -354,6 +357,7 @@ class StepStats:
     num_waiting: int
     num_preempted: int
     blocks: BlockStats
+    expert_tokens: tuple[int, ...] | None = None
 
 
 @attrs.frozen

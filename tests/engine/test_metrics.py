@@ -3,7 +3,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import attrs
 import pytest
+import trio
 from trio.testing import MockClock
 
 from tests.engine.fakes import StubRunner, open_stub
@@ -11,7 +13,7 @@ from trio_llm.engine import Engine, open_samples
 from trio_llm.engine.messages import Rejected
 from trio_llm.engine.metrics import Metrics
 from trio_llm.errors import OverloadedError, RequestFailedError
-from trio_llm.messages import PoolingParams, SamplingParams
+from trio_llm.messages import KVGroup, PoolingParams, SamplingParams, StepPlan, StepResult
 
 LABELS = {"model_name": "stub", "engine": "0"}
 
@@ -107,6 +109,56 @@ async def test_an_abort_leaves_the_gauges_at_zero() -> None:
         assert value(engine, "num_requests_running") == value(engine, "num_requests_waiting") == 0
         assert value(engine, "request_success_total", finished_reason="abort") == 1
         assert value(engine, "request_success_total", finished_reason="stop") == 1
+
+
+class SparseStub(StubRunner):
+    """Gives every token to expert 0, and to expert 1 as well."""
+
+    def step(self, plan: StepPlan) -> StepResult:
+        tokens = sum(plan.counts)
+        return attrs.evolve(super().step(plan), expert_tokens=(tokens, tokens, 0))
+
+
+async def test_expert_load_is_exported_per_expert() -> None:
+    """A sparse model's experts are one series each, which adds up every token computed, retried steps included."""
+    runner = SparseStub(hook=lambda plan: 1 / 0 if 50 in plan.token_ids else None)
+    async with open_stub(runner, enable_prefix_caching=False) as engine:
+        bad = engine.open_stream([50, 50], SamplingParams(temperature=0))
+        await finish(engine, range(10), SamplingParams(temperature=0, max_tokens=4))
+        with pytest.raises(RequestFailedError):
+            await bad.collect()
+        await finish(engine, range(7), SamplingParams(temperature=0, max_tokens=1))
+        await engine.render_metrics()
+        tokens = [
+            engine.registry.get_sample_value("trio_llm:expert_tokens_total", {**LABELS, "expert": expert})
+            for expert in "0123"
+        ]
+    assert tokens == [20, 20, 0, None]
+
+
+async def test_bytes_are_exported_per_group() -> None:
+    """Each KV group's gauge is the bytes of the blocks that sequences own in it, and back at 0 afterwards."""
+    runner = StubRunner()
+    groups = (KVGroup((0,), 16), KVGroup((1,), 16, 16))
+    runner.info = attrs.evolve(runner.info, kv_groups=groups, block_bytes=100)
+    seen: list[tuple[float | None, ...]] = []
+    async with open_stub(runner, long_prefill_token_threshold=16) as engine:
+
+        async def look() -> None:
+            await engine.render_metrics()
+            name = "trio_llm:kv_cache_used_bytes"
+            values = [engine.registry.get_sample_value(name, {**LABELS, "group": group}) for group in "01"]
+            seen.append(tuple(values))
+
+        async with engine.open_stream([7] * 100, SamplingParams(temperature=0, max_tokens=60)) as stream:
+            async for _ in stream:
+                await look()
+        await engine.wait_idle()
+        await trio.testing.wait_all_tasks_blocked()
+        await look()
+    assert max(full for full, _ in seen if full) == 1000
+    assert max(window for _, window in seen if window) <= 300
+    assert seen[-1] == (0, 0)
 
 
 async def test_reports_without_room_are_counted() -> None:

@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from tests.model.families import make_oracle, save
 from trio_llm.config import EngineConfig
+from trio_llm.core.block_math import max_live_blocks
 from trio_llm.errors import ConfigError, UnsupportedError
 from trio_llm.messages import Admission, SamplingParams, StepPlan
 from trio_llm.model import load
 from trio_llm.model.load import load_runner
+from trio_llm.model.loader import inspect_model
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -128,3 +131,25 @@ def test_threads_are_limited_by_the_control_group(
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     load_runner(settings(directory, num_kv_blocks=4)).close()
     assert len(asked) <= 1
+
+
+def test_the_table_says_what_a_sequence_takes_of_each_group(directory: Path) -> None:
+    """Per group: padding, and the bytes of the longest sequence, which in a window do not depend on its length."""
+    values = {**CONFIG, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
+    (directory / "config.json").write_text(json.dumps(values))
+    runner = load_runner(settings(directory, num_kv_blocks=10, block_size=4, long_prefill_token_threshold=5))
+    lines = [line for line in runner.budget.render().splitlines() if "group" in line]
+    most = [max_live_blocks(256, group, 5) * runner.info.block_bytes for group in runner.info.kv_groups]
+    assert [group.window for group in runner.info.kv_groups] == [None, None, 8]
+    assert all(f"at most {count:,} bytes a sequence" in line for line, count in zip(lines, most, strict=True))
+    assert most[2] == 4 * runner.info.block_bytes
+
+
+def test_left_out_towers_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Loading a multimodal checkpoint logs which towers were left out, and how many tensors of each."""
+    save(make_oracle("gemma4-wrapper"), tmp_path)
+    with caplog.at_level("INFO"):
+        load_runner(EngineConfig(model=str(tmp_path), num_kv_blocks=4)).close()
+    told = [record.getMessage() for record in caplog.records]
+    for tower, count in inspect_model(EngineConfig(model=str(tmp_path))).skipped.items():
+        assert any(f"left out {count} tensors of {tower}" in message for message in told)

@@ -192,3 +192,19 @@ def test_rows_are_given_back(runner_of: Callable[..., Runner]) -> None:
         assert len(token_ids) == 1
     with pytest.raises(AssertionError, match="max_batch_size"):
         runner.step(StepPlan(3, (), (Admission(3, (7,), 1, GREEDY),), (3,), (0,), (1,), (7,), (True,), ((),)))
+
+
+@pytest.mark.parametrize(("name", "per_token"), [("mixtral", 3 * 2), ("gemma4-26b", 6 * 3), ("qwen3", None)])
+def test_steps_tell_what_experts_were_given(
+    golden: Callable[[str], Golden], runner_of: Callable[..., Runner], name: str, per_token: int | None
+) -> None:
+    """Every step reports its own tokens per expert, layers and chosen experts added up; dense models report none."""
+    runner = runner_of(name)
+    prompt = tuple(golden(name).prompts[0])
+    for step, count in enumerate((len(prompt), 5)):
+        blocks = (((0, tuple(range(1, 13))),) * len(runner.info.kv_groups),)
+        admitted = (Admission(step, prompt[:count], count, GREEDY),)
+        dropped = tuple(runner._rows._row_of)
+        plan = StepPlan(step, dropped, admitted, (step,), (0,), (count,), prompt[:count], (True,), blocks)
+        tokens = runner.step(plan).expert_tokens
+        assert (tokens and sum(tokens)) == (per_token and per_token * count)

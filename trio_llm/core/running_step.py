@@ -64,4 +64,5 @@ class RunningStep:
             num_waiting,
             len(self.grant.preempted),
             self.grant.stats,
+            result.expert_tokens,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import count
+from itertools import count as count_up
 
 import trio
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -129,6 +129,13 @@ class Metrics:
         self._model_s = histogram("trio_llm:step_model_seconds", "A step's time in model and sampler.", _TOKEN_S)
         self._own_s = histogram("trio_llm:step_own_seconds", "Time from result to result outside the model.", _OWN_S)
         self._dropped = counter("trio_llm:dropped_reports", "Reports that metrics had no room for.")
+        self._expert_tokens = Counter(
+            "trio_llm:expert_tokens",
+            "Tokens given to each expert, over all layers.",
+            [*self._labels, "expert"],
+            registry=self.registry,
+        )
+        self._by_expert: list[Counter] = []  # as many as the model has; the first step tells
         used = Gauge(
             "trio_llm:kv_cache_used_bytes",
             "Bytes of KV blocks that sequences own.",
@@ -171,12 +178,20 @@ class Metrics:
         # As vLLM counts: cached prompt tokens too, in the step that found them.
         self._step_tokens.observe(stats.num_prefill_tokens + stats.blocks.hit_tokens + stats.num_generated_tokens)
         self._model_s.observe(stats.seconds)
+        if stats.expert_tokens is not None:
+            self._record_experts(stats.expert_tokens)
         if report.own_s is not None:
             self._own_s.observe(report.own_s)
         for seconds in report.first_token_s:
             self._first_token.observe(seconds)
         for seconds in report.inter_token_s:
             self._inter_token.observe(seconds)
+
+    def _record_experts(self, tokens: Sequence[int]) -> None:
+        for expert in range(len(self._by_expert), len(tokens)):
+            self._by_expert.append(self._expert_tokens.labels(**self._labels, expert=str(expert)))
+        for counter, count in zip(self._by_expert, tokens, strict=True):
+            counter.inc(count)
 
     def _record_gauges(self, num_running: int, num_waiting: int, blocks: BlockStats | None) -> None:
         self._running.set(num_running)
@@ -209,7 +224,7 @@ class Metrics:
 
 
 def _one_two_five(largest: int) -> Iterator[int]:
-    for exponent in count():
+    for exponent in count_up():
         for digit in (1, 2, 5):
             if (bucket := digit * 10**exponent) > largest:
                 return

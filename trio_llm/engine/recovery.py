@@ -80,7 +80,13 @@ def _joined(plan: StepPlan, parts: Sequence[StepResult]) -> StepResult:
         embeddings=_merged(part.embeddings for part in parts),
         failed=_merged(part.failed for part in parts) or {},
         seconds=sum(part.seconds for part in parts),
+        expert_tokens=_summed(part.expert_tokens for part in parts),
     )
+
+
+def _summed(columns: Iterable[tuple[int, ...] | None]) -> tuple[int, ...] | None:
+    counted = [column for column in columns if column is not None]
+    return tuple(map(sum, zip(*counted, strict=True))) or None
 
 
 def _merged(parts: Iterable[Mapping[K, V] | None]) -> dict[K, V] | None:

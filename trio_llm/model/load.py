@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from trio_llm.messages import ModelInfo, Progress
 from trio_llm.model.loader import ModelPlan, inspect_model, load_model
 from trio_llm.model.memory import available_bytes, control_groups, make_budget
 from trio_llm.model.runner import Runner
+
+_log = logging.getLogger(__name__)
 
 
 def load_runner(config: EngineConfig, report: Callable[[Progress], None] | None = None) -> Runner:
@@ -35,6 +38,8 @@ def load_runner(config: EngineConfig, report: Callable[[Progress], None] | None 
     budget = make_budget(plan, config, available_bytes())
     info = attrs.evolve(info, memory_table=budget.render())
     _limit_threads()
+    for tower, count in plan.skipped.items():
+        _log.info("%s: left out %d tensors of %s: only the language model is served", plan.directory.name, count, tower)
     loaded = load_model(config, plan.dtype, device, report)
     return Runner(loaded.model, loaded.kv_layout, info, budget, max_batch_size=config.max_batch_size, device=device)
 

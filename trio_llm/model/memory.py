@@ -27,6 +27,7 @@ class MemoryBudget:
     Attributes:
         kv_bytes: The pool, padding included.
         group_bytes: Per KV group, what a block of it really holds; the rest of block_bytes is padding.
+        sequence_bytes: Per KV group, the most that one sequence of the longest context ever owns.
         workspace_bytes: Activations and logits of the largest step, estimated.
         available_bytes: What could be had when the budget was made.
     """
@@ -36,6 +37,7 @@ class MemoryBudget:
     block_bytes: int
     groups: tuple[KVGroup, ...]
     group_bytes: tuple[int, ...]
+    sequence_bytes: tuple[int, ...]
     workspace_bytes: int
     available_bytes: int
 
@@ -53,11 +55,12 @@ class MemoryBudget:
             _line("weights", self.weight_bytes, ""),
             _line("KV cache", self.kv_bytes, f"{self.num_kv_blocks} blocks of {self.block_bytes:,} bytes"),
         ]
-        for index, (group, used) in enumerate(zip(self.groups, self.group_bytes, strict=True)):
+        columns = zip(self.groups, self.group_bytes, self.sequence_bytes, strict=True)
+        for index, (group, used, most) in enumerate(columns):
             sees = "all tokens" if group.window is None else f"a window of {group.window}"
             lines.append(
                 f"  group {index}: {len(group.layers)} layers, {sees}, {group.block_size} tokens a block, "
-                f"{self.block_bytes - used:,} bytes of it padding"
+                f"{self.block_bytes - used:,} bytes of it padding, at most {most:,} bytes a sequence"
             )
         lines.append(_line("workspace", self.workspace_bytes, "estimated"))
         lines.append(_line("total", self.total_bytes, f"of {self.available_bytes / GIB:.2f} GiB available"))
@@ -81,12 +84,26 @@ def make_budget(plan: ModelPlan, config: EngineConfig, available_bytes: int) -> 
         block_bytes=layout.block_bytes,
         groups=layout.groups,
         group_bytes=tuple(layout.used_bytes(group) for group in range(len(layout.groups))),
+        sequence_bytes=tuple(_most_blocks(group, plan, config) * layout.block_bytes for group in layout.groups),
         workspace_bytes=_workspace_bytes(plan, layout, config),
         available_bytes=available_bytes,
     )
     if budget.total_bytes > available_bytes:
         raise _refusal(budget, config)
     return budget
+
+
+def _most_blocks(group: KVGroup, plan: ModelPlan, config: EngineConfig) -> int:
+    """Return the blocks that the longest sequence owns at the worst moment: in a window, those of one step's chunk too.
+
+    A window that begins inside a block takes one more.
+    """
+    longest = config.max_model_len or plan.max_model_len
+    if group.window is None:
+        return -(-longest // group.block_size)
+    chunk = config.long_prefill_token_threshold or config.max_num_batched_tokens
+    seen = group.window - 1 + chunk
+    return min(-(-longest // group.block_size), -(-seen // group.block_size) + 1)
 
 
 def _workspace_bytes(plan: ModelPlan, layout: KVLayout, config: EngineConfig) -> int:

@@ -10,6 +10,7 @@ Letters: B rows of this step, S its tokens, R rows sampled in it, H hidden size,
 from __future__ import annotations
 
 from collections.abc import Set as AbstractSet
+from operator import sub
 from time import perf_counter
 
 import numpy as np
@@ -57,6 +58,7 @@ class Runner:
         self._sampler = Sampler(info.vocab_size, device)
         self._pooler = Pooler()
         self._scorer = PromptScorer(info.vocab_size, model.logits)
+        self._expert_tokens = _expert_tokens(model)
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> StepResult:
@@ -76,11 +78,17 @@ class Runner:
         sampled = np.setdiff1d(np.flatnonzero(batch.samples), pooled) if pooled else np.flatnonzero(batch.samples)
         token_ids, logprobs = self._sample(plan, batch, sampled, hidden, failed)
         seconds = perf_counter() - began
-        return StepResult(plan.step, token_ids, logprobs, prompt_logprobs, embeddings, failed, seconds)
+        experts = self._count_experts()
+        return StepResult(plan.step, token_ids, logprobs, prompt_logprobs, embeddings, failed, seconds, experts)
 
     def close(self) -> None:
         """Free the model and the pool; the runner is of no use afterwards."""
         del self._model, self._kv, self._scorer, self._sampler, self._rows, self._sampling, self._pooler
+
+    def _count_experts(self) -> tuple[int, ...] | None:
+        """Return what each expert was given since the last time; a step that raised counts in the next."""
+        before, self._expert_tokens = self._expert_tokens, _expert_tokens(self._model)
+        return tuple(map(sub, self._expert_tokens, before)) or None
 
     def _admit(self, admission: Admission) -> None:
         row = self._rows.admit(admission.request_id)
@@ -159,6 +167,12 @@ class Runner:
         for i, entry in zip(at.tolist(), sampled.logprobs, strict=True):
             logprobs[i] = None if entry is None else (entry,)
         return tuple(token_ids), tuple(logprobs)
+
+
+def _expert_tokens(model: Model) -> list[int]:
+    """Return what each expert was given so far, over all layers; nothing without experts."""
+    load = model.expert_load()
+    return [] if load is None else load.sum(0).tolist()
 
 
 def _positions_of(wanted: AbstractSet[int], rows: NDArray[np.intp]) -> list[int]:
