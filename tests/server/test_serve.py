@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from quart_trio import QuartTrio
 from trio.testing import wait_all_tasks_blocked
 
 from tests.server.helpers import exchange, http, read_response, read_to_end, running
-from trio_llm.server.connection import ConnectionLimits
+from trio_llm.server.connection import ConnectionLimits, _detect_dead_peers
 from trio_llm.server.edge import LIFETIME, Edge
 
 CHUNK = b"x" * 10_000
@@ -240,21 +241,55 @@ async def test_a_client_that_leaves_cancels_its_handler(probe: Probe, leaving: s
         await probe.cancelled.wait()
 
 
-async def test_pipelined_requests_are_answered_in_order(probe: Probe) -> None:
-    """Requests sent before the first answer are kept and answered one after the other."""
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_pipelined_requests_are_answered_in_order(probe: Probe, at_once: bool) -> None:
+    """Requests sent before the first answer, together or one after the other, are kept and answered in order."""
+    parts = [http("POST", "/wait", b"{}"), http("GET", "/hello"), http("POST", "/echo", b"12", "Connection: close")]
     async with running(probe.edge) as server:
         stream = await server.connect()
-        await stream.send_all(
-            http("POST", "/wait", b"{}") + http("GET", "/hello") + http("POST", "/echo", b"12", "Connection: close")
-        )
-        await wait_all_tasks_blocked(0.01)
+        for part in [b"".join(parts)] if at_once else parts:
+            await stream.send_all(part)
+            await probe.started.wait()
+            await wait_all_tasks_blocked(0.01)
         probe.release.set()
         answers = await read_to_end(stream)
         assert answers.index(b"released") < answers.index(b"hello") < answers.index(b'"bytes":2')
 
 
-async def test_a_client_that_does_not_read_is_dropped(probe: Probe) -> None:
-    """L2: a stream nobody reads ends after the write timeout; hypercorn waits for ever."""
+async def test_a_request_may_take_longer_than_its_head(probe: Probe, mock_clock: trio.testing.MockClock) -> None:
+    """The time for a head ends with the head: a request that is being answered has no such limit."""
+    async with running(probe.edge) as server:
+        stream = await server.connect()
+        await stream.send_all(http("POST", "/wait", b"{}"))
+        await probe.started.wait()
+        mock_clock.jump(3600)
+        await wait_all_tasks_blocked(0.01)
+        probe.release.set()
+        assert (await read_response(stream))[0] == 200
+
+
+@pytest.mark.parametrize("name", ["websocket", "websocket, bad", "h2c", "h2c, bad"])
+async def test_upgrades_are_not_taken(probe: Probe, name: str) -> None:
+    """L14: a request that offers to switch to WebSocket or h2c is answered as the HTTP/1.1 request that it is."""
+    async with running(probe.edge) as server:
+        stream = await server.connect()
+        await stream.send_all(HOSTILE[name][0])
+        status, _, body = await read_response(stream)
+        assert (status, body) == (200, b"hello")
+
+
+async def test_peers_that_vanish_are_looked_for(probe: Probe) -> None:
+    """A peer that disappears without a word is given up by the kernel: keep-alive probes and a limit on unread data."""
+    listener = (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0]
+    async with listener, await trio.testing.open_stream_to_socket_listener(listener) as stream:
+        _detect_dead_peers(stream.socket, 30.0)
+        assert stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
+
+
+async def test_a_client_that_does_not_read_is_dropped(probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """L2: a stream nobody reads ends after the write timeout, also where the kernel knows none; hypercorn waits on."""
+    monkeypatch.setattr("trio_llm.server.connection._detect_dead_peers", lambda sock, timeout_s: None)
     async with running(probe.edge, limits=ConnectionLimits(write_timeout_s=0.1)) as server:
         stream = await server.connect(receive_buffer_bytes=4096)
         await stream.send_all(http("POST", "/endless", b"{}"))
