@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import attrs
@@ -44,6 +44,28 @@ class Head:
             "system_fingerprint": FINGERPRINT,
             "choices": list(choices),
         }
+
+
+@attrs.frozen(kw_only=True)
+class Caller:
+    """Who asks, apart from what: an HTTP request, or a line of a batch.
+
+    Attributes:
+        lifetime: Streams opened for the caller end with it.
+        key_id: Its API key, None without one.
+        warn: Tells it something beside the answer; plain characters only.
+        background: Its requests wait behind everybody else's.
+    """
+
+    lifetime: Lifetime
+    key_id: str | None
+    warn: Callable[[str], None]
+    background: bool = False
+
+    @classmethod
+    def current(cls) -> Caller:
+        """Return the caller of the current HTTP request."""
+        return cls(lifetime=cast(Any, request.scope)[LIFETIME], key_id=g.get("key_id"), warn=warn)
 
 
 class UsageCounter:
@@ -100,24 +122,32 @@ class AnswerFormat(sse.ChunkFormat, Protocol):
 
 
 async def submit(
-    services: Services, body: GenerationBody, prompts: Sequence[Sequence[int]], params: SamplingParams
+    services: Services,
+    caller: Caller,
+    body: GenerationBody,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
 ) -> list[Stream]:
-    """Submit all samples of all prompts; they are aborted when the current HTTP request ends, however it ends."""
+    """Submit all samples of all prompts; they are aborted when the caller's request ends, however it ends."""
     if body.temperature is not None and body.temperature < params.temperature:
-        warn(f"temperature raised to {params.temperature}")
-    salt = services.cache_scope(g.get("key_id"), body.cache_salt)
-    return await services.open_streams(_lifetime(), prompts, params, priority=body.priority or 0, salt=salt)
+        caller.warn(f"temperature raised to {params.temperature}")
+    return await services.open_streams(
+        caller.lifetime,
+        prompts,
+        params,
+        priority=body.priority or 0,
+        salt=services.cache_scope(caller.key_id, body.cache_salt),
+        background=caller.background,
+    )
 
 
-async def answer(body: GenerationBody, streams: Sequence[Stream], form: AnswerFormat) -> Response | dict[str, Any]:
-    """Answer the current HTTP request whole, or as a stream once its first token exists."""
+async def answer(
+    caller: Caller, body: GenerationBody, streams: Sequence[Stream], form: AnswerFormat
+) -> Response | dict[str, Any]:
+    """Answer whole, or as a stream once its first token exists."""
     if not body.stream:
         # One after the other: the engine waits for no reader, and what is not read yet is merged.
         return form.answer([await stream.collect() for stream in streams])
-    feed = sse.DeltaFeed(streams, _lifetime())
+    feed = sse.DeltaFeed(streams, caller.lifetime)
     first = await feed.next()
     return Response(sse.event_stream(feed, first, form), headers=sse.HEADERS)
-
-
-def _lifetime() -> Lifetime:
-    return cast(Any, request.scope)[LIFETIME]
