@@ -11,7 +11,7 @@ import trio.testing
 
 from tests.server.helpers import Answer, ask
 from tests.server.stub import LETTERS, TOKENIZER, GatedWorker, StubRunner, continuation, open_stub
-from trio_llm.config import AuthConfig, Config
+from trio_llm.config import AuthConfig, Config, EngineConfig
 from trio_llm.engine import Engine
 from trio_llm.server.app import ServerApp, create_app
 
@@ -213,6 +213,13 @@ async def test_a_raised_temperature_is_said(app: ServerApp) -> None:
     """A temperature that is raised to the least that works is named in a Warning header."""
     assert "temperature" in (await complete(app, temperature=0.001)).headers["warning"]
     assert "warning" not in (await complete(app, temperature=0.5)).headers
+
+
+async def test_a_priority_that_does_not_count_is_said(engine: Engine) -> None:
+    """Under first come, first served a priority is answered with a warning; under the priority policy it counts."""
+    for policy, warned in (("fcfs", True), ("priority", False)):
+        app = create_app(engine, Config(engine=EngineConfig(scheduling_policy=policy)))
+        assert ("warning" in (await complete(app, priority=-3)).headers) == warned
 
 
 async def test_stop_strings(app: ServerApp) -> None:

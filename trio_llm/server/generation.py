@@ -131,6 +131,8 @@ async def submit(
     """Submit all samples of all prompts; they are aborted when the caller's request ends, however it ends."""
     if body.temperature is not None and body.temperature < params.temperature:
         caller.warn(f"temperature raised to {params.temperature}")
+    if body.priority and services.config.engine.scheduling_policy != "priority":
+        caller.warn("priority counts only with --scheduling-policy priority")
     return await services.open_streams(
         caller.lifetime,
         prompts,
