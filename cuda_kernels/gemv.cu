@@ -31,7 +31,7 @@ DEV void widen(const vec16& v, float* out) {
 DEV float activate(float v) { return GELU ? gelu_tanh(v) : silu(v); }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-    gemv(const io_t* __restrict__ x, const weight_t* __restrict__ weight, const float* __restrict__ scales,
+    gemv(const io_t* __restrict__ x, const weight_t* __restrict__ weight, const io_t* __restrict__ scales,
          const io_t* __restrict__ bias, const io_t* __restrict__ residual, io_t* __restrict__ out, int rows, int n,
          int k, int row_stride) {
   const int lane = threadIdx.x % 32, first = (blockIdx.x * WARPS + threadIdx.x / 32) * OUTPUTS;
@@ -78,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
   if (row >= min(rows, M) || output >= n) return;
 #pragma unroll
   for (int half = 0; half <= GATED; half++) {
-    if (INT8) mine[half] *= scales[output + half * n];
+    if (INT8) mine[half] *= to_float(scales[output + half * n]);
     if (bias) mine[half] += to_float(bias[output + half * n]);
   }
   float y = GATED ? activate(mine[0]) * mine[1] : mine[0];

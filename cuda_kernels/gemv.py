@@ -21,6 +21,8 @@ def supports(x: Tensor, weight: Tensor) -> str | None:
         return f"weights of {weight.dtype}"
     if len(x) > MAX_ROWS:
         return f"{len(x)} rows"
+    if not weight.is_contiguous():
+        return "strided weights"
     if x.shape[1] % (16 if weight.dtype == torch.int8 else 8):
         return f"{x.shape[1]} inputs"
     return None
@@ -39,7 +41,7 @@ def linear(
 
     Args:
         x: [rows, K], at most MAX_ROWS.
-        weight: [N, K] in x's dtype, or int8 with `scale` [N] float32.
+        weight: [N, K] in x's dtype, or int8 with `scale` [N] in x's dtype.
         bias: [N].
         activation: The first half of the N outputs is a gate: act(gate) * up comes out, [rows, N / 2].
         residual: As the result, added last.

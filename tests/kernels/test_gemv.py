@@ -18,7 +18,8 @@ def make(rows: int, n: int, k: int, dtype: torch.dtype, *, int8: bool) -> dict[s
     torch.manual_seed(rows + n + k)
     x = torch.randn(rows, k + 8).to(dtype)[:, :k]
     if int8:
-        return {"x": x, "weight": torch.randint(-127, 128, (n, k), dtype=torch.int8), "scale": torch.rand(n) / 100}
+        weight = torch.randint(-127, 128, (n, k), dtype=torch.int8)
+        return {"x": x, "weight": weight, "scale": (torch.rand(n) / 100).to(dtype)}
     return {"x": x, "weight": (torch.randn(n, k) / 8).to(dtype)}
 
 
@@ -70,4 +71,5 @@ def test_supports_says_why_not() -> None:
     assert gemv.supports(x.float(), weight) == "dtype torch.float32"
     assert gemv.supports(x, weight.half()) == "weights of torch.float16"
     assert gemv.supports(x.repeat(5, 1), weight) == "10 rows"
-    assert gemv.supports(x[:, :24], weight.to(torch.int8)) == "24 inputs"
+    assert gemv.supports(x[:, :32], weight[:, :32]) == "strided weights"
+    assert gemv.supports(x[:, :24], weight[:, :24].to(torch.int8, memory_format=torch.contiguous_format)) == "24 inputs"

@@ -72,7 +72,7 @@ def check_kv_write() -> None:
 def check_gemv() -> None:
     """Multiply three rows by seven int8 outputs of 272 inputs, gated."""
     x, weight = torch.randn(3, 272).bfloat16(), torch.randint(-127, 128, (14, 272), dtype=torch.int8)
-    scale = torch.rand(14) / 100
+    scale = (torch.rand(14) / 100).bfloat16()
     (out,) = simulate(lambda: (gemv.linear(x, weight, scale=scale, activation="silu"),))
     gate, up = (x.double() @ weight.double().T * scale.double()).chunk(2, dim=-1)
     assert_close(out, torch.nn.functional.silu(gate) * up, slack=2)
@@ -117,7 +117,7 @@ BUGS = {
     "values are rotated": Bug("kv_write.cu", "if (!is_value) {", "if (true) {", check_kv_write),
     "an output past the end": Bug("gemv.cu", "|| output >= n) return", ") return", check_gemv),
     "weights past the end": Bug("gemv.cu", "at < k; at +=", "at < k + 32 * STEP; at +=", check_gemv),
-    "the gate's scale for both": Bug("gemv.cu", "scales[output + half * n]", "scales[output]", check_gemv),
+    "the gate's scale for both": Bug("gemv.cu", "scales[output + half * n])", "scales[output])", check_gemv),
     "the last of equals": Bug("sample.cu", "(0xffffffffu - (u32)id)", "(u32)id", check_sample),
     "scratch read too early": Bug(
         "sample.cu", "= v;\n  __syncthreads();\n  v = scratch", "= v;\n  v = scratch", check_sample

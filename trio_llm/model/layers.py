@@ -122,7 +122,7 @@ class GatedMLP:
         self.kind: ops.Activation = kind
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return ops.linear(ops.act_and_mul(ops.linear(hidden, self.gate_up), self.kind), self.down)
+        return ops.linear(ops.gated_linear(hidden, self.gate_up, self.kind), self.down)
 
 
 def make_experts(gate_up: ops.Matrix, down: ops.Matrix, num_experts: int, device: torch.device) -> ops.Experts:

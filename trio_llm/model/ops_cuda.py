@@ -1,0 +1,87 @@
+"""The operations of `ops_torch` by CUDA kernels, and for each of them why a call may not be one for its kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from cuda_kernels import act, gemv, kv_write, norm, paged_attn
+from trio_llm.model.attention import AttentionBatch
+from trio_llm.model.kv_cache import AttentionSpec, LayerKV
+from trio_llm.model.ops_torch import Activation, Dense, Experts, Int8, Matrix, rope_angles
+from trio_llm.model.rope import Rope
+
+
+def linear(x: Tensor, matrix: Matrix) -> Tensor:
+    """See `ops_torch.linear`."""
+    scale = matrix.scale if isinstance(matrix, Int8) else None
+    return gemv.linear(x, matrix.weight, scale=scale, bias=matrix.bias)
+
+
+def gated_linear(x: Tensor, gate_up: Matrix, kind: Activation) -> Tensor:
+    """See `ops.gated_linear`."""
+    scale = gate_up.scale if isinstance(gate_up, Int8) else None
+    return gemv.linear(x, gate_up.weight, scale=scale, bias=gate_up.bias, activation=kind)
+
+
+rms_norm = norm.rms_norm
+add_rms_norm = norm.add_rms_norm
+act_and_mul = act.act_and_mul
+
+
+def write_kv(
+    qkv: Tensor,
+    batch: AttentionBatch,
+    kv: LayerKV,
+    spec: AttentionSpec,
+    rope: Rope,
+    *,
+    qk_norm: Tensor | None,
+    v_norm: bool,
+    eps: float,
+) -> Tensor:
+    """See `ops_torch.write_kv`."""
+    cos, sin = (angle[:, 0] for angle in rope_angles(batch, rope))
+    return kv_write.write_kv(
+        qkv, cos, sin, batch.slots[kv.group], kv.k, kv.v, kv.k_scale, kv.v_scale,
+        num_heads=spec.num_heads, qk_norm=qk_norm, v_norm=v_norm, eps=eps,
+    )  # fmt: skip
+
+
+def paged_attention(q: Tensor, batch: AttentionBatch, kv: LayerKV, spec: AttentionSpec) -> Tensor:
+    """See `attention_torch.paged_attention`."""
+    attended = paged_attn.paged_attention(
+        q, kv.k, kv.v, kv.k_scale, kv.v_scale, batch.tables[kv.group], batch.context_lens, batch.cu_q,
+        block_size=_block_size(batch, kv), max_q=max(batch.counts),
+        max_context=max(start + count for start, count in zip(batch.starts, batch.counts, strict=True)),
+        scale=spec.scale, window=spec.window, softcap=spec.softcap,
+    )  # fmt: skip
+    return attended.flatten(1)
+
+
+def _block_size(batch: AttentionBatch, kv: LayerKV) -> int:
+    return batch.layout.groups[kv.group].block_size
+
+
+def _gemv(x: Tensor, matrix: Matrix) -> str | None:
+    if isinstance(matrix, Dense) and len(x) > gemv.MAX_ROWS:
+        return "many rows (cuBLAS is faster)"
+    return gemv.supports(x, matrix.weight)
+
+
+def _moe(_x: Tensor, _experts: Experts) -> str:
+    return "experts: there is no kernel yet"
+
+
+# Operation -> why these arguments are not for its kernel; None where they are.
+WHY_NOT: Mapping[str, Callable[..., str | None]] = {
+    "linear": _gemv,
+    "gated_linear": _gemv,
+    "rms_norm": norm.supports,
+    "add_rms_norm": norm.supports,
+    "act_and_mul": act.supports,
+    "write_kv": lambda qkv, kv: kv_write.supports(qkv, kv.k),
+    "paged_attention": lambda q, batch, kv: paged_attn.supports(q, kv.k, _block_size(batch, kv)),
+    "moe": _moe,
+}
