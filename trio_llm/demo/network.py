@@ -142,9 +142,12 @@ class Network(nn.Module):
                 fan_in = (1 / parameter.shape[1]) ** 0.5 * (0.5 if branch_end else 1)
                 nn.init.normal_(parameter, std=0.02 if "embed" in name else fan_in)
 
-    def forward(self, token_ids: Tensor) -> Tensor:
+    def forward(self, token_ids: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """Return logits [B, S, V], or only those of the `wanted` positions (bool [B, S]) as [R, V]."""
         x = self.model.embed_tokens(token_ids)
         cos, sin = self.cos[: token_ids.shape[1]], self.sin[: token_ids.shape[1]]
         for layer in self.model.layers:
             x = layer(x, cos, sin)
+        if wanted is not None:
+            x = x[wanted]
         return F.linear(self.model.norm(x), self.model.embed_tokens.weight)

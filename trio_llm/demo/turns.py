@@ -183,7 +183,17 @@ def unknown(random: Random) -> list[Turn]:
     return [(casually(random, question), words.UNKNOWN)]
 
 
+# How often each occurs: what is hard to learn more often.
 EXCHANGES: dict[Callable[[Random], list[Turn]], int] = {
-    capital: 20, arithmetic: 18, count: 7, recall: 9, colour_recall: 8, tell_story: 5, make_json: 10, repeat: 10,
-    fact: 4, small_talk: 6, unknown: 3,
-}  # fmt: skip
+    capital: 10,
+    arithmetic: 16,
+    count: 10,
+    recall: 8,
+    colour_recall: 14,
+    tell_story: 4,
+    make_json: 10,
+    repeat: 20,
+    fact: 4,
+    small_talk: 6,
+    unknown: 3,
+}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from trio_llm.messages import BlockAsk, BlockGrant, Commit, Finished, StepPlan, StepResult, Tokens
+from trio_llm.messages import BlockAsk, BlockGrant, Commit, Finished, Started, StepPlan, StepResult, Tokens
 
 _CELL = "padding:2px 10px;text-align:left;border-bottom:1px solid rgba(128,128,128,.3)"
 
@@ -33,12 +33,12 @@ def _short(value: object) -> str:
 def ask_table(ask: BlockAsk) -> str:
     """Show what the scheduler wants: running rows first, then who waits."""
     rows: list[tuple[object, ...]] = [
-        (request_id, "running", f"{computed} → {end}", new)
+        (request_id, "running", f"{computed} → {end}", ", ".join(map(str, new)))
         for request_id, computed, end, new in zip(
             ask.request_ids, ask.computed, ask.ends, ask.new_token_ids, strict=True
         )
     ]
-    rows += [(request_id, "waiting", "", ()) for request_id in ask.waiting]
+    rows += [(request_id, "waiting", "", "") for request_id in ask.waiting]
     told = [f"token budget {ask.token_budget}"]
     if ask.admits:
         told.append("new: " + ", ".join(f"request {a.request_id} ({len(a.token_ids)} tokens)" for a in ask.admits))
@@ -103,6 +103,8 @@ def commit_table(commit: Commit) -> str:
         what: object = event
         if isinstance(event, Tokens):
             what = f"token {', '.join(map(str, event.token_ids))}"
+        elif isinstance(event, Started):
+            what = f"{event.cached_tokens} tokens of the prompt were cached"
         elif isinstance(event, Finished):
             what = f"finished: {event.reason}, {event.usage.prompt_tokens} + {event.usage.completion_tokens} tokens"
         rows.append((request_id, type(event).__name__, what))

@@ -107,28 +107,35 @@ def moments_of(traces: Sequence[StepTrace]) -> list[Moment]:
 
 
 def draw_timeline(moments: Sequence[Moment], title: str = "Requests by step") -> Picture:
-    """Draw one row per request and one column per step; hover over a cell for its tokens."""
+    """Draw one row per request and one column per step that computed something; hover over a cell for its tokens."""
+    moments = [moment for moment in moments if moment.cells]
     request_ids = sorted({request_id for moment in moments for request_id in moment.cells})
-    step_wide = max(7.0, min(54.0, (WIDEST - LEFT) / max(1, len(moments))))
-    parts = [text(MARGIN, 26, title, "title")]
+    wide = _column_width(moments)
     top = 58
-    every = max(1, round(26 / step_wide))
-    for at, moment in enumerate(moments):
-        if at % every == 0:
-            parts.append(
-                text(LEFT + (at + 0.5) * step_wide, top - 8, str(moment.step), "muted", size=10, anchor="middle")
-            )
-    parts.append(text(MARGIN, top - 8, "step", "muted", size=10))
+    parts = [text(MARGIN, 26, title, "title"), text(MARGIN, top - 8, "step", "muted", size=10)]
+    parts += _step_numbers(moments, wide, top - 8)
     for row, request_id in enumerate(request_ids):
         y = top + row * ROW
         parts.append(rect(MARGIN, y + 6, 12, 12, fill=colour(request_id), radius=3))
         parts.append(text(MARGIN + 18, y + 16, f"request {request_id}", size=11))
         for at, moment in enumerate(moments):
             if request_id in moment.cells:
-                parts.append(_cell(LEFT + at * step_wide, y, step_wide - 2, request_id, moment.cells[request_id]))
+                parts.append(_cell(LEFT + at * wide, y, wide - 2, request_id, moment.cells[request_id]))
     y = top + len(request_ids) * ROW + 20
     key, right = legend(MARGIN, y, _legend())
-    return Picture(title, max(LEFT + len(moments) * step_wide + MARGIN, right), y + 16, "".join(parts) + key)
+    return Picture(title, max(LEFT + len(moments) * wide + MARGIN, right), y + 16, "".join(parts) + key)
+
+
+def _column_width(moments: Sequence[Moment]) -> float:
+    return max(7.0, min(54.0, (WIDEST - LEFT) / max(1, len(moments))))
+
+
+def _step_numbers(moments: Sequence[Moment], wide: float, y: float) -> list[str]:
+    every = max(1, round(26 / wide))
+    return [
+        text(LEFT + (at + 0.5) * wide - 1, y, str(moments[at].step), "muted", size=10, anchor="middle")
+        for at in range(0, len(moments), every)
+    ]
 
 
 def _cell(x: float, y: float, wide: float, request_id: int, cell: Cell) -> str:
@@ -145,43 +152,50 @@ def _cell(x: float, y: float, wide: float, request_id: int, cell: Cell) -> str:
     label = (
         text(x + wide / 2, y + 15, fit(cell.token, wide + 4, 10), "mono", size=10, anchor="middle") if wide > 26 else ""
     )
-    return group([rect(x, y, wide, height, fill=colour(request_id), opacity=0.35), label], hover)
+    return group([rect(x, y, wide, height, fill=colour(request_id), opacity=0.45), label], hover)
 
 
 def _legend() -> list[tuple[str, str]]:
-    grey = colour(0)
+    grey = "#8b949e"
     return [
         (rect(0, 2, 14, 8, css="dash", radius=2), "queued"),
         (rect(0, 0, 14, 12, fill=grey, radius=3), "prefill (tokens)"),
-        (rect(0, 0, 14, 12, fill=grey, opacity=0.35, radius=3), "decode (the token)"),
+        (rect(0, 0, 14, 12, fill=grey, opacity=0.45, radius=3), "decode (the token)"),
         (rect(0, 0, 14, 12, css="alarm", radius=3), "preempted"),
     ]
 
 
 def draw_budget(moments: Sequence[Moment], budget_tokens: int, title: str = "Token budget by step") -> Picture:
     """Draw a bar per step, its tokens by request: prefill chunks full, decodes pale, under the line of the budget."""
-    high, top = 150, 64
-    step_wide = max(7.0, min(54.0, (WIDEST - LEFT) / max(1, len(moments))))
-    bottom = top + high
-    parts = [text(MARGIN, 26, title, "title"), text(MARGIN, top + 4, str(budget_tokens), "muted", size=10),
-             text(MARGIN, bottom, "0 tokens", "muted", size=10)]  # fmt: skip
-    every = max(1, round(26 / step_wide))
+    moments = [moment for moment in moments if moment.cells]
+    high, top = 140, 74
+    wide, bottom = _column_width(moments), top + high
+    parts = [
+        text(MARGIN, 26, title, "title"),
+        text(MARGIN, 44, f"dashed line: max_num_batched_tokens = {budget_tokens}", "muted", size=11),
+        text(MARGIN, top + 4, f"{budget_tokens} tokens", "muted", size=10),
+        text(MARGIN, bottom, "0", "muted", size=10),
+        *_step_numbers(moments, wide, bottom + 15),
+    ]
     for at, moment in enumerate(moments):
-        x, y = LEFT + at * step_wide, float(bottom)
-        used = sum(cell.count for cell in moment.cells.values())
-        for request_id, cell in sorted(moment.cells.items(), key=lambda item: item[1].kind == "prefill"):
-            if cell.count:
-                tall = high * cell.count / budget_tokens
-                y -= tall
-                pale = 0.35 if cell.kind == "decode" else 1.0
-                bar = rect(x, y, step_wide - 4, max(1.0, tall - 1), fill=colour(request_id), opacity=pale, radius=2)
-                parts.append(group([bar], f"request {request_id}, {cell.kind}: {cell.count} of {budget_tokens} tokens"))
-        if at % every == 0:
-            parts.append(text(x + step_wide / 2 - 2, bottom + 15, str(moment.step), "muted", size=10, anchor="middle"))
-        if used and step_wide > 20:
-            parts.append(text(x + step_wide / 2 - 2, y - 4, str(used), "muted", size=10, anchor="middle"))
-    right = LEFT + len(moments) * step_wide
+        parts += _bar(LEFT + at * wide, bottom, wide - 4, moment, high / budget_tokens)
+    right = LEFT + len(moments) * wide
     parts.append(f'<line class="limit" x1="{LEFT}" x2="{right:g}" y1="{top}" y2="{top}"/>')
     parts.append(f'<line class="rule" x1="{LEFT}" x2="{right:g}" y1="{bottom}" y2="{bottom}"/>')
-    parts.append(text(LEFT, top - 8, f"limit: max_num_batched_tokens = {budget_tokens}", "alarm-text", size=10))
     return Picture(title, max(right + MARGIN, 360), bottom + 30, "".join(parts))
+
+
+def _bar(x: float, bottom: float, wide: float, moment: Moment, high_per_token: float) -> list[str]:
+    parts: list[str] = []
+    y = bottom
+    for request_id, cell in sorted(moment.cells.items(), key=lambda item: item[1].kind == "prefill"):
+        if cell.count:
+            tall = high_per_token * cell.count
+            y -= tall
+            pale = 0.45 if cell.kind == "decode" else 1.0
+            bar = rect(x, y, wide, max(1.0, tall - 1), fill=colour(request_id), opacity=pale, radius=2)
+            parts.append(group([bar], f"request {request_id}, {cell.kind}: {cell.count} tokens"))
+    used = sum(cell.count for cell in moment.cells.values())
+    if used and wide > 16:
+        parts.append(text(x + wide / 2, y - 4, str(used), "muted", size=10, anchor="middle"))
+    return parts
