@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trio_llm.model import ops
+from trio_llm.model import ops, ops_torch
 from trio_llm.model.weights import quantize_rows
 
 
@@ -35,7 +35,7 @@ def test_activations_multiply_gate_into_up() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("inputs", [8, 24, 40, 64])
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("rows", [1, 5, 60])
 def test_int8_linear_is_right_for_every_shape(dtype: torch.dtype, inputs: int, rows: int) -> None:
     """INT8 matrices multiply correctly whichever kernel runs, those with a width torch's own cannot take included."""
     x, dense, bias = torch.randn(rows, inputs).to(dtype), torch.randn(6, inputs).to(dtype), torch.randn(6).to(dtype)
@@ -44,6 +44,21 @@ def test_int8_linear_is_right_for_every_shape(dtype: torch.dtype, inputs: int, r
     got = ops.linear(x, ops.Int8(matrix.weight, matrix.scale, bias))
     assert got.dtype == dtype
     assert (got - expected).abs().max() < 4 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 60])
+def test_linear_is_right_in_every_dtype(dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products are right to the dtype's precision, also where many rows make expanding the weights worth it."""
+    monkeypatch.setattr(ops_torch, "EXPAND_ELEMENTS", 100)  # several parts
+    x, weight, bias = torch.randn(rows, 40).to(dtype), torch.randn(6, 40).to(dtype), torch.randn(6).to(dtype)
+    for matrix, expected in (
+        (ops.Dense(weight), x.double() @ weight.double().T),
+        (ops.Dense(weight, bias), x.double() @ weight.double().T + bias.double()),
+    ):
+        got = ops.linear(x, matrix)
+        assert got.dtype == dtype
+        assert (got - expected).abs().max() < 2 * torch.finfo(dtype).eps * expected.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

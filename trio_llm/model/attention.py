@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,16 +53,17 @@ class AttentionBatch:
         """
         self.layout, self.device = layout, device
         self.starts, self.counts = tuple(starts), tuple(counts)
-        first, count = torch.tensor([self.starts, self.counts], dtype=torch.int64).unbind()
-        row_ends = count.cumsum(0)
-        rows = torch.arange(len(self.counts)).repeat_interleave(count)
-        positions = torch.arange(len(rows)) + (first - row_ends + count)[rows]
+        # numpy on the host: a torch operation costs several times as much on arrays this small
+        first, count = np.array([self.starts, self.counts], np.int64)
+        cu_q = np.concatenate(([0], count.cumsum()))
+        rows = np.repeat(np.arange(len(count)), count)
+        positions = np.arange(len(rows)) + (first - cu_q[:-1])[rows]
         self.token_ids = torch.as_tensor(token_ids, dtype=torch.int64, device=device)
-        self.positions = positions.to(device)
-        self.cu_q = torch.nn.functional.pad(row_ends, (1, 0)).to(device, torch.int32)
-        self.context_lens = (first + count).to(device, torch.int32)
+        self.positions = torch.from_numpy(positions).to(device)
+        self.cu_q = torch.from_numpy(cu_q.astype(np.int32)).to(device)
+        self.context_lens = torch.from_numpy((first + count).astype(np.int32)).to(device)
         self.tables = tuple(table.to(device) for table in tables)
-        self.slots = self._slots(rows.to(device))
+        self.slots = self._slots(torch.from_numpy(rows).to(device))
         self._memo: dict[Hashable, object] = {}
 
     def _slots(self, rows: Tensor) -> tuple[Tensor, ...]:
