@@ -15,6 +15,7 @@ from quart_trio import QuartTrio
 from trio.testing import wait_all_tasks_blocked
 
 from tests.server.helpers import exchange, http, read_response, read_to_end, running
+from trio_llm.server import connection as connection_module
 from trio_llm.server.connection import ConnectionLimits, _detect_dead_peers
 from trio_llm.server.edge import LIFETIME, Edge
 
@@ -124,8 +125,13 @@ HOSTILE: dict[str, list[bytes]] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-async def test_hostile_bytes_hurt_their_connection_only(probe: Probe, name: str) -> None:
-    """Whatever one connection sends, the server answers the next one; several of these end hypercorn's serve()."""
+async def test_hostile_bytes_hurt_their_connection_only(
+    probe: Probe, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever one connection sends, the server answers the next one, and nothing of it looks like a failure of ours.
+
+    Several of these end hypercorn's serve().
+    """
     async with running(probe.edge, graceful_timeout_s=0) as server:
         hostile = await server.connect()
         with contextlib.suppress(trio.BrokenResourceError):
@@ -138,6 +144,64 @@ async def test_hostile_bytes_hurt_their_connection_only(probe: Probe, name: str)
             status, _, body = await read_response(other)
         await hostile.aclose()
         assert (status, body) == (200, b"hello")
+    assert not caplog.records
+
+
+async def test_a_connection_that_fails_fails_alone(
+    probe: Probe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error nobody foresaw in one connection is logged and ends that connection; the server goes on."""
+    create = connection_module._Http11._create_stream
+    failures = iter([RuntimeError("unforeseen")])
+
+    async def fail_once(self: Any, *args: Any) -> None:
+        for failure in failures:
+            raise failure
+        await create(self, *args)
+
+    monkeypatch.setattr(connection_module._Http11, "_create_stream", fail_once)
+    async with running(probe.edge) as server:
+        first, second = await server.connect(), await server.connect()
+        await first.send_all(http("GET", "/hello"))
+        assert await read_to_end(first) == b""
+        await second.send_all(http("GET", "/hello"))
+        assert (await read_response(second))[0] == 200
+    assert "unforeseen" in caplog.text
+
+
+async def test_an_app_that_reads_no_body_does_not_block_its_connection(caplog: pytest.LogCaptureFixture) -> None:
+    """An app that answers and returns, its request unread, leaves nothing behind that waits for somebody to read it."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    async with running(app) as server:
+        stream = await server.connect()
+        await stream.send_all(http("POST", "/", bytes(1_000_000)))
+        assert (await read_response(stream))[2] == b"ok"
+        assert await read_to_end(stream) == b""
+        await stream.aclose()
+        server.stop.set()
+        await server.stopped.wait()
+    assert not caplog.records
+
+
+async def test_a_refused_client_cannot_keep_talking(probe: Probe, mock_clock: trio.testing.MockClock) -> None:
+    """After an error the rest of what a client sends is read for a moment, not for as long as it likes to send."""
+    async with running(probe.edge) as server:
+        stream = await server.connect()
+        await stream.send_all(HOSTILE["zeros"][0])
+        assert (await read_response(stream))[0] == 400
+
+        async def talk() -> None:
+            for _ in range(10):
+                await stream.send_all(b"more")
+                await wait_all_tasks_blocked(0.01)
+                mock_clock.jump(1)
+
+        with pytest.raises(trio.BrokenResourceError):  # a reset: the server has closed
+            await talk()
 
 
 @pytest.mark.parametrize("name", ["http/3", "length", "chunk", "path bytes", "h2 preface", "huge header", "two hosts"])
@@ -166,6 +230,8 @@ async def test_protocol_errors_are_error_objects(probe: Probe, name: str) -> Non
         ),  # h11 limits partial heads only
         (b"GET /hello?" + b"a" * 17_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 431),
         (b"GET http://elsewhere/hello HTTP/1.1\r\nHost: x\r\n\r\n", 200),
+        (b"GET http://elsewhere HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"GET http://[::1/hello HTTP/1.1\r\nHost: x\r\n\r\n", 400),  # Quart: ValueError, hence 500
     ],
 )
 async def test_heads_that_no_app_should_see(probe: Probe, request_head: bytes, expected: int) -> None:
@@ -309,7 +375,8 @@ async def test_a_client_that_does_not_read_cannot_delay_the_end(probe: Probe) ->
 
 async def test_stopping_lets_requests_end_and_closes_idle_connections(probe: Probe) -> None:
     """After the trigger an idle connection closes at once, new ones are refused, a running request ends well."""
-    async with running(probe.edge, graceful_timeout_s=20) as server:
+    limits = ConnectionLimits(head_timeout_s=3600)
+    async with running(probe.edge, graceful_timeout_s=3600, limits=limits) as server:
         idle, busy = await server.connect(), await server.connect()
         await idle.send_all(http("GET", "/hello"))
         await read_response(idle)

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 import attrs
 import trio
@@ -103,9 +104,19 @@ class Edge:
             return HttpError(400, "Content-Length and Transfer-Encoding exclude each other.")
         if names.total() > self.max_headers or head_bytes > self.max_head_bytes:
             return HttpError(431, f"At most {self.max_headers} headers and {self.max_head_bytes} bytes of them.")
-        if not scope["path"].startswith(("/", "http://", "https://")):
+        if not _has_path(scope["path"]):
             return HttpError(400, "The request target is not a path.")
         return None
+
+
+def _has_path(target: str) -> bool:
+    """Say whether a request target is a path, or a URL with one (as sent to proxies) that Quart can take apart."""
+    if target.startswith(("http://", "https://")):
+        try:
+            target = urlsplit(target).path
+        except ValueError:
+            return False
+    return target.startswith("/")
 
 
 class _Exchange:

@@ -114,8 +114,6 @@ class _Server:
         last_call()
         with trio.move_on_after(_LAST_CALL_S):
             await self._wait_until_closed()
-        for connection in self._connections:
-            connection.abort()
 
     async def _wait_until_closed(self) -> None:
         while self._connections:
