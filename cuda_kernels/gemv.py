@@ -20,7 +20,7 @@ def supports(x: Tensor, weight: Tensor) -> str | None:
     if weight.dtype not in (x.dtype, torch.int8):
         return f"weights of {weight.dtype}"
     if len(x) > MAX_ROWS:
-        return f"{len(x)} rows"
+        return f"more than {MAX_ROWS} rows"
     if not weight.is_contiguous():
         return "strided weights"
     if x.shape[1] % (16 if weight.dtype == torch.int8 else 8):

@@ -45,5 +45,10 @@ def others() -> list[Kernel]:
             kernel("gemv.cu", "gemv", M=m, INT8=int8, GATED=gated, GELU=0, IO_FP16=fp16)
             for m, int8, gated, fp16 in product((1, 2, 4, 8), flag, flag, flag)
         ),
+        *(
+            kernel("moe.cu", "expert_linear", BM=rows, GATED=gated, GELU=0, NUM_EXPERTS=128, TOP_K=8, IO_FP16=0)
+            for rows, gated in product((16, 64), flag)
+        ),
+        *(kernel("quant.cu", "quantize_rows", IO_FP16=fp16) for fp16 in flag),
         kernel("sample.cu", "sample", THREADS=1024, IO_FP16=0),
     ]

@@ -26,8 +26,9 @@ MODELS: dict[str, Any] = {
     "gemma4": lambda: families._gemma4(
         **{**SHAPE, "num_hidden_layers": 3}, layer_types=families.HYBRID, global_head_dim=128, **families.K_EQ_V
     ),
+    "mixtral": lambda: families._mixtral(**SHAPE, intermediate_size=64),
 }
-CASES = [("qwen3", {}), ("gemma4", {}), ("llama", {"kv_quantization": True, "quantization": "int8"})]
+CASES = [("qwen3", {}), ("mixtral", {}), ("gemma4", {}), ("llama", {"kv_quantization": True, "quantization": "int8"})]
 
 
 @pytest.fixture
@@ -54,13 +55,15 @@ def test_models_match_transformers(
     want = torch.cat([golden.logits[1][:9], golden.logits[2], golden.logits[3][:20],
                       golden.logits[1][9:10], golden.logits[3][20:21]])  # fmt: skip
     rms, kl = errors(want, got)
-    assert rms < 0.12 and kl < 0.006
+    if name == "mixtral":  # where two experts are nearly equal, rounding picks the other one
+        assert kl < 0.03
+    else:
+        assert rms < 0.12 and kl < 0.006
     fell_back = {op: reason for op, implementation, reason in ops.dispatched if implementation == "reference"}
-    assert fell_back.keys() <= {"linear", "gated_linear"}  # of many rows: cuBLAS
+    assert fell_back.keys() <= {"linear", "gated_linear"} and all("rows" in reason for reason in fell_back.values())
     used = {op for op, implementation, _ in ops.dispatched if implementation == "cuda"}
-    assert used >= {"rms_norm", "gated_linear", "linear", "write_kv", "paged_attention"} - (
-        {"rms_norm"} if name != "gemma4" else set()
-    )
+    own = {"gemma4": {"rms_norm", "gated_linear"}, "mixtral": {"route", "moe", "add_rms_norm"}}
+    assert used >= {"linear", "write_kv", "paged_attention"} | own.get(name, {"gated_linear", "add_rms_norm"})
 
 
 def test_a_fallback_is_said_once_and_counted(on_kernels: None, caplog: pytest.LogCaptureFixture) -> None:

@@ -20,7 +20,7 @@ from trio_llm.errors import ConfigError, UnsupportedError
 from trio_llm.model import attention_torch, ops_torch
 from trio_llm.model.attention import AttentionBatch
 from trio_llm.model.kv_cache import AttentionSpec, LayerKV
-from trio_llm.model.ops_torch import Activation, Dense, Experts, Int8, Matrix, embedding, route
+from trio_llm.model.ops_torch import Activation, Dense, Experts, Int8, Matrix, embedding
 from trio_llm.model.rope import Rope
 
 __all__ = [
@@ -126,6 +126,11 @@ def write_kv(
 def paged_attention(q: Tensor, batch: AttentionBatch, kv: LayerKV, spec: AttentionSpec) -> Tensor:
     """Attend every token to its row's cached keys and values: see `attention_torch.paged_attention`."""
     return (_choose("paged_attention", q, batch, kv) or attention_torch).paged_attention(q, batch, kv, spec)
+
+
+def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Choose experts from logits [S, E]: weights and ids [S, top_k]; see `ops_torch.route`."""
+    return (_choose("route", logits, top_k) or ops_torch).route(logits, top_k)
 
 
 def moe(x: Tensor, weights: Tensor, ids: Tensor, experts: Experts, kind: Activation) -> Tensor:

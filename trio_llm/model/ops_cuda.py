@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from cuda_kernels import act, gemv, kv_write, norm, paged_attn
+from cuda_kernels import moe as experts_on_gpu
 from trio_llm.model.attention import AttentionBatch
 from trio_llm.model.kv_cache import AttentionSpec, LayerKV
 from trio_llm.model.ops_torch import Activation, Dense, Experts, Int8, Matrix, rope_angles
@@ -60,6 +61,14 @@ def paged_attention(q: Tensor, batch: AttentionBatch, kv: LayerKV, spec: Attenti
     return attended.flatten(1)
 
 
+route = experts_on_gpu.route
+
+
+def moe(x: Tensor, weights: Tensor, ids: Tensor, experts: Experts, kind: Activation) -> Tensor:
+    """See `ops_torch.moe`."""
+    return experts_on_gpu.moe(x, weights, ids, experts.gate_up.weight, experts.down.weight, experts.load, kind)
+
+
 def _block_size(batch: AttentionBatch, kv: LayerKV) -> int:
     return batch.layout.groups[kv.group].block_size
 
@@ -70,8 +79,8 @@ def _gemv(x: Tensor, matrix: Matrix) -> str | None:
     return gemv.supports(x, matrix.weight)
 
 
-def _moe(_x: Tensor, _experts: Experts) -> str:
-    return "experts: there is no kernel yet"
+def _moe(x: Tensor, experts: Experts) -> str | None:
+    return experts_on_gpu.supports(x, experts.gate_up.weight, experts.down.weight)
 
 
 # Operation -> why these arguments are not for its kernel; None where they are.
@@ -83,5 +92,6 @@ WHY_NOT: Mapping[str, Callable[..., str | None]] = {
     "act_and_mul": act.supports,
     "write_kv": lambda qkv, kv: kv_write.supports(qkv, kv.k),
     "paged_attention": lambda q, batch, kv: paged_attn.supports(q, kv.k, _block_size(batch, kv)),
+    "route": experts_on_gpu.supports_route,
     "moe": _moe,
 }
