@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import attrs
 import torch
@@ -22,6 +22,7 @@ from trio_llm.messages import (
     TokenLogprobs,
     Tokens,
 )
+from trio_llm.model.kv_cache import LayerKV
 from trio_llm.model.runner import Runner
 
 Params = SamplingParams | PoolingParams
@@ -77,6 +78,7 @@ def run(
     batch_size: int = 16,
     num_blocks: int | None = None,
     repeat_steps: bool = False,
+    watch: Callable[[BlockManager, StepPlan], None] | None = None,
 ) -> Outcome:
     """Serve requests to their ends.
 
@@ -85,6 +87,7 @@ def run(
         num_blocks: Fewer than the runner's pool forces preemption.
         repeat_steps: Run every step three times: as it is, then its rows in two halves, as recovery would; the
             halves' result counts.
+        watch: Called after every step, before its result is committed.
     """
     blocks = BlockManager(
         num_blocks=num_blocks or runner.info.num_kv_blocks,
@@ -114,9 +117,12 @@ def run(
         if plan is None:
             continue
         outcome.num_steps += 1
+        poison_new(runner, plan)
         result = runner.step(plan)
         if repeat_steps:
             result = in_halves(runner, plan)
+        if watch is not None:
+            watch(blocks, plan)
         for request_id, event in scheduler.commit(result).events:
             outcome.answers[request_id].take(event)
     return outcome
@@ -171,5 +177,23 @@ def rows_of(plan: StepPlan, part: slice) -> StepPlan:
 def poison(runner: Runner) -> None:
     """Fill the pool with NaN, so that reading a slot before it is written shows."""
     for layer in runner._kv.layers:
-        for values, scales in ((layer.k, layer.k_scale), (layer.v, layer.v_scale)):
-            (values if scales is None else scales).fill_(torch.nan)
+        _poison(layer, slice(None))
+
+
+def poison_new(runner: Runner, plan: StepPlan) -> None:
+    """Do the same to the blocks that a step appends: what their last owner left in them must not be read.
+
+    Blocks before a row's start were hit in the prefix cache and hold what the row reads.
+    """
+    for start, additions in zip(plan.starts, plan.new_blocks, strict=True):
+        for index, (first, blocks) in enumerate(additions):
+            size = runner.info.kv_groups[index].block_size
+            for block in blocks[max(0, start // size - first) :]:
+                for layer in runner._kv.layers:
+                    if layer.group == index:
+                        _poison(layer, slice(block * size, (block + 1) * size))
+
+
+def _poison(layer: LayerKV, slots: slice) -> None:
+    for values, scales in ((layer.k, layer.k_scale), (layer.v, layer.v_scale)):
+        (values if scales is None else scales)[slots] = torch.nan
