@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import struct
@@ -9,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,6 +21,7 @@ from tests.model.families import make_oracle, save
 from tests.model.paged import CPU
 from trio_llm.config import EngineConfig
 from trio_llm.errors import CheckpointError, UnsupportedError
+from trio_llm.model import checkpoint
 from trio_llm.model.loader import inspect_model, load_model
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -228,6 +232,29 @@ def test_damaged_files_are_typed_errors(content: bytes, single: Path) -> None:
     """Truncated, overlapping, lying or duplicate headers name the file and never crash."""
     (single / "model.safetensors").write_bytes(content)
     assert "model.safetensors" in refusal(single)
+
+
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 255)), min_size=1, max_size=4))
+def test_any_damage_to_a_header_is_a_typed_error(single: Path, flips: list[tuple[int, int]]) -> None:
+    """Whatever bytes of a header are changed, the checkpoint is accepted as it was or refused with a typed error."""
+    file = single / "model.safetensors"
+    original = file.read_bytes()
+    damaged = bytearray(original)
+    for place, value in flips:
+        damaged[place % (8 + int.from_bytes(original[:8], "little"))] = value
+    file.write_bytes(damaged)
+    try:
+        with contextlib.suppress(CheckpointError):
+            inspect_model(EngineConfig(model=str(single)))
+    finally:
+        file.write_bytes(original)
+
+
+def test_too_many_tensors_are_refused(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A header of more tensors than any model has is refused with the numbers."""
+    monkeypatch.setattr(checkpoint, "MAX_TENSORS", 10)
+    assert "more than 10" in refusal(single)
 
 
 def test_pickles_are_never_loaded(single: Path) -> None:

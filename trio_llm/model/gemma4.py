@@ -149,7 +149,8 @@ class Gemma4(Llama):
         self.embed_scale = torch.tensor(self.hidden_size**0.5, dtype=weights.dtype, device=weights.device)
         if self.per_layer_size:
             size = self.num_layers * self.per_layer_size
-            rows = self.config.get_int("vocab_size_per_layer_input", self.vocab_size)
+            # every token is looked up: a table of fewer rows would be read out of bounds
+            rows = self.config.get_int("vocab_size_per_layer_input", self.vocab_size, least=self.vocab_size)
             self.per_layer_table = weights.table("model.embed_tokens_per_layer.weight", rows, size, self.num_layers)
             self.per_layer_projection = weights.matrix(["model.per_layer_model_projection"], [size], self.hidden_size)
             self.per_layer_norm = weights.tensor("model.per_layer_projection_norm.weight", self.per_layer_size)

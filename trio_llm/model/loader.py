@@ -183,7 +183,7 @@ def _eos_token_ids(generation: ModelConfig, config: ModelConfig) -> tuple[int, .
 
 
 def _default_sampling(generation: ModelConfig) -> dict[str, float | int]:
-    """Return what the checkpoint recommends; where it says not to sample, that is temperature 0."""
+    """Return what the checkpoint recommends, by the names of SamplingParams."""
     found: dict[str, float | int] = {}
     for key in ("temperature", "top_p", "min_p", "repetition_penalty"):
         if generation.has(key):
