@@ -65,6 +65,7 @@ async def test_the_lifespan_opens_the_engine(monkeypatch: pytest.MonkeyPatch, tm
     to_app, from_server = trio.open_memory_channel[Any](2)
     to_server, said = trio.open_memory_channel[Any](2)
     async with trio.open_nursery() as nursery:
+        nursery.cancel_scope.deadline = trio.current_time() + 30
         nursery.start_soon(asgi.app, {"type": "lifespan", "state": {}}, from_server.receive, to_server.send)
         to_app.send_nowait({"type": "lifespan.startup"})
         assert (await said.receive())["type"] == "lifespan.startup.complete"
@@ -72,6 +73,7 @@ async def test_the_lifespan_opens_the_engine(monkeypatch: pytest.MonkeyPatch, tm
         assert answer.json()["choices"][0]["text"] == continuation("hello", 2)
         to_app.send_nowait({"type": "lifespan.shutdown"})
         assert (await said.receive())["type"] == "lifespan.shutdown.complete"
+    assert not nursery.cancel_scope.cancelled_caught
 
 
 async def test_a_start_that_fails_ends_the_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
