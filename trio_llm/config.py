@@ -93,6 +93,12 @@ class ServerConfig:
     max_connections: int = setting(
         4096, "Open connections; one more is answered 503.", flags=("--max-connections",), at_least=1
     )
+    data_dir: str | None = setting(
+        None,
+        "Directory for uploaded files and batches; default: trio-llm in $XDG_STATE_HOME or ~/.local/state.",
+        flags=("--data-dir",),
+    )
+    max_file_bytes: int = setting(100 * 1024 * 1024, "Largest uploaded file.", flags=("--max-file-bytes",), at_least=1)
     max_body_bytes: int = setting(
         2 * 1024 * 1024, "Largest JSON request body.", flags=("--max-body-bytes",), at_least=1
     )

@@ -29,6 +29,7 @@ class Tokenizer:
     """A tokenizer.json with the chat template and special tokens that stand beside it.
 
     Attributes:
+        json: The text of tokenizer.json.
         vocab_size: One past the largest id that has a token.
         special_tokens: Literal -> id of the control tokens.
         named_special_tokens: "bos_token", "eos_token", ... -> literal, as far as the model names them.
@@ -42,7 +43,7 @@ class Tokenizer:
         chat_template: str | None = None,
         named_special_tokens: Mapping[str, str] | None = None,
     ) -> None:
-        self._json = tokenizer_json
+        self.json = tokenizer_json
         self._tokenizer = _parse(tokenizer_json)
         added = self._tokenizer.get_added_tokens_decoder()
         self._added = {token_id: token.content for token_id, token in added.items()}
@@ -158,7 +159,7 @@ class Tokenizer:
     @cached_property
     def _literal_tokenizer(self) -> tokenizers.Tokenizer:
         # The switch is per instance and not per call, hence a second instance (the library is used from threads).
-        literal = _parse(self._json)
+        literal = _parse(self.json)
         literal.encode_special_tokens = True
         return literal
 
@@ -169,11 +170,11 @@ class Tokenizer:
 
     @cached_property
     def _is_byte_level(self) -> bool:
-        return '"ByteLevel"' in json.dumps(json.loads(self._json).get("decoder"))
+        return '"ByteLevel"' in json.dumps(json.loads(self.json).get("decoder"))
 
     @cached_property
     def _longest_token_bytes(self) -> int:
-        model = json.loads(self._json)["model"]
+        model = json.loads(self.json)["model"]
         if not (self._is_byte_level or model.get("byte_fallback")):
             return 0
         return max((len(token.encode()) for token in self._tokenizer.get_vocab()), default=0)

@@ -36,6 +36,9 @@ from trio_llm.messages import (
 
 Events = list[tuple[int, Event]]
 
+# Above every priority, which are 64-bit integers.
+_BACKGROUND = 2**65
+
 
 class Scheduler:
     """Continuous batching with one token budget a step.
@@ -116,6 +119,7 @@ class Scheduler:
         params: SamplingParams | PoolingParams,
         *,
         priority: int = 0,
+        background: bool = False,
         salt: bytes = b"",
         leader: int | None = None,
     ) -> None:
@@ -126,6 +130,7 @@ class Scheduler:
             prompt_token_ids: At least one; room must be left for a token of output.
             params: Final: what is None here is not limited.
             priority: Smaller is earlier; without meaning under fcfs.
+            background: Later than all that are not, whatever the policy.
             salt: Only sequences with equal salts share KV.
             leader: Wait until this sequence's prompt is computed or it ended, so as to find it in the prefix cache.
         Raises:
@@ -135,7 +140,8 @@ class Scheduler:
         self._check_length(len(prompt_token_ids), params)
         self._num_arrivals += 1
         prompt = tuple(prompt_token_ids)
-        key = (priority if self._by_priority else 0, self._num_arrivals)
+        level = (priority if self._by_priority else 0) + (_BACKGROUND if background else 0)
+        key = (level, self._num_arrivals)
         limits = Limits.of(params, len(prompt), self._max_model_len, self._eos_token_ids)
         self._queues.add(Sequence(request_id, prompt, params, salt, key, limits, list(prompt)), leader)
 

@@ -112,6 +112,7 @@ class SchedulerActor:
                         message.prompt_token_ids,
                         message.params,
                         priority=message.priority,
+                        background=message.background,
                         salt=message.salt,
                         leader=message.leader,
                     )

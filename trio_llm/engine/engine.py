@@ -88,6 +88,7 @@ class Engine:
         priority: int = 0,
         salt: bytes = b"",
         leader: int | None = None,
+        background: bool = False,
     ) -> Stream:
         """Submit one request and return its stream; use it as `async with engine.open_stream(...) as stream`.
 
@@ -99,6 +100,7 @@ class Engine:
             params: How to sample and when to stop; a `seed` of None draws a fresh one.
             priority: Smaller goes first, under the "priority" policy.
             salt: Requests share cached prompt blocks only within one salt.
+            background: Wait behind all requests that are not, whatever the policy, and be preempted before them.
             leader: The request_id of an open stream with the same prompt whose prefill this one waits for.
 
         Raises:
@@ -109,16 +111,24 @@ class Engine:
             EngineDeadError: The engine stopped.
         """
         final = resolve(params, prompt_token_ids, self.limits)
-        request_id, mailbox = self._submit(prompt_token_ids, final, final.max_tokens or 0, priority, salt, leader)
+        request_id, mailbox = self._submit(
+            prompt_token_ids, final, final.max_tokens or 0, (background, priority), salt, leader
+        )
         decode = partial(self.tokenizer.decode, skip_special_tokens=params.skip_special_tokens)
         return Stream(request_id, prompt_token_ids, params, decode, mailbox)
 
     async def embed(
-        self, prompt_token_ids: Sequence[int], params: PoolingParams, *, priority: int = 0, salt: bytes = b""
+        self,
+        prompt_token_ids: Sequence[int],
+        params: PoolingParams,
+        *,
+        priority: int = 0,
+        salt: bytes = b"",
+        background: bool = False,
     ) -> tuple[tuple[float, ...], Usage]:
         """Return the prompt's embedding. Raises what `open_stream` and its iteration raise; cancelling aborts."""
         check_pooling(params, prompt_token_ids, self.limits)
-        _, mailbox = self._submit(prompt_token_ids, params, 0, priority, salt, None)
+        _, mailbox = self._submit(prompt_token_ids, params, 0, (background, priority), salt, None)
         vector: tuple[float, ...] = ()
         try:
             while True:
@@ -185,7 +195,7 @@ class Engine:
         prompt_token_ids: Sequence[int],
         params: SamplingParams | PoolingParams,
         max_tokens: int,
-        priority: int,
+        rank: tuple[bool, int],
         salt: bytes,
         leader: int | None,
     ) -> tuple[int, Mailbox]:
@@ -204,7 +214,7 @@ class Engine:
         prompt = tuple(prompt_token_ids)
         # The inbox holds a Submit and an Abort per ticket: it is never full.
         self._inbox.send_nowait(
-            Submit(request_id, prompt, params, priority, salt, leader, trio.current_time(), reply=send)
+            Submit(request_id, prompt, params, *rank, salt, leader, trio.current_time(), reply=send)
         )
         self._replies[request_id] = send
         return request_id, Mailbox(receive, partial(self._leave, request_id))

@@ -22,6 +22,7 @@ class Submit:
     request_id: int
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams | PoolingParams
+    background: bool
     priority: int
     salt: bytes
     leader: int | None

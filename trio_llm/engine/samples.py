@@ -14,7 +14,13 @@ from trio_llm.messages import SamplingParams
 
 @asynccontextmanager
 async def open_samples(
-    engine: Engine, prompt_token_ids: Sequence[int], params: SamplingParams, *, priority: int = 0, salt: bytes = b""
+    engine: Engine,
+    prompt_token_ids: Sequence[int],
+    params: SamplingParams,
+    *,
+    priority: int = 0,
+    salt: bytes = b"",
+    background: bool = False,
 ) -> AsyncGenerator[list[Stream], None]:
     """Open `params.n` streams of one prompt, all or none; leaving the block aborts those that still run.
 
@@ -31,6 +37,7 @@ async def open_samples(
                 prompt_token_ids,
                 params if params.seed is None else attrs.evolve(params, seed=_int64(params.seed + index)),
                 priority=priority,
+                background=background,
                 salt=salt,
                 leader=streams[0].request_id if streams else None,
             )

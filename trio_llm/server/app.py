@@ -16,7 +16,7 @@ from werkzeug.exceptions import HTTPException
 from trio_llm.config import Config
 from trio_llm.engine import Engine
 from trio_llm.errors import CheckpointError, ConfigError
-from trio_llm.server import admin, auth, chat, completions, models
+from trio_llm.server import admin, auth, batch_service, chat, completions, embeddings, models, tokenization
 from trio_llm.server.chat_template import ChatTemplate
 from trio_llm.server.edge import Edge
 from trio_llm.server.errors import HttpError, error_body, retry_after, to_http_error
@@ -89,6 +89,9 @@ def create_app(
     models.register(app, app.services)
     completions.register(app, app.services)
     chat.register(app, app.services)
+    embeddings.register(app, app.services)
+    tokenization.register(app, app.services)
+    batch_service.register(app, app.services)
     app.asgi_app = Edge(app=app.asgi_app, max_body_bytes=config.server.max_body_bytes)
     return app
 
@@ -192,6 +195,5 @@ def _from_werkzeug(error: HTTPException) -> HttpError:
         limit = request.max_content_length
         return HttpError(413, f"The request body is too large: at most {limit} bytes (--max-body-bytes).")
     if status == 408:
-        # What is left of the body would be read as the next request.
-        return HttpError(408, "The request body did not arrive in time.", headers={"Connection": "close"})
+        return HttpError(408, "The request body did not arrive in time.")
     return HttpError(status, error.name)

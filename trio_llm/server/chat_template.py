@@ -42,6 +42,7 @@ class ChatTemplate:
             self._template = _Environment().from_string(source)
         except jinja2.TemplateError as error:
             raise CheckpointError(f"The chat template cannot be parsed: {error}") from None
+        self.source = source
         self._tokens = dict(named_special_tokens)
         self._mask = _Mask(special_tokens)
         self._knows_developer = "developer" in source
@@ -50,6 +51,7 @@ class ChatTemplate:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool,
         continue_final_message: bool,
         variables: Mapping[str, Any],
@@ -60,6 +62,7 @@ class ChatTemplate:
 
         Args:
             messages: With "role", "content" (text) and what else the template knows.
+            tools: What the model may call, as OpenAI defines tools; None for none.
             add_generation_prompt: End with the opening of the assistant's turn.
             continue_final_message: End inside the last message instead of after it.
             variables: Further ones for the template.
@@ -80,7 +83,7 @@ class ChatTemplate:
             masked[-1]["content"] = (masked[-1].get("content") or "") + masking.end
         text = self._run(
             messages=masked,
-            tools=None,
+            tools=None if tools is None else masking.hide(list(tools)),
             documents=None,
             add_generation_prompt=add_generation_prompt,
             **self._tokens,

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import attrs
 from quart import Response
 from quart_trio import QuartTrio
 
 from trio_llm.engine import Delta, Stream
 from trio_llm.errors import InvalidRequestError
 from trio_llm.server.body import read_body
-from trio_llm.server.generation import Head, StreamUsage, UsageCounter, answer, submit
+from trio_llm.server.generation import Caller, Head, StreamUsage, UsageCounter, answer, submit
 from trio_llm.server.logprobs import CompletionLogprobs, TokenNames, prompt_logprobs
 from trio_llm.server.prompts import bad_word_ids, completion_prompts, token_texts
 from trio_llm.server.requests import CompletionBody
 from trio_llm.server.sampling import check_max_tokens, sampling_params
 from trio_llm.server.services import Services
+from trio_llm.server.structured import compile_grammar, output_grammar
 
 _KIND = "text_completion"
 _DEFAULT_MAX_TOKENS = 16
@@ -29,10 +31,10 @@ def register(app: QuartTrio, services: Services) -> None:
     @app.post("/v1/completions")
     async def create_completion() -> Response | dict[str, Any]:
         body = await read_body(CompletionBody)
-        return await complete(services, body)
+        return await complete(services, body, Caller.current())
 
 
-async def complete(services: Services, body: CompletionBody) -> Response | dict[str, Any]:
+async def complete(services: Services, body: CompletionBody, caller: Caller) -> Response | dict[str, Any]:
     """Answer a checked body."""
     head = Head.make("cmpl", services.check_model(body.model))
     max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
@@ -47,16 +49,18 @@ async def complete(services: Services, body: CompletionBody) -> Response | dict[
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo and body.prompt_logprobs is None else body.prompt_logprobs,
     )
+    if (source := output_grammar(body.response_format, body.structured_outputs)) is not None:
+        params = attrs.evolve(params, grammar=await compile_grammar(services, source))
     prompts = await completion_prompts(services, body.prompt, body)
     if len(prompts) * params.n > _MAX_SAMPLES:
         raise InvalidRequestError(f"n times the number of prompts is at most {_MAX_SAMPLES}.", param="n")
-    streams = await submit(services, body, prompts, params)
+    streams = await submit(services, caller, body, prompts, params)
     echoes = [token_texts(services.tokenizer, prompt) if body.echo else "" for prompt in prompts]
     if isinstance(body.prompt, str) and body.echo and body.truncate_prompt_tokens is None:
         echoes = [body.prompt]
     names = TokenNames(services.tokenizer, as_ids=body.return_tokens_as_token_ids is True)
     choices = [_Choice(index, body, stream, names, echoes[index // params.n]) for index, stream in enumerate(streams)]
-    return await answer(body, streams, _Format(head, body, choices, UsageCounter(streams, params.n)))
+    return await answer(caller, body, streams, _Format(head, body, choices, UsageCounter(streams, params.n)))
 
 
 class _Choice:

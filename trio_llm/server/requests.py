@@ -24,6 +24,33 @@ class StreamOptions(Struct, kw_only=True):
     continuous_usage_stats: bool | None = None
 
 
+class JsonSchemaFormat(Struct, kw_only=True, rename={"schema_": "schema"}):
+    """The `json_schema` of a response_format."""
+
+    name: str
+    schema_: dict[str, Any] | bool | None = None
+    strict: bool | None = None
+    description: str | None = None
+
+
+class ResponseFormat(Struct, kw_only=True):
+    """OpenAI's response_format."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(Struct, kw_only=True):
+    """vLLM's structured_outputs: exactly one form, and how to write JSON."""
+
+    json: str | dict[str, Any] | bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+
+
 class GenerationBody(Struct, kw_only=True):
     """What chat and completions have in common. null is the same as absent, everywhere."""
 
@@ -52,6 +79,8 @@ class GenerationBody(Struct, kw_only=True):
     echo: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1)] | None = None
     truncation_side: Literal["left", "right"] | None = None
     add_special_tokens: bool | None = None
@@ -78,6 +107,21 @@ class ContentPart(Struct, kw_only=True):
     text: str | None = None
 
 
+class CalledFunction(Struct, kw_only=True):
+    """What an earlier turn called; `arguments` is JSON text."""
+
+    name: str
+    arguments: str | dict[str, Any] = "{}"
+
+
+class ToolCall(Struct, kw_only=True):
+    """A call in an earlier turn of the assistant."""
+
+    function: CalledFunction
+    id: str | None = None
+    type: Literal["function"] = "function"
+
+
 class Message(Struct, kw_only=True, omit_defaults=True):
     """One turn of a conversation."""
 
@@ -85,9 +129,38 @@ class Message(Struct, kw_only=True, omit_defaults=True):
     content: str | list[ContentPart] | None = None
     name: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
     tool_call_id: str | None = None
-    tool_calls: list[Any] | None = None
-    function_call: Any = None
+    tool_calls: Annotated[list[ToolCall], Meta(max_length=128)] | None = None
+
+
+class Function(Struct, kw_only=True, omit_defaults=True):
+    """A function the model may call; `parameters` is the JSON schema of its arguments."""
+
+    name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolDefinition(Struct, kw_only=True):
+    """One of `tools`."""
+
+    function: Function
+    type: Literal["function"] = "function"
+
+
+class FunctionName(Struct, kw_only=True):
+    """The function of a named tool_choice."""
+
+    name: str
+
+
+class NamedToolChoice(Struct, kw_only=True):
+    """tool_choice by name."""
+
+    function: FunctionName
+    type: Literal["function"] = "function"
 
 
 class ChatBody(GenerationBody, kw_only=True):
@@ -100,17 +173,18 @@ class ChatBody(GenerationBody, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Annotated[list[ToolDefinition], Meta(min_length=1, max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
+    include_reasoning: bool | None = None
 
 
 # Fields that clients know from elsewhere and that would change the answer: refused by name rather than ignored,
 # except with the values that ask for nothing.
 _NOT_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "tools": (),
-    "tool_choice": ("none",),
     "functions": (),
     "function_call": ("none",),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -119,8 +193,6 @@ _NOT_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
     "spaces_between_special_tokens": (True,),
-    "reasoning_effort": (),
-    "include_reasoning": (),
     "thinking_token_budget": (),
     "documents": (),
     "chat_template": (),
@@ -146,12 +218,19 @@ def parse_body(data: bytes, kind: type[Body]) -> tuple[Body, tuple[str, ...]]:
         InvalidRequestError: Not JSON, or a field that is wrong, missing or not supported; names it.
     """
     given = {name: value for name, value in parse_object(data).items() if value is not None}
+    body = check_body(given, kind)
     known = {field.name for field in msgspec.structs.fields(kind)}
-    for name in given.keys() & _NOT_SUPPORTED.keys():
-        if given[name] not in _NOT_SUPPORTED[name]:
-            raise InvalidRequestError(f"'{name}' is not supported by this server.", param=name)
     unknown = [name for name in given if name not in known and name not in _NOT_SUPPORTED]
     if isinstance(options := given.get("stream_options"), dict):
         known_options = {field.name for field in msgspec.structs.fields(StreamOptions)}
         unknown += [f"stream_options.{name}" for name in cast("dict[str, Any]", options) if name not in known_options]
-    return convert(given, kind), tuple(unknown)
+    return body, tuple(unknown)
+
+
+def check_body(value: Mapping[str, Any], kind: type[Body]) -> Body:
+    """Check a parsed body. Raises InvalidRequestError, as `parse_body` does."""
+    given = {name: item for name, item in value.items() if item is not None}
+    for name in given.keys() & _NOT_SUPPORTED.keys():
+        if given[name] not in _NOT_SUPPORTED[name]:
+            raise InvalidRequestError(f"'{name}' is not supported by this server.", param=name)
+    return convert(given, kind)

@@ -12,10 +12,13 @@ import trio
 from trio_llm.config import Config
 from trio_llm.engine import Engine, Stream, open_samples
 from trio_llm.errors import ModelNotFoundError
+from trio_llm.grammar import GrammarCompiler
 from trio_llm.messages import SamplingParams
 from trio_llm.server.auth import ApiKeys
 from trio_llm.server.chat_template import ChatTemplate
 from trio_llm.server.edge import Lifetime
+from trio_llm.server.parsing.reasoning import CLOSE
+from trio_llm.server.parsing.tools import ToolForm, tool_form
 from trio_llm.tokenizer import Tokenizer
 
 # A number pulled out of the air: two long prompts are tokenized side by side, the others wait their turn.
@@ -40,11 +43,36 @@ class Services:
     shutdown: Callable[[], None] | None
     keys: ApiKeys
     threads: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(_TOKENIZING_THREADS))
+    grammars: GrammarCompiler = attrs.field(init=False)
     _streams: set[Stream] = attrs.field(factory=set[Stream], init=False)
+
+    def __attrs_post_init__(self) -> None:
+        info = self.engine.info
+        self.grammars = GrammarCompiler(
+            self.tokenizer.json, vocab_size=info.vocab_size, eos_token_ids=info.eos_token_ids
+        )
 
     @property
     def tokenizer(self) -> Tokenizer:
         return self.engine.tokenizer
+
+    @property
+    def tool_form(self) -> ToolForm | None:
+        """How this model writes tool calls, as its template tells."""
+        return tool_form(self._template_source)
+
+    @property
+    def thinks(self) -> bool:
+        """Whether this model may think before it answers, as its template tells."""
+        return CLOSE in self._template_source
+
+    def knows_variable(self, name: str) -> bool:
+        """Say whether the template looks at a variable."""
+        return name in self._template_source
+
+    @property
+    def _template_source(self) -> str:
+        return self.template.source if self.template is not None else ""
 
     def check_model(self, name: str | None) -> str:
         """Return the name to answer with. Raises ModelNotFoundError for a model that is not served."""
@@ -67,11 +95,12 @@ class Services:
         *,
         priority: int,
         salt: bytes,
+        background: bool = False,
     ) -> list[Stream]:
         """Submit every sample of every prompt, sample by sample within a prompt; all end with `lifetime`."""
         streams: list[Stream] = []
         for prompt in prompts:
-            samples = open_samples(self.engine, prompt, params, priority=priority, salt=salt)
+            samples = open_samples(self.engine, prompt, params, priority=priority, salt=salt, background=background)
             streams += await lifetime.stack.enter_async_context(samples)
         self._streams.update(streams)
         lifetime.stack.callback(self._streams.difference_update, streams)

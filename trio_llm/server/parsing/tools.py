@@ -25,6 +25,8 @@ _TAGS: dict[ToolForm, tuple[str, ...]] = {
     "llama3": (),
     "mistral": ("[TOOL_CALLS]", "[ARGS]"),
 }
+# Everything a parser must see, also where it is a control token.
+MARKERS: dict[ToolForm, tuple[str, ...]] = {form: (marker, *_TAGS[form]) for form, marker in _MARKERS.items()}
 _SEPARATORS: dict[ToolForm, str] = {"hermes": " \t\r\n", "llama3": " \t\r\n;", "mistral": " \t\r\n,[]"}
 _SPACE = " \t\r\n"
 

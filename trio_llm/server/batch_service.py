@@ -1,0 +1,69 @@
+"""Files and batches as a part of the app: opened when it starts to serve, closed when it ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from typing import Any, cast
+
+import msgspec
+import trio
+from quart_trio import QuartTrio
+
+from trio_llm.errors import InvalidRequestError
+from trio_llm.server import batches, files
+from trio_llm.server.batch_runner import BatchRunner
+from trio_llm.server.chat import chat
+from trio_llm.server.completions import complete
+from trio_llm.server.disk import Disk
+from trio_llm.server.edge import Lifetime
+from trio_llm.server.embeddings import EmbeddingBody, embed
+from trio_llm.server.generation import Caller
+from trio_llm.server.requests import ChatBody, CompletionBody, check_body
+from trio_llm.server.services import Services
+
+
+def register(app: QuartTrio, services: Services) -> None:
+    """Add the endpoints, and run batches while the app serves."""
+    config = services.config
+    disk = Disk(config.server.data_dir)
+
+    async def execute(endpoint: str, body: Mapping[str, Any], owner: str) -> Mapping[str, Any]:
+        return await _execute(services, endpoint, body, owner)
+
+    # Half the rows are left to live requests: they come first in the queue, but a row that runs is not taken away.
+    in_flight = max(1, config.engine.max_batch_size // 2)
+    runner = BatchRunner(disk, execute, max_in_flight=in_flight, clock=time.time)
+    files.register(app, disk, config.server.max_file_bytes)
+    batches.register(app, disk, runner)
+
+    @app.before_serving
+    async def start() -> None:
+        await disk.run(disk.open)
+        if disk.is_open:
+            app.nursery.start_soon(runner.run)
+
+    @app.after_serving
+    async def stop() -> None:
+        app.nursery.cancel_scope.cancel()
+        with trio.CancelScope(shield=True):
+            await disk.run(disk.close)
+
+
+async def _execute(services: Services, endpoint: str, body: Mapping[str, Any], owner: str) -> Mapping[str, Any]:
+    """Answer one line of a batch as the endpoint would answer a request."""
+    if body.get("stream"):
+        raise InvalidRequestError("A batch cannot stream.", param="stream")
+    async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
+        caller = Caller(lifetime=Lifetime(nursery, stack), key_id=owner or None, warn=lambda _: None, background=True)
+        match endpoint:
+            case "/v1/chat/completions":
+                answer = await chat(services, check_body(body, ChatBody), caller)
+            case "/v1/completions":
+                answer = await complete(services, check_body(body, CompletionBody), caller)
+            case _:
+                answer = await embed(services, check_body(body, EmbeddingBody), caller)
+        nursery.cancel_scope.cancel()
+        return cast("Mapping[str, Any]", msgspec.to_builtins(answer))
+    raise AssertionError("the nursery was cancelled from outside")

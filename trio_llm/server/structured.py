@@ -1,0 +1,84 @@
+"""What a request says of the form of its output, as a compiled grammar: response_format and structured_outputs."""
+
+from __future__ import annotations
+
+import trio
+
+from trio_llm import grammar
+from trio_llm.errors import InvalidRequestError
+from trio_llm.grammar import GrammarSource
+from trio_llm.messages import Grammar
+from trio_llm.server.requests import ResponseFormat, StructuredOutputs
+from trio_llm.server.services import Services
+
+# Compiling is bounded in itself (see grammar.py); this bounds how long a request waits for a busy thread.
+MAX_COMPILE_S = 5.0
+
+
+_FORMS = ("json", "regex", "choice", "grammar", "json_object")
+
+
+def output_grammar(form: ResponseFormat | None, structured: StructuredOutputs | None) -> GrammarSource | None:
+    """Return what the output is held to, None for free text.
+
+    Raises:
+        InvalidRequestError: Both fields, no form or several, or one that is not what it says.
+    """
+    if structured is None:
+        return _from_response_format(form) if form is not None else None
+    if form is not None and form.type != "text":
+        raise InvalidRequestError("response_format and structured_outputs exclude each other.", "structured_outputs")
+    return _from_structured_outputs(structured)
+
+
+def _from_response_format(form: ResponseFormat) -> GrammarSource | None:
+    if form.type != "json_schema" and form.json_schema is not None:
+        raise InvalidRequestError("json_schema needs type 'json_schema'.", "response_format.json_schema")
+    match form.type:
+        case "text":
+            return None
+        case "json_object":
+            return grammar.json_object(param="response_format")
+        case "json_schema":
+            if form.json_schema is None or form.json_schema.schema_ is None:
+                where = "response_format.json_schema" + ("" if form.json_schema is None else ".schema")
+                raise InvalidRequestError(f"Missing required parameter: '{where}'.", where)
+            return grammar.json_schema(form.json_schema.schema_, param="response_format.json_schema.schema")
+
+
+def _from_structured_outputs(structured: StructuredOutputs) -> GrammarSource:
+    # Present but empty is present: a field that asks for something must never be dropped for its truth value.
+    given = {name: value for name in _FORMS if (value := getattr(structured, name)) is not None}
+    if len(given) != 1:
+        raise InvalidRequestError(
+            f"structured_outputs must have exactly one of {', '.join(_FORMS)}, not {len(given)}.", "structured_outputs"
+        )
+    ((name, value),) = given.items()
+    param, loose = f"structured_outputs.{name}", not structured.disable_any_whitespace
+    match name:
+        case "json":
+            return grammar.json_schema(value, param=param, any_whitespace=loose)
+        case "regex":
+            return grammar.regex(value, param=param)
+        case "choice":
+            return grammar.choice(value, param=param)
+        case "grammar":
+            return grammar.lark(value, param=param)
+        case _:
+            if value is not True:
+                raise InvalidRequestError(f"{param} = false asks for nothing: leave it out.", param)
+            return grammar.json_schema({"type": "object"}, param=param, any_whitespace=loose)
+
+
+async def compile_grammar(services: Services, source: GrammarSource) -> Grammar:
+    """Compile off the event loop.
+
+    Raises:
+        InvalidRequestError: It cannot be used, or not in time.
+    """
+    with trio.move_on_after(MAX_COMPILE_S):
+        # Abandoned, the thread ends by itself: it touches nothing but the compiler's cache.
+        return await trio.to_thread.run_sync(
+            services.grammars.compile, source, abandon_on_cancel=True, limiter=services.threads
+        )
+    raise InvalidRequestError(f"{source.param} takes longer than {MAX_COMPILE_S:.0f} s to compile.", source.param)
