@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import TracebackType, UnionType
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from trio_llm.assemble import open_engine
 from trio_llm.config import Config, EngineConfig
@@ -17,6 +17,10 @@ from trio_llm.notebook.bridge import Bridge
 from trio_llm.offline import EmbeddingOutput, Request, RequestOutput, Work, embed, generate, progress_bar
 
 Prompt = str | Mapping[str, Sequence[int]]
+
+
+# `Literal[...] | None` is of the older kind.
+_UNIONS = (Union, UnionType)
 
 
 class LLM:
@@ -134,7 +138,7 @@ def _engine_config(settings: Mapping[str, Any]) -> EngineConfig:
 def _is_a(value: object, hint: Any) -> bool:
     if get_origin(hint) is Literal:
         return value in get_args(hint)
-    if get_origin(hint) is UnionType:
+    if get_origin(hint) in _UNIONS:
         return any(_is_a(value, one) for one in get_args(hint))
     if isinstance(value, bool):
         return hint is bool
@@ -144,6 +148,6 @@ def _is_a(value: object, hint: Any) -> bool:
 def _spelled(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return " or ".join(map(repr, get_args(hint)))
-    if get_origin(hint) is UnionType:
+    if get_origin(hint) in _UNIONS:
         return " or ".join(map(_spelled, get_args(hint)))
     return "None" if hint is type(None) else hint.__name__

@@ -118,6 +118,7 @@ def test_a_failure_is_raised_as_itself(model: LLM, runner: StubRunner) -> None:
         ("max_batchsize", 4, "no such setting"),
         ("max_batch_size", "4", "must be int"),
         ("dtype", "float12", "'float16'"),
+        ("quantization", "int4", "must be 'int8' or None"),
     ],
 )
 def test_a_wrong_setting_is_named(runner: StubRunner, setting: str, value: object, said: str) -> None:
@@ -125,6 +126,13 @@ def test_a_wrong_setting_is_named(runner: StubRunner, setting: str, value: objec
     with pytest.raises(ConfigError, match=said) as caught:
         LLM(**{setting: value})  # type: ignore[arg-type]
     assert setting in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["int8", None])
+def test_a_setting_may_be_given_as_its_default(runner: StubRunner, value: str | None) -> None:
+    """Settings that are None or one of some words take both, as config.yaml spells them all out."""
+    with LLM(quantization=value, max_model_len=None) as model:
+        assert len(model.generate("a", greedy(), use_tqdm=False)) == 1
 
 
 def test_engines_follow_one_another(runner: StubRunner) -> None:

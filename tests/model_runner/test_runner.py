@@ -104,29 +104,6 @@ def test_logprobs_are_those_of_transformers(runner: Runner, expected: Golden, ch
             assert len(entry.top) == (2 if position < len(prompt) - 1 else 3)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 0])
-def test_embeddings_come_while_others_generate(runner: Runner, expected: Golden, chunk: int) -> None:
-    """Pooled vectors equal those of the oracle's hidden states, and the generating neighbours are not disturbed."""
-    kinds = [
-        PoolingParams(normalize=False),
-        PoolingParams(),
-        PoolingParams(pooling="last", normalize=False),
-        PoolingParams(pooling="last", dimensions=8),
-    ]
-    requests: list[tuple[list[int], Params]] = [(prompt, GREEDY) for prompt in expected.prompts]
-    requests += [(prompt, kind) for prompt in expected.prompts[:4] for kind in kinds]
-    outcome = run(runner, requests, chunk=chunk)
-    assert outcome.token_ids[:16] == expected.follow_all(outcome.token_ids[:16])
-    for (prompt, kind), answer in zip(requests[16:], outcome.answers[16:], strict=True):
-        assert isinstance(kind, PoolingParams)
-        with torch.inference_mode():
-            hidden = expected.oracle.model(input_ids=torch.tensor([prompt])).last_hidden_state[0]
-        vector = (hidden.mean(0) if kind.pooling == "mean" else hidden[-1])[: kind.dimensions]
-        vector = vector / vector.norm() if kind.normalize else vector
-        assert answer.vector == pytest.approx(vector.tolist(), abs=1e-4)
-        assert answer.token_ids == []
-
-
 def test_a_poisonous_prompt_fails_alone(runner: Runner, expected: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN out of the model fails the requests it concerns, by name; all others get what they would have got."""
     prompts = [[token for token in prompt if token != 127] for prompt in expected.prompts[:6]]
