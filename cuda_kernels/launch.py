@@ -150,7 +150,7 @@ def _pointer(tensor: torch.Tensor | None) -> np.uint64:
 
 @functools.cache
 def _loaded(kernel: Kernel, device: int, shared_bytes: int) -> Any:
-    import cupy
+    import cupy  # pyright: ignore[reportMissingImports] - an extra
 
     major, minor = torch.cuda.get_device_capability(device)
     built = kernel.build(f"sm_{major}{minor}")

@@ -113,7 +113,7 @@ class Machine:
             self._run_group(lanes_of(runnable & (self._pc == pc)), pc, stop)
 
     def _one_warp_of_each_block(self, runnable: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        warps = runnable.reshape(self._shape).any(2)
+        warps = np.any(runnable.reshape(self._shape), axis=2)
         count = len(warps)
         chosen = warps.argmax(0) if self._order == FIRST_WARP_FIRST else count - 1 - warps[::-1].argmax(0)
         return np.repeat(np.arange(count)[:, None] == chosen, 32)

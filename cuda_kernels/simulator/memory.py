@@ -32,6 +32,10 @@ def _cells(data: Bytes, width: int, item: int) -> NDArray[np.unsignedinteger]:
     return whole.view(f"u{item}").reshape(-1, width // item)
 
 
+def _offset_bytes(tensor: torch.Tensor) -> int:
+    return int(tensor.storage_offset()) * tensor.element_size()
+
+
 class GlobalMemory:
     """The tensors a kernel was given. It reads and writes their very storage; what lies outside them raises."""
 
@@ -45,9 +49,9 @@ class GlobalMemory:
 
     def _map(self, tensor: torch.Tensor, writable: bool) -> None:
         storage = tensor.untyped_storage()
-        start = tensor.storage_offset() * tensor.element_size()
+        start = _offset_bytes(tensor)
         span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        end = start + span * tensor.element_size()
+        end = int(start + span * tensor.element_size())
         index = self._of_storage.setdefault(storage.data_ptr(), len(self._segments))
         if index == len(self._segments):
             data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
@@ -62,7 +66,7 @@ class GlobalMemory:
         if not tensor.numel():
             return 0
         index = self._of_storage[tensor.untyped_storage().data_ptr()]
-        return (index + 1 << _SPAN_BITS) + tensor.storage_offset() * tensor.element_size()
+        return (index + 1 << _SPAN_BITS) + _offset_bytes(tensor)
 
     def _parts(
         self, addresses: Integers, width: int, what: str, *, write: bool = False

@@ -1,0 +1,172 @@
+"""What `check` runs: every kernel on random data, beside the same in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import attrs
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cuda_kernels import act, gemv, kv_write, moe, norm, quant, sample
+from trio_llm.kernels.attention import Attention
+from trio_llm.model import counter_rng, ops_torch, weights
+
+EPS = 1e-6
+# Largest error allowed, as a part of the largest value: twice the rounding of the stored type, and room for sums.
+TOLERANCE = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3, torch.float32: 1e-4}
+
+
+@attrs.frozen
+class Check:
+    """One comparison.
+
+    Attributes:
+        source: The kernel's file.
+        run: Runs the kernel; its results.
+        expect: The same, in float64 or integers.
+    """
+
+    source: str
+    name: str
+    run: Callable[[], tuple[Tensor, ...]]
+    expect: Callable[[], tuple[Tensor, ...]]
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest difference as a part of the largest expected value; integers must be equal."""
+    if not actual.is_floating_point():
+        return 0.0 if torch.equal(actual, expected.to(actual.dtype)) else float("inf")
+    difference = (actual.double() - expected.double()).abs().amax() / expected.double().abs().amax().clamp_min(1e-30)
+    return float(difference.nan_to_num(nan=torch.inf))
+
+
+def compare(check: Check) -> dict[str, float]:
+    """Run a check; returns its error and the limit.
+
+    Raises:
+        ArithmeticError: The error is over the limit.
+    """
+    pairs = list(zip(check.run(), check.expect(), strict=True))
+    worst = max(error(actual, expected) for actual, expected in pairs)
+    limit = max(TOLERANCE.get(actual.dtype, 0.0) for actual, _ in pairs)
+    if not worst <= limit:
+        raise ArithmeticError(f"{check.source}, {check.name}: error {worst:.2e}, allowed {limit:.2e}")
+    return {"error": worst, "limit": limit}
+
+
+def all_checks(device: torch.device, *, scale: int) -> Iterator[Check]:
+    """Yield every check; `scale` multiplies the sizes (1 is small enough to simulate)."""
+    torch.manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float16):
+        yield from _elementwise(device, dtype, scale)
+        yield from _linear(device, dtype, scale)
+        yield from _experts(device, dtype, scale)
+        for case in Attention.cases(dtype, scale):
+            problem = case.make(device)
+            yield Check("paged_attn.cu", str(case), lambda p=problem: (p.run(),), lambda p=problem: (p.expect(),))
+    yield from _kv_write(device, scale)
+    yield from _sample(device, scale)
+
+
+def _random(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape).to(device, dtype)
+
+
+def _elementwise(device: torch.device, dtype: torch.dtype, scale: int) -> Iterator[Check]:
+    hidden, rows = 64 * scale, 4 * scale
+    x, residual, weight = (_random(device, dtype, rows, hidden) for _ in range(3))
+    w = weight[0]
+    yield Check("norm.cu", f"rms_norm {dtype}", lambda: (norm.rms_norm(x, w, EPS),),
+                lambda: (ops_torch.rms_norm(x.double(), w.double(), EPS),))  # fmt: skip
+    total = x + residual
+    yield Check("norm.cu", f"add_rms_norm {dtype}", lambda: norm.add_rms_norm(x, residual, w, EPS),
+                lambda: (ops_torch.rms_norm(total.double(), w.double(), EPS), total.double()))  # fmt: skip
+    gate_up = _random(device, dtype, rows, 2 * hidden)
+    for kind in ("silu", "gelu_tanh"):
+        yield Check("act.cu", f"{kind} {dtype}", lambda k=kind: (act.act_and_mul(gate_up, k),),
+                    lambda k=kind: (ops_torch.act_and_mul(gate_up.double(), k),))  # fmt: skip
+
+    def quantised(into: Callable[[Tensor, Tensor, Tensor], None]) -> tuple[Tensor, Tensor]:
+        q, scales = torch.zeros(x.shape, dtype=torch.int8, device=device), torch.zeros(rows, dtype=dtype, device=device)
+        into(x, q, scales)
+        return q, scales
+
+    yield Check("quant.cu", f"quantize_rows {dtype}", lambda: quantised(quant.quantize_rows),
+                lambda: quantised(weights.quantize_rows))  # fmt: skip
+
+
+def _linear(device: torch.device, dtype: torch.dtype, scale: int) -> Iterator[Check]:
+    inputs, outputs = 64 * scale, 32 * scale
+    x, dense = _random(device, dtype, 3, inputs), _random(device, dtype, outputs, inputs)
+    q = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8).to(device)
+    scales = (torch.rand(outputs) / 100).to(device, dtype)
+
+    def gated(product: Tensor) -> Tensor:
+        gate, up = product.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    yield Check("gemv.cu", f"16-bit {dtype}", lambda: (gemv.linear(x, dense),),
+                lambda: (x.double() @ dense.double().T,))  # fmt: skip
+    yield Check("gemv.cu", f"int8, gated {dtype}", lambda: (gemv.linear(x, q, scale=scales, activation="silu"),),
+                lambda: (gated(x.double() @ q.double().T * scales.double()),))  # fmt: skip
+
+
+def _experts(device: torch.device, dtype: torch.dtype, scale: int) -> Iterator[Check]:
+    hidden, width, experts, tokens = 64 * scale, 64 * scale, 4, 5 * scale
+    x = _random(device, dtype, tokens, hidden)
+    gate_up = _random(device, dtype, experts, 2 * width, hidden) / 8
+    down = _random(device, dtype, experts, hidden, width) / 8
+    logits = _random(device, dtype, tokens, experts)
+    chosen = ops_torch.route(logits.float(), 2)
+
+    def expect() -> tuple[Tensor, Tensor]:
+        load = torch.zeros(experts, dtype=torch.int64, device=device)
+        wide = ops_torch.Experts(ops_torch.Dense(gate_up.double()), ops_torch.Dense(down.double()), load)
+        return ops_torch.moe(x.double(), chosen[0].double(), chosen[1], wide, "silu"), load
+
+    def run() -> tuple[Tensor, Tensor]:
+        load = torch.zeros(experts, dtype=torch.int64, device=device)
+        return moe.moe(x, *chosen, gate_up, down, load, "silu"), load
+
+    yield Check("moe.cu", f"experts {dtype}", run, expect)
+    yield Check("moe.cu", f"route {dtype}", lambda: (moe.route(logits, 2)[0],), lambda: (chosen[0].double(),))
+
+
+def _kv_write(device: torch.device, scale: int) -> Iterator[Check]:
+    for head_dim in (64, 128, 256, 512):
+        tokens, dtype = 2 * scale, torch.bfloat16
+        qkv, angles = _random(device, dtype, tokens, 4 * head_dim), torch.randn(tokens, head_dim // 2).to(device)
+        slots = torch.randperm(tokens).to(device)
+
+        def run(qkv: Tensor = qkv, angles: Tensor = angles, slots: Tensor = slots) -> tuple[Tensor, ...]:
+            k, v = torch.zeros(2, len(slots), 1, qkv.shape[1] // 4, dtype=qkv.dtype, device=qkv.device)
+            cos, sin = angles.cos(), angles.sin()
+            args = (qkv, cos, sin, slots, k, v, None, None)
+            q = kv_write.write_kv(*args, num_heads=2, qk_norm=None, v_norm=True, eps=EPS)
+            return q, k[slots], v[slots]
+
+        def expect(qkv: Tensor = qkv, angles: Tensor = angles) -> tuple[Tensor, ...]:
+            heads = qkv.double().view(len(qkv), 4, -1)
+            first, second = heads[:, :3].chunk(2, dim=-1)
+            cos, sin = angles.double().cos()[:, None], angles.double().sin()[:, None]
+            turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+            return turned[:, :2], turned[:, 2:], ops_torch.rms_norm(heads[:, 3:], None, EPS)
+
+        yield Check("kv_write.cu", f"head size {head_dim}", run, expect)
+
+
+def _sample(device: torch.device, scale: int) -> Iterator[Check]:
+    vocab = 500 * scale
+    logits = torch.randn(3, vocab).to(device) * 3
+    hashes = counter_rng.token_hashes(vocab).to(device)
+    keys = torch.tensor([[11, 7], [-5, 9], [3, 1]], dtype=torch.int32, device=device)
+    params = torch.tensor([[0.0, vocab, torch.inf, 0], [1, vocab, torch.inf, 0], [0.7, 1, 1, 0]], device=device)
+
+    def expect() -> tuple[Tensor, Tensor]:
+        ids = logits.argmax(-1)
+        ids[1] = counter_rng.race(logits[1:2] - logits[1].amax(), keys[1:2], hashes).argmax()
+        return ids, logits.amax(-1)
+
+    yield Check("sample.cu", "greedy, plain, top 1", lambda: sample.sample(logits, params, keys, hashes), expect)
