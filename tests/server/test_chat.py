@@ -87,13 +87,15 @@ async def test_content_comes_as_text_parts_or_nothing(app: ServerApp) -> None:
 
 
 async def test_roles(app: ServerApp) -> None:
-    """A developer is a system to this template; a tool's answer is a turn; calls of tools are refused by place."""
+    """A developer is a system to this template; an earlier call of a tool and its answer are turns."""
     assert await said(app, [{"role": "developer", "content": "x"}]) == await said(
         app, [{"role": "system", "content": "x"}]
     )
     assert await said(app, [{"role": "tool", "content": "x", "tool_call_id": "1"}])
-    called = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
-    assert (await refused(app, [*HI, called]))["param"] == "messages[1].tool_calls"
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    assert await said(app, [*HI, {"role": "assistant", "content": None, "tool_calls": [call]}])
+    nameless = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    assert (await refused(app, [*HI, nameless]))["param"] == "messages[1].tool_calls[0].function"
     assert await said(app, [*HI, {"role": "assistant", "content": "x", "tool_calls": []}])
 
 

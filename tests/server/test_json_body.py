@@ -170,17 +170,15 @@ def test_paths_name_the_place(kind: Any, body: dict[str, Any], param: str) -> No
 @pytest.mark.parametrize(
     ("field", "neutral", "meant"),
     [
-        ("tools", None, [{"type": "function"}]),
         ("tools", None, []),
-        ("tool_choice", "none", "auto"),
-        ("response_format", {"type": "text"}, {"type": "json_object"}),
-        ("structured_outputs", None, {"regex": "a"}),
+        ("functions", None, [{"name": "f"}]),
+        ("function_call", "none", "auto"),
         ("guided_json", None, {}),
         ("suffix", "", "x"),
         ("use_beam_search", False, True),
         ("chat_template", None, "{{ 'a' * 10**9 }}"),
         ("prompt_embeds", None, "x"),
-        ("reasoning_effort", None, "high"),
+        ("reasoning_effort", "high", "extreme"),
     ],
 )
 def test_what_is_not_built_is_refused_by_name(field: str, neutral: Any, meant: Any) -> None:

@@ -12,7 +12,7 @@ import trio
 from tests.server.helpers import ask
 from tests.server.stub import StubRunner, open_stub, stub_tokenizer
 from trio_llm.config import Config
-from trio_llm.server import chat as chat_module
+from trio_llm.server import conversation
 from trio_llm.server.app import ServerApp, create_app
 
 
@@ -91,7 +91,7 @@ async def test_a_conversation_is_rendered_in_a_thread(monkeypatch: pytest.Monkey
 async def test_a_template_that_never_ends_is_left(monkeypatch: pytest.MonkeyPatch, app: ServerApp) -> None:
     """A rendering that does not come back is a 400 after its time; the server goes on without it."""
     release = threading.Event()
-    monkeypatch.setattr(chat_module, "MAX_RENDER_S", 0.01)
+    monkeypatch.setattr(conversation, "MAX_RENDER_S", 0.01)
     monkeypatch.setattr(app.services.template, "render", lambda *args, **options: release.wait())
     body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
     answer = await ask(app, "POST", "/v1/chat/completions", body)

@@ -30,40 +30,60 @@ def register(app: QuartTrio, services: Services) -> None:
     disk = Disk(config.server.data_dir)
 
     async def execute(endpoint: str, body: Mapping[str, Any], owner: str) -> Mapping[str, Any]:
-        return await _execute(services, endpoint, body, owner)
+        return await execute_line(services, endpoint, body, owner)
 
     # Half the rows are left to live requests: they come first in the queue, but a row that runs is not taken away.
     in_flight = max(1, config.engine.max_batch_size // 2)
     runner = BatchRunner(disk, execute, max_in_flight=in_flight, clock=time.time)
     files.register(app, disk, config.server.max_file_bytes)
     batches.register(app, disk, runner)
+    # A scope of its own: the app's nursery also holds the task that tells the server that all has ended.
+    running, ended = trio.CancelScope(), trio.Event()
+
+    async def run() -> None:
+        try:
+            with running:
+                await runner.run()
+        finally:
+            ended.set()
 
     @app.before_serving
     async def start() -> None:
         await disk.run(disk.open)
         if disk.is_open:
-            app.nursery.start_soon(runner.run)
+            app.nursery.start_soon(run)
 
     @app.after_serving
     async def stop() -> None:
-        app.nursery.cancel_scope.cancel()
+        running.cancel()
         with trio.CancelScope(shield=True):
+            if disk.is_open:
+                await ended.wait()  # What was answered is being committed.
             await disk.run(disk.close)
 
 
-async def _execute(services: Services, endpoint: str, body: Mapping[str, Any], owner: str) -> Mapping[str, Any]:
+async def execute_line(services: Services, endpoint: str, body: Mapping[str, Any], owner: str) -> Mapping[str, Any]:
     """Answer one line of a batch as the endpoint would answer a request."""
     if body.get("stream"):
         raise InvalidRequestError("A batch cannot stream.", param="stream")
+    outcome: Any = None
     async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
         caller = Caller(lifetime=Lifetime(nursery, stack), key_id=owner or None, warn=lambda _: None, background=True)
-        match endpoint:
-            case "/v1/chat/completions":
-                answer = await chat(services, check_body(body, ChatBody), caller)
-            case "/v1/completions":
-                answer = await complete(services, check_body(body, CompletionBody), caller)
-            case _:
-                answer = await embed(services, check_body(body, EmbeddingBody), caller)
+        try:
+            outcome = await _call(services, endpoint, body, caller)
+        except Exception as error:  # noqa: BLE001 - raised below: out of a nursery it would be a group of one
+            outcome = error
         nursery.cancel_scope.cancel()
-        return cast("Mapping[str, Any]", msgspec.to_builtins(answer))
-    raise AssertionError("the nursery was cancelled from outside")
+    if isinstance(outcome, Exception):
+        raise outcome
+    return cast("Mapping[str, Any]", msgspec.to_builtins(outcome))
+
+
+async def _call(services: Services, endpoint: str, body: Mapping[str, Any], caller: Caller) -> Any:
+    match endpoint:
+        case "/v1/chat/completions":
+            return await chat(services, check_body(body, ChatBody), caller)
+        case "/v1/completions":
+            return await complete(services, check_body(body, CompletionBody), caller)
+        case _:
+            return await embed(services, check_body(body, EmbeddingBody), caller)

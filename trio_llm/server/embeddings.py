@@ -60,7 +60,13 @@ async def embed(services: Services, body: EmbeddingBody, caller: Caller) -> dict
         pooling=body.pooling or "mean", normalize=body.normalize is not False, dimensions=body.dimensions
     )
     inputs = await _inputs(services, body)
-    embed_one = partial(services.engine.embed, params=params, priority=body.priority or 0, background=caller.background)
+    embed_one = partial(
+        services.engine.embed,
+        params=params,
+        priority=body.priority or 0,
+        salt=services.cache_scope(caller.key_id, None),
+        background=caller.background,
+    )
     results = await _embed_all(inputs, embed_one)
     encode = _base64 if body.encoding_format == "base64" else list[float]
     prompt_tokens = sum(usage.prompt_tokens for _, usage in results)
