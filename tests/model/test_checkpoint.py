@@ -121,13 +121,38 @@ def test_weights_that_overflow_their_new_dtype_are_refused(single: Path) -> None
     assert "infinity in torch.float16" in refusal(single, dtype="float16")
 
 
-@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
-def test_quantised_checkpoints_are_refused_by_name(key: str, single: Path) -> None:
-    """A checkpoint somebody quantised is refused by its method's name, never loaded as something else."""
-    edit_json(single / "config.json", lambda values: values.update({key: {"quant_method": "gptq", "bits": 4}}))
+QUANTISED: dict[str, dict[str, Any]] = {
+    "gptq": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+    "awq": {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}},
+    "fp8": {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+    "bitsandbytes": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+    "mxfp4": {"quantization_config": {"quant_method": "mxfp4"}},
+    "modelopt": {"text_config": {"quantization_config": {"quant_method": "modelopt"}}},
+    "compressed-tensors": {"compression_config": {"quant_method": "compressed-tensors", "format": "int-quantized"}},
+    "unknown": {"quantization_config": {"bits": 3}},
+}
+
+
+@pytest.mark.parametrize("method", QUANTISED)
+def test_quantised_checkpoints_are_refused_by_name(method: str, single: Path) -> None:
+    """A checkpoint somebody quantised is refused by its method's name, wherever the config says so."""
+    edit_json(single / "config.json", lambda values: values.update(QUANTISED[method]))
     message = refusal(single)
-    assert "already quantised ('gptq')" in message
+    assert f"already quantised ({method!r})" in message
     assert "--quantization int8" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn])
+def test_quantised_weights_without_a_word_in_the_config_are_refused(dtype: torch.dtype, single: Path) -> None:
+    """Weights stored in a type that needs scales are never cast to what they are not, zeros least of all."""
+    edit_tensors(single, lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].to(dtype)}))
+    assert f"{Q_PROJ} is stored as" in refusal(single)
+
+
+def test_gguf_is_refused_by_name(single: Path) -> None:
+    """A directory with another format's weights says that safetensors are wanted."""
+    (single / "model.safetensors").rename(single / "model-Q4_K_M.gguf")
+    assert "no safetensors file" in refusal(single)
 
 
 def test_unknown_families_are_refused_by_name(single: Path) -> None:

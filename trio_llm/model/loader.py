@@ -157,11 +157,11 @@ def _inspect(engine: EngineConfig, dtype: torch.dtype | None) -> tuple[ModelPlan
 
 
 def _architecture(config: ModelConfig) -> str:
-    for key in ("quantization_config", "compression_config"):
-        if config.has(key):
-            method = config.section(key).values.get("quant_method", "unknown")
+    for part in (config, config.text):
+        for key in filter(part.has, ("quantization_config", "compression_config")):
+            method = part.section(key).values.get("quant_method", "unknown")
             raise UnsupportedError(
-                f"{config.source}: the weights are already quantised ({method!r}); load the original checkpoint, "
+                f"{part.source}: the weights are already quantised ({method!r}); load the original checkpoint, "
                 "and --quantization int8 to quantise it here"
             )
     names = config.values.get("architectures")
