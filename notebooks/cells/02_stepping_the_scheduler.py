@@ -32,7 +32,7 @@ from trio_llm.tokenizer import Tokenizer
 # picture (and runs full).
 
 # %%
-runner = load_runner(EngineConfig(model=str(demo_model_path()), num_kv_blocks=20))
+runner = load_runner(EngineConfig(model=str(demo_model_path()), dtype="float32", num_kv_blocks=20))
 tokenizer = Tokenizer.from_directory(demo_model_path())
 blocks = BlockManager(num_blocks=20, groups=runner.info.kv_groups, secret=b"any key will do in a notebook")
 scheduler = Scheduler(
@@ -261,7 +261,8 @@ draw_budget(moments, 32)
 # %% [markdown]
 # The preempted story waited for room. Most of its blocks were still in the prefix cache, so that a step or two read
 # what was missing, and it went on with the very next word. The proof that preemption changes nothing: alone in the
-# pool, the request gives the same tokens.
+# pool, the request gives the same tokens. (We compute in float32. In bfloat16 the last bit of a sum depends on what
+# else is in the batch, and where two words are equally likely that bit may decide.)
 
 # %%
 preempted = next(id for id, cell in history.moments[preempted_at].cells.items() if cell.kind == "preempted")

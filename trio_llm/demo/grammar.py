@@ -175,7 +175,7 @@ def plain_text(random: Random) -> str:
     return count(random)[0][1]
 
 
-_DOCUMENTS = {chat: 56, long_chat: 10, persona_chat: 8, tool_chat: 16, plain_text: 10}
+_DOCUMENTS = {chat: 44, long_chat: 12, persona_chat: 12, tool_chat: 24, plain_text: 8}
 
 
 def corpus(count: int, seed: int) -> Iterator[str]:

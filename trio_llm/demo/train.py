@@ -1,6 +1,6 @@
 """Train the demo model and its draft from the grammar: `python -m trio_llm.demo.train --minutes 15`.
 
-Short documents in windows of 256 tokens first, where facts and copying are learned fastest; then all documents in
+Short documents in windows of 512 tokens first, where facts and copying are learned fastest; then all documents in
 windows of 1,024, and every sixth step 2,048, so that long chats work. Only answers and plain texts are targets, and
 long free texts weigh less than short exact answers.
 
@@ -40,7 +40,7 @@ SHAPES = {
 }
 PROMPT_WEIGHT, ANSWER_WEIGHT, LONG_WEIGHT = 0.0, 1.0, 0.25
 LONG_TOKENS = 56  # answers that are longer are free texts
-SHORT_TOKENS = 200  # documents for the windows of 256
+SHORT_TOKENS = 400  # documents for the first windows
 
 
 @attrs.frozen
@@ -127,7 +127,7 @@ def schedule(progress: float, step: int) -> float:
 def window_tokens(progress: float, step: int) -> int:
     """Choose a step's window: short ones for the first 55 percent, then long ones, some as long as the context."""
     if progress < 0.55:
-        return 256
+        return 512
     return 2048 if step % 6 == 0 else 1024
 
 
@@ -138,7 +138,7 @@ def train(
     optimizers = make_optimizers(network, options.learning_rate)
     bases = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     short = [document for document in documents if len(document.token_ids) <= SHORT_TOKENS]
-    sources = {256: batches(short, 256, Random(256))}
+    sources = {512: batches(short, 512, Random(512))}
     sources |= {length: batches(documents, length, Random(length)) for length in (1024, 2048)}
     start_s, step, saved_s, progress = time.process_time(), 0, 0.0, 0.0
     while progress < 1:

@@ -185,14 +185,14 @@ def unknown(random: Random) -> list[Turn]:
 
 # How often each occurs: what is hard to learn more often.
 EXCHANGES: dict[Callable[[Random], list[Turn]], int] = {
-    capital: 10,
-    arithmetic: 16,
-    count: 10,
-    recall: 8,
-    colour_recall: 14,
+    capital: 9,
+    arithmetic: 12,
+    count: 16,
+    recall: 10,
+    colour_recall: 20,
     tell_story: 4,
-    make_json: 10,
-    repeat: 20,
+    make_json: 8,
+    repeat: 14,
     fact: 4,
     small_talk: 6,
     unknown: 3,
