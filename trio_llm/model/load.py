@@ -22,6 +22,9 @@ _log = logging.getLogger(__name__)
 # Weights that stay in a core's cache. A request to the 3 MB demo model took 0.3 s on one thread and 2.5 to 3.8 s on two
 # while other programs used the machine (2 cores).
 _SMALL_MODEL_BYTES = 16 * 2**20
+# As torch would have it, before any model of this process changed it.
+_DEFAULT_THREADS = torch.get_num_threads()
+
 
 def load_runner(config: EngineConfig, report: Callable[[Progress], None] | None = None) -> Runner:
     """Load a model and make it ready to run steps.
@@ -96,5 +99,4 @@ def _limit_threads(weight_bytes: int) -> None:
         quota, period = limit.read_text().split() if limit.is_file() else ("max", "1")
         if quota != "max":
             quotas.append(max(1, int(quota) // int(period)))
-    if quotas:
-        torch.set_num_threads(min(torch.get_num_threads(), *quotas))
+    torch.set_num_threads(min(_DEFAULT_THREADS, *quotas) if quotas else _DEFAULT_THREADS)
