@@ -8,6 +8,7 @@ import attrs
 from quart import Response
 from quart_trio import QuartTrio
 
+from trio_llm.engine import Stream
 from trio_llm.errors import InvalidRequestError
 from trio_llm.messages import ModelInfo, SamplingParams
 from trio_llm.server.body import read_body
@@ -33,9 +34,26 @@ def register(app: QuartTrio, services: Services) -> None:
         return await chat(services, await read_body(ChatBody), Caller.current())
 
 
+@attrs.frozen
+class OpenChat:
+    """A conversation that the model is answering, and how its answer is to be read; one stream per choice."""
+
+    streams: list[Stream]
+    style: MessageStyle
+
+
 async def chat(services: Services, body: ChatBody, caller: Caller) -> Response | dict[str, Any]:
     """Answer a checked body."""
     head = Head.make("chatcmpl", services.check_model(body.model))
+    opened = await open_chat(services, body, caller)
+    names = TokenNames(services.tokenizer, as_ids=body.return_tokens_as_token_ids is True)
+    echo = flatten(body.messages[-1], "")["content"] if body.echo else ""
+    form = ChatFormat(head, body, opened.streams, names, opened.style, echo)
+    return await answer(caller, body, opened.streams, form)
+
+
+async def open_chat(services: Services, body: ChatBody, caller: Caller) -> OpenChat:
+    """Have a conversation answered; in which API's words the answer is told is its reader's business."""
     params = sampling_params(
         body,
         info=services.engine.info,
@@ -54,10 +72,7 @@ async def chat(services: Services, body: ChatBody, caller: Caller) -> Response |
         show_reasoning=body.include_reasoning is not False,
     )
     params = await _bind(services, body, tools, style, params)
-    streams = await submit(services, caller, body, [prompt.token_ids], params)
-    names = TokenNames(services.tokenizer, as_ids=body.return_tokens_as_token_ids is True)
-    echo = flatten(body.messages[-1], "")["content"] if body.echo else ""
-    return await answer(caller, body, streams, ChatFormat(head, body, streams, names, style, echo))
+    return OpenChat(await submit(services, caller, body, [prompt.token_ids], params), style)
 
 
 async def _bind(

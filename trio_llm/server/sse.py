@@ -2,13 +2,13 @@
 
 Nothing is sent before the first token exists, so that whatever is refused or fails until then is an ordinary HTTP
 error, and clients that time the first event time the first token. What has queued since the last write goes out in
-one write. An error after that is an event of its own, followed by [DONE] like a good end.
+one write. An error after that is an event of its own, and the stream then ends as a good one does.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -16,7 +16,7 @@ import trio
 
 from trio_llm.engine import Delta, Stream
 from trio_llm.server.edge import Lifetime
-from trio_llm.server.errors import error_object, to_http_error
+from trio_llm.server.errors import HttpError, error_object, to_http_error
 
 logger = logging.getLogger(__name__)
 
@@ -94,21 +94,50 @@ async def _pump(index: int, stream: Stream, send: trio.MemorySendChannel[tuple[i
             await send.send((index, error))
 
 
-async def event_stream(feed: DeltaFeed, first: list[tuple[int, Delta]], form: ChunkFormat) -> AsyncIterator[bytes]:
+class TypedFormat(ChunkFormat, Protocol):
+    """How an endpoint spells a stream whose events have types, and whose last event says by its type that it is."""
+
+    def error_chunks(self, error: HttpError) -> Sequence[dict[str, Any]]:
+        """Return what ends a stream that fails."""
+        ...
+
+
+def event_stream(feed: DeltaFeed, first: list[tuple[int, Delta]], form: ChunkFormat) -> AsyncIterator[bytes]:
     """Yield the body of a streamed answer, beginning with `first`."""
+    return _written(feed, first, form, lambda error: [error_object(error)], _event, _DONE)
+
+
+def typed_event_stream(feed: DeltaFeed, first: list[tuple[int, Delta]], form: TypedFormat) -> AsyncIterator[bytes]:
+    """Yield the same where every event bears its type's name and none says [DONE]."""
+    return _written(feed, first, form, form.error_chunks, _typed_event, b"")
+
+
+async def _written(
+    feed: DeltaFeed,
+    first: list[tuple[int, Delta]],
+    form: ChunkFormat,
+    error_chunks: Callable[[HttpError], Sequence[dict[str, Any]]],
+    spell: Callable[[dict[str, Any]], bytes],
+    done: bytes,
+) -> AsyncIterator[bytes]:
     deltas = first
     try:
         while deltas:
-            if data := b"".join(_event(chunk) for index, delta in deltas for chunk in form.chunks(index, delta)):
+            if data := b"".join(spell(chunk) for index, delta in deltas for chunk in form.chunks(index, delta)):
                 yield data
             deltas = await feed.next()
-        end = b"".join(_event(chunk) for chunk in form.last_chunks())
+        end = form.last_chunks()
     except Exception as error:  # The status is sent: this is the only way left to tell the client.
         told = to_http_error(error)
         logger.log(logging.ERROR if told.status == 500 else logging.INFO, "a stream ended early", exc_info=error)
-        end = _event(error_object(told))
-    yield end + _DONE
+        end = error_chunks(told)
+    if data := b"".join(map(spell, end)) + done:
+        yield data
 
 
 def _event(chunk: dict[str, Any]) -> bytes:
     return b"data: %b\n\n" % msgspec.json.encode(chunk)
+
+
+def _typed_event(chunk: dict[str, Any]) -> bytes:
+    return b"event: %b\n" % chunk["type"].encode() + _event(chunk)
