@@ -173,6 +173,7 @@ async def test_an_app_that_reads_no_body_does_not_block_its_connection(caplog: p
     """An app that answers and returns, its request unread, leaves nothing behind that waits for somebody to read it."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
+        await wait_all_tasks_blocked(0.01)  # the body has come, and as much of it as fits waits for the app
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
         await send({"type": "http.response.body", "body": b"ok"})
 
@@ -184,7 +185,25 @@ async def test_an_app_that_reads_no_body_does_not_block_its_connection(caplog: p
         await stream.aclose()
         server.stop.set()
         await server.stopped.wait()
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_an_app_that_raises_before_it_reads_is_answered_for(caplog: pytest.LogCaptureFixture) -> None:
+    """An app that raises while its request still arrives costs its client a 500, and the connection no failure."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await wait_all_tasks_blocked(0.01)
+        raise RuntimeError
+
+    async with running(app) as server:
+        stream = await server.connect()
+        await stream.send_all(http("POST", "/", bytes(1_000_000)))
+        assert (await read_response(stream))[0] == 500
+        assert await read_to_end(stream) == b""
+    assert [record.message for record in caplog.records] == [
+        "ASGI Framework Lifespan error, continuing without Lifespan support",
+        "a request failed outside its handler",
+    ]
 
 
 async def test_a_refused_client_cannot_keep_talking(probe: Probe, mock_clock: trio.testing.MockClock) -> None:

@@ -147,8 +147,14 @@ class _AppTasks:
         to_app, from_client = trio.open_memory_channel[Any](config.max_app_queue_size)
 
         async def put(message: Any) -> None:
-            with contextlib.suppress(trio.BrokenResourceError):
-                await to_app.send(message)
+            with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                if message["type"] == "http.disconnect":  # Must not wait behind a body that nobody reads any more.
+                    with contextlib.suppress(trio.WouldBlock):
+                        while True:
+                            from_client.receive_nowait()
+                    to_app.send_nowait(message)
+                else:
+                    await to_app.send(message)
 
         self._nursery.start_soon(self._run, app, scope, from_client, send)
         return put

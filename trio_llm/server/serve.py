@@ -140,7 +140,7 @@ async def _refuse(stream: trio.SocketStream) -> None:
 def _hypercorn_config() -> Config:
     config = Config()
     config.include_server_header = False
-    config.errorlog = None
+    config.errorlog = logger
     return config
 
 
