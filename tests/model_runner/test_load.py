@@ -124,13 +124,27 @@ def test_threads_are_limited_by_the_control_group(
     asked: list[int] = []
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(load, "control_groups", lambda root, controller: [tmp_path])
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(load, "_DEFAULT_THREADS", 3)
+    monkeypatch.setattr(load, "_SMALL_MODEL_BYTES", 0)
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     load_runner(settings(directory, num_kv_blocks=4)).close()
-    assert (asked or [3]) == [threads]
+    assert asked == [threads]
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     load_runner(settings(directory, num_kv_blocks=4)).close()
-    assert len(asked) <= 1
+    assert asked == [threads]
+
+
+def test_a_small_model_runs_on_one_thread(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that fit a core's cache get one thread, and a large model after it all of them again."""
+    asked: list[int] = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(load, "_DEFAULT_THREADS", 3)
+    monkeypatch.setattr(load, "control_groups", lambda root, controller: [])
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    load_runner(settings(directory, num_kv_blocks=4)).close()
+    monkeypatch.setattr(load, "_SMALL_MODEL_BYTES", 0)
+    load_runner(settings(directory, num_kv_blocks=4)).close()
+    assert asked == [1, 3]
 
 
 def test_the_table_says_what_a_sequence_takes_of_each_group(directory: Path) -> None:
