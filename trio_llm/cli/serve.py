@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 import signal
 from collections.abc import AsyncIterator
 
@@ -23,6 +24,8 @@ from trio_llm.server.serve import serve
 
 # What unwinding may take once everything was told to end. Pulled out of the air; a step of a large model fits in.
 UNWIND_S = 15.0
+# Weights, batches, logs, threads' pipes: what is open beside connections. Out of the air.
+_OTHER_FILES = 256
 _log = logging.getLogger(__name__)
 
 
@@ -30,6 +33,7 @@ def run(settings: Settings) -> int:
     """Serve until told to stop; return the exit code. Raises what the engine or the server died of."""
     config = settings.config
     configure_logging(config.server.log_level, config.server.log_dir)
+    raise_file_limit(config.server.max_connections + _OTHER_FILES)
     if (warning := open_to_all(config)) is not None:
         _log.warning(warning)
     try:
@@ -37,6 +41,19 @@ def run(settings: Settings) -> int:
     except BaseExceptionGroup as group:
         raise _innermost(group) from None
     return 0
+
+
+def raise_file_limit(wanted: int) -> None:
+    """Allow the process as many open files as its connections need, as far as its hard limit goes.
+
+    The usual soft limit of 1,024 would end the server's accepting long before max_connections does.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < wanted:
+        _log.warning("at most %d files may be open (ulimit -n -H), fewer than --max-connections needs", allowed)
 
 
 def _innermost(error: BaseException) -> BaseException:
