@@ -37,11 +37,18 @@ class GrammarSource:
 def json_schema(schema: Any, *, param: str, any_whitespace: bool = True) -> GrammarSource:
     """Constrain the output to JSON that satisfies a schema (an object, a boolean, or the text of one)."""
     text = schema if isinstance(schema, str) else json.dumps(schema)
+    _check_size(text, param)
     try:
         parsed = json.loads(text)
     except ValueError as error:
         raise InvalidRequestError(f"{param} is not JSON: {error}.", param) from None
-    if not isinstance(parsed, dict | bool):
+    except RecursionError:
+        raise InvalidRequestError(f"{param} is nested too deeply.", param) from None
+    if parsed is False:
+        raise InvalidRequestError(f"{param} = false allows no output at all.", param)
+    if parsed is True:
+        text = "{}"
+    elif not isinstance(parsed, dict):
         raise InvalidRequestError(f"{param} must be a JSON schema (an object), not {type(parsed).__name__}.", param)
     return GrammarSource(_matcher().grammar_from_json_schema(text, overrides=_json_options(any_whitespace)), param)
 
@@ -69,6 +76,7 @@ def lark(grammar: str, *, param: str) -> GrammarSource:
     """Constrain the output to a context-free grammar: llguidance's Lark dialect, or GBNF as llama.cpp writes it."""
     if not grammar.strip():
         raise InvalidRequestError(f"{param} must not be empty.", param)
+    _check_size(grammar, param)
     if "::=" in grammar:
         from llguidance.gbnf_to_lark import gbnf_to_lark
 
@@ -133,10 +141,7 @@ class GrammarCompiler:
         Raises:
             InvalidRequestError: It is too large, too deep, or not a grammar; names the field.
         """
-        if (size := len(source.text.encode())) > MAX_SOURCE_BYTES:
-            raise InvalidRequestError(
-                f"{source.param} is too large: {size} bytes as a grammar, at most {MAX_SOURCE_BYTES}.", source.param
-            )
+        _check_size(source.text, source.param)
         with self._lock:
             if (known := self._compiled.get(source.text)) is not None:
                 self._compiled.move_to_end(source.text)
@@ -165,6 +170,13 @@ class GrammarCompiler:
         from llguidance import LLParserLimits
 
         return LLParserLimits(verbose_errors=False)
+
+
+def _check_size(text: str, param: str) -> None:
+    if (size := len(text.encode())) > MAX_SOURCE_BYTES:
+        raise InvalidRequestError(
+            f"{param} is too large: {size} bytes as a grammar, at most {MAX_SOURCE_BYTES}.", param
+        )
 
 
 def _matcher() -> type[LLMatcher]:

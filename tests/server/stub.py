@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+import numpy as np
 import tokenizers
 import trio
 from tokenizers import decoders, models, pre_tokenizers
@@ -38,6 +39,7 @@ def stub_tokenizer(chat_template: str | None = TEMPLATE) -> Tokenizer:
 
 TOKENIZER = stub_tokenizer()
 EOS = TOKENIZER.special_tokens[SPECIAL[0]]
+CLOSERS = tuple(TOKENIZER.encode('"}]'))
 LETTERS = tuple(TOKENIZER.encode("abcdefghijklmnopqrstuvwxyz "))
 
 
@@ -73,7 +75,12 @@ class GatedWorker(InlineWorker):
 
 
 class StubRunner:
-    """Answers plans by `next_token`; the hook sees each plan first and may raise or block."""
+    """Answers plans by `next_token`, within the grammar of a request if it has one.
+
+    Args:
+        hook: Sees each plan first, and may raise or block.
+        reply: What every request is answered instead, and then the end of the text.
+    """
 
     def __init__(
         self,
@@ -81,7 +88,11 @@ class StubRunner:
         max_model_len: int = 512,
         default_sampling: dict[str, float] | None = None,
         hook: Callable[[StepPlan], Any] | None = None,
+        reply: str | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
+        self._reply = None if reply is None else [*(tokenizer or TOKENIZER).encode(reply), EOS]
+        self._matchers: dict[int, tuple[Any, int]] = {}
         self.info = ModelInfo(
             name="models/stub",
             architecture="StubForCausalLM",
@@ -105,23 +116,31 @@ class StubRunner:
         for request_id in plan.dropped:
             self.params.pop(request_id, None)
         for admission in plan.admitted:
-            assert isinstance(admission.params, SamplingParams)
-            self.params[admission.request_id] = admission.params
             self._tokens[admission.request_id] = list(admission.token_ids)
+            if isinstance(admission.params, SamplingParams):
+                self.params[admission.request_id] = admission.params
+                self._begin(admission.request_id, admission.params, admission.num_prompt_tokens)
         if self.hook is not None:
             self.hook(plan)
         sampled: list[tuple[int, ...]] = []
         logprobs: list[tuple[TokenLogprobs, ...] | None] = []
         prompt_logprobs: dict[int, tuple[TokenLogprobs | None, ...]] = {}
+        embeddings: dict[int, tuple[float, ...]] = {}
         at = 0
         for request_id, start, count, samples in zip(
             plan.request_ids, plan.starts, plan.counts, plan.samples, strict=True
         ):
-            tokens, params = self._tokens[request_id], self.params[request_id]
+            tokens = self._tokens[request_id]
             tokens[start : start + count] = plan.token_ids[at : at + count]
             at += count
+            if (params := self.params.get(request_id)) is None:
+                if start + count == len(tokens):
+                    embeddings[request_id] = embedding(tokens)
+                sampled.append(())
+                logprobs.append(None)
+                continue
             seed = params.seed or 0 if params.temperature else 0
-            row = (next_token(tokens[: start + count], seed),) if samples else ()
+            row = (self._next(request_id, tokens[: start + count], seed),) if samples else ()
             if params.prompt_logprobs is not None:
                 prompt_logprobs[request_id] = tuple(
                     None if i == 0 else logprob(tokens[i], params.prompt_logprobs) for i in range(start, start + count)
@@ -134,10 +153,41 @@ class StubRunner:
             tuple(sampled),
             logprobs=tuple(logprobs) if any(logprobs) else None,
             prompt_logprobs=prompt_logprobs or None,
+            embeddings=embeddings or None,
         )
+
+    def _begin(self, request_id: int, params: SamplingParams, prompt_tokens: int) -> None:
+        matcher = None if params.grammar is None else params.grammar.matcher()
+        self._matchers[request_id] = matcher, prompt_tokens
+
+    def _next(self, request_id: int, tokens: Sequence[int], seed: int) -> int:
+        matcher, prompt_tokens = self._matchers[request_id]
+        written = len(tokens) - prompt_tokens
+        replies = self._reply is not None and written < len(self._reply)
+        token = self._reply[written] if self._reply and replies else next_token(tokens, seed)
+        if matcher is None:
+            return token
+        mask = np.zeros(-(-self.info.vocab_size // 32), dtype=np.int32)
+        assert matcher.fill(mask.ctypes.data, mask.nbytes) is None
+        allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
+        dice = zlib.crc32(repr(tokens[-8:]).encode(), seed % 2**32)
+        closing = [i for i in CLOSERS if i in allowed]
+        if EOS in allowed and token not in allowed:
+            token = EOS
+        elif not replies and closing and dice % 3 == 0:
+            token = closing[0]  # Or strings and lists would never end.
+        elif token not in allowed:
+            token = allowed[dice % len(allowed)]
+        matcher.consume([token])
+        return token
 
     def close(self) -> None:
         pass
+
+
+def embedding(tokens: Sequence[int]) -> tuple[float, ...]:
+    """Make up a vector that tells prompts apart; exact in float32."""
+    return float(len(tokens)), float(tokens[0]), float(tokens[-1]), float(sum(tokens))
 
 
 def logprob(token_id: int, num_top: int) -> TokenLogprobs:
