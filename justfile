@@ -28,5 +28,5 @@ serve *flags:
 
 # Start-up time, throughput and latency of the demo model.
 bench:
-    python benchmarks/startup.py
-    python benchmarks/serve.py
+    trio-llm bench startup
+    trio-llm bench serve

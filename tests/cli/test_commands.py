@@ -30,7 +30,9 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     assert modules_loaded_by("import trio_llm") == set()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["generate", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["serve", "--help"], ["generate", "--help"], ["bench", "--help"], ["--version"]]
+)
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     """`trio-llm --help` answers without torch, transformers or the server."""
     program = f"""

@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 import trio_llm
-from trio_llm.cli.options import SettingsCommand, setting_options, settings_of
+from trio_llm.cli.bench.commands import bench
+from trio_llm.cli.options import SettingsCommand, flags_given, setting_options, settings_of
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -52,6 +53,54 @@ def generate(config: Path | None, prompts: tuple[str, ...], **options: Any) -> N
 
 
 _GENERATE_OPTIONS = ("file", "raw", "max_tokens", "temperature", "top_p", "as_json")
+
+
+_OWN_MODEL = ("engine", "server.served_model_name", "server.chat_template")
+
+
+@cli.command(cls=SettingsCommand, params=setting_options(*_OWN_MODEL))
+@click.option("--base-url", help="Talk to this OpenAI-compatible server, e.g. http://localhost:8000/v1.")
+@click.option("--api-key", envvar="VLLM_API_KEY", help="Key for that server. [VLLM_API_KEY]")
+@click.option("--system", help="What the model is told before every conversation.")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer; default: the rest of the context.")
+@click.option("--temperature", type=click.FloatRange(0, 2), help="0 is greedy; default: the server's.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Nucleus; default: the server's.")
+def chat(config: Path | None, base_url: str | None, api_key: str | None, system: str | None, **options: Any) -> None:
+    """Chat in the terminal: with the server at --base-url, else with a model loaded here, by default the demo model."""
+    parameters = {name: options.pop(name) for name in ("max_tokens", "temperature", "top_p")}
+    flags = flags_given(options)
+    model = flags.pop("engine.model", None)
+    if base_url is not None and flags:
+        raise click.UsageError(f"{next(iter(flags.values())).source} is for a model loaded here, not for --base-url.")
+    from trio_llm.cli.chat import run
+    from trio_llm.cli.client import Api
+
+    if base_url is None:
+        run(settings_of(config, None, options), None, None, system, parameters)
+    else:
+        run(settings_of(config, None, {}), Api(base_url, api_key), model and model.value, system, parameters)
+
+
+@cli.command("run-batch", cls=SettingsCommand, params=setting_options(*_OWN_MODEL))
+@click.option(
+    "--input",
+    "-i",
+    required=True,
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Requests, JSONL.",
+)
+@click.option(
+    "--output", "-o", required=True, type=click.Path(path_type=Path, dir_okay=False), help="Answers in their order."
+)
+def run_batch(config: Path | None, input: Path, output: Path, **options: Any) -> None:
+    """Answer a file of requests offline, in OpenAI's batch format. Exit 1: some failed; 2: the input is no batch."""
+    settings = settings_of(config, None, options)
+    from trio_llm.cli.run_batch import run
+
+    sys.exit(run(settings, input, output))
+
+
+cli.add_command(bench)
 
 
 @cli.command("check-config", cls=SettingsCommand, params=setting_options("server", "engine", "auth"))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, TextIO
+from typing import TextIO
 
-import attrs
 import click
 
+from trio_llm.cli.options import engine_settings_given
 from trio_llm.cli.settings import Settings
 from trio_llm.llm import LLM
 from trio_llm.messages import SamplingParams
@@ -38,17 +38,10 @@ def run(
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p)
     tokenizer = Tokenizer.from_directory(resolve_model(engine.tokenizer or engine.model))
     prompts = texts if raw or tokenizer.chat_template is None else _questions(tokenizer, texts)
-    with LLM(**_given(settings)) as llm:
+    with LLM(**engine_settings_given(settings)) as llm:
         outputs = llm.generate(prompts, params, use_tqdm=len(texts) > 1 and sys.stderr.isatty())
     for text, output in zip(texts, outputs, strict=True):
         click.echo(_as_json(text, output) if as_json else _as_text(text, output, alone=len(texts) == 1))
-
-
-def _given(settings: Settings) -> dict[str, Any]:
-    """Return the engine's settings that do not have their default, by their own names."""
-    sources = {key.split(".")[1]: source for key, source in settings.sources.items() if key.startswith("engine.")}
-    engine = attrs.asdict(settings.config.engine)
-    return {name: engine[name] for name, source in sources.items() if source != "default"}
 
 
 def _questions(tokenizer: Tokenizer, texts: Iterable[str]) -> list[dict[str, list[int]]]:

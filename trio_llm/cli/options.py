@@ -40,15 +40,15 @@ class SettingsCommand(click.Command):
                 formatter.write_dl(records)
 
 
-def setting_options(*sections: str) -> list[click.Parameter]:
-    """Make one option for each setting of these sections, and `--config`."""
+def setting_options(*names: str) -> list[click.Parameter]:
+    """Make one option for each of these settings, a section standing for all of its own, and `--config`."""
     return [
         click.Option(
             ["--config", "-c"],
             type=click.Path(path_type=Path, dir_okay=False),
             help="YAML file with settings; default: ./config.yaml where it exists.",
         ),
-        *(_option(key, attribute) for key, attribute in fields() if key.split(".")[0] in sections),
+        *(_option(key, attribute) for key, attribute in fields() if key in names or key.split(".")[0] in names),
         click.Option(
             ["--kv-cache-dtype", "engine__kv_cache_dtype"],
             type=click.Choice(list(_KV_CACHE_DTYPES)),
@@ -111,3 +111,10 @@ def flags_given(options: Mapping[str, Any]) -> dict[str, Given]:
     if (dtype := options.get("engine__kv_cache_dtype")) is not None:
         given["engine.kv_quantization"] = Given(_KV_CACHE_DTYPES[dtype], "flag --kv-cache-dtype")
     return given
+
+
+def engine_settings_given(settings: Settings) -> dict[str, Any]:
+    """Return the engine's settings that do not have their default, by their own names, as `LLM` takes them."""
+    sources = {key.split(".")[1]: source for key, source in settings.sources.items() if key.startswith("engine.")}
+    engine = attrs.asdict(settings.config.engine)
+    return {name: engine[name] for name, source in sources.items() if source != "default"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import atexit
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Generator
 from concurrent.futures import CancelledError, Future, wait
 from contextlib import AbstractAsyncContextManager, suppress
 from functools import partial
@@ -81,7 +81,7 @@ class Bridge(Generic[T]):
 
         return self.call(run)
 
-    def iterate(self, produce: Callable[[Callable[[R], None]], Awaitable[None]]) -> Iterator[R]:
+    def iterate(self, produce: Callable[[Callable[[R], None]], Awaitable[None]]) -> Generator[R, None, None]:
         """Yield what an async function puts, while it runs.
 
         The function runs ahead of its reader. Closing the iterator, or leaving its loop, cancels it.

@@ -144,7 +144,7 @@ class BatchRunner:
             nonlocal engine_ended
             with records:
                 try:
-                    records.send_nowait(await self._answer(line, text, row["endpoint"], row["owner"]))
+                    records.send_nowait(await answer_line(self._execute, line, text, row["endpoint"], row["owner"]))
                 except (DrainingError, EngineDeadError):
                     engine_ended = True
                     nursery.cancel_scope.cancel()
@@ -184,37 +184,38 @@ class BatchRunner:
         lines = self._disk.batches.pending(batch_id, after_line=after, limit=_READ_AHEAD)
         return [(line, read_line(file, line)) for line in lines]
 
-    async def _answer(self, line: PendingLine, text: bytes, endpoint: str, owner: str) -> LineRecord:
-        """Answer one line; only what ends the engine, or a cancellation, leaves it pending."""
-        status, body = 200, None
-        while body is None:
-            try:
-                body = await self._execute(endpoint, json.loads(text)["body"], owner)
-            except (DrainingError, EngineDeadError):
-                raise
-            except OverloadedError as error:
-                await trio.sleep(error.retry_after_s)  # Live requests come first.
-            except Exception as error:  # a line's failure is the line's alone
-                told = to_http_error(error)
-                if told.status == 500:
-                    logger.error("a batch line failed", exc_info=error)
-                status, body = told.status, error_object(told)
-        usage: dict[str, Any] = body.get("usage") or {}
-        details: dict[str, int] = usage.get("prompt_tokens_details") or {}
-        record = {
-            "id": f"batch_req_{secrets.token_hex(16)}",
-            "custom_id": line.custom_id,
-            "response": {"status_code": status, "request_id": f"req-{secrets.token_hex(12)}", "body": body},
-            "error": None,
-        }
-        return LineRecord(
-            line.line,
-            msgspec.json.encode(record),
-            failed=status != 200,
-            prompt_tokens=usage.get("prompt_tokens", 0),
-            cached_tokens=details.get("cached_tokens", 0),
-            completion_tokens=usage.get("completion_tokens", 0),
-        )
+
+async def answer_line(execute: Execute, line: PendingLine, text: bytes, endpoint: str, owner: str) -> LineRecord:
+    """Answer one line of a batch as OpenAI's output files spell it; raises only what ends the engine."""
+    status, body = 200, None
+    while body is None:
+        try:
+            body = await execute(endpoint, json.loads(text)["body"], owner)
+        except (DrainingError, EngineDeadError):
+            raise
+        except OverloadedError as error:
+            await trio.sleep(error.retry_after_s)  # Live requests come first.
+        except Exception as error:  # a line's failure is the line's alone
+            told = to_http_error(error)
+            if told.status == 500:
+                logger.error("a batch line failed", exc_info=error)
+            status, body = told.status, error_object(told)
+    usage: dict[str, Any] = body.get("usage") or {}
+    details: dict[str, int] = usage.get("prompt_tokens_details") or {}
+    record = {
+        "id": f"batch_req_{secrets.token_hex(16)}",
+        "custom_id": line.custom_id,
+        "response": {"status_code": status, "request_id": f"req-{secrets.token_hex(12)}", "body": body},
+        "error": None,
+    }
+    return LineRecord(
+        line.line,
+        msgspec.json.encode(record),
+        failed=status != 200,
+        prompt_tokens=usage.get("prompt_tokens", 0),
+        cached_tokens=details.get("cached_tokens", 0),
+        completion_tokens=usage.get("completion_tokens", 0),
+    )
 
 
 def _queued(records: trio.MemoryReceiveChannel[LineRecord]) -> list[LineRecord]:

@@ -1,0 +1,1 @@
+"""`trio-llm bench`: how fast, measured with repetitions, shown as medians with their ranges."""
