@@ -45,6 +45,7 @@ def test_pool_uses_the_colours_of_its_requests(hand: Hand) -> None:
     """Colours belong to requests; a request without blocks has none in the picture."""
     svg = draw_pool(hand.blocks)._repr_svg_()
     assert colour(2) in svg and colour(3) in svg and colour(1) not in svg
+    assert {"request 2", "request 3"} <= set(texts(draw_pool(hand.blocks), "text"))
 
 
 def test_diff_names_exactly_what_changed(hand: Hand) -> None:

@@ -26,7 +26,7 @@ def test_every_message_of_a_step_shows_itself() -> None:
     assert "0 → 32" in shown(grant) and "admitted" in shown(grant)
     assert "<svg" in shown(hand.blocks)
     plan = hand.scheduler.plan(grant)
-    assert "32 tokens in one forward pass" in shown(plan) and "… 32 in all" in shown(plan)
+    assert ">1</td>" in shown(plan) and "32 tokens in one forward pass" in shown(plan) and "… 32 in all" in shown(plan)
     hand.scheduler.commit(StepResult(plan.step, ((),)))
     second = hand.scheduler.plan(hand.blocks.reserve(hand.scheduler.ask()))
     result = StepResult(second.step, ((77,),))
