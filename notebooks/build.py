@@ -36,7 +36,11 @@ def read_cells(path: Path) -> NotebookNode:
 def execute(notebook: NotebookNode, timeout_s: int = 120) -> NotebookNode:
     """Run all cells in a kernel of their own, in this directory; raises CellExecutionError where one fails."""
     client = NotebookClient(
-        notebook, timeout=timeout_s, resources={"metadata": {"path": str(HERE)}}, record_timing=False, coalesce_streams=True
+        notebook,
+        timeout=timeout_s,
+        resources={"metadata": {"path": str(HERE)}},
+        record_timing=False,
+        coalesce_streams=True,
     )
     return client.execute()
 
