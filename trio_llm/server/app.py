@@ -16,7 +16,7 @@ from werkzeug.exceptions import HTTPException
 from trio_llm.config import Config
 from trio_llm.engine import Engine
 from trio_llm.errors import CheckpointError, ConfigError
-from trio_llm.server import admin, auth, batch_service, chat, completions, embeddings, models, tokenization
+from trio_llm.server import admin, auth, batch_service, chat, completions, embeddings, models, responses, tokenization
 from trio_llm.server.chat_template import ChatTemplate
 from trio_llm.server.edge import Edge
 from trio_llm.server.errors import HttpError, error_body, retry_after, to_http_error
@@ -89,6 +89,7 @@ def create_app(
     models.register(app, app.services)
     completions.register(app, app.services)
     chat.register(app, app.services)
+    responses.register(app, app.services)
     embeddings.register(app, app.services)
     tokenization.register(app, app.services)
     batch_service.register(app, app.services)

@@ -100,7 +100,8 @@ def flatten(message: Message, path: str) -> dict[str, Any]:
         flat["tool_calls"] = [
             {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
             for index, call in enumerate(message.tool_calls)
-            for arguments in [_arguments(call.function.arguments, f"{path}.tool_calls[{index}].function.arguments")]
+            for where in [f"{path}.tool_calls[{index}].function.arguments"]
+            for arguments in [call_arguments(call.function.arguments, where)]
         ]
     if message.reasoning and not message.reasoning_content:
         flat["reasoning_content"] = message.reasoning
@@ -108,7 +109,7 @@ def flatten(message: Message, path: str) -> dict[str, Any]:
     return flat
 
 
-def _arguments(given: str | dict[str, Any], path: str) -> dict[str, Any]:
+def call_arguments(given: str | dict[str, Any], path: str) -> dict[str, Any]:
     """Return a call's arguments as an object: templates write them out as JSON themselves."""
     if isinstance(given, dict):
         return given

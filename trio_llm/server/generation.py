@@ -121,6 +121,10 @@ class AnswerFormat(sse.ChunkFormat, Protocol):
         ...
 
 
+class TypedAnswerFormat(AnswerFormat, sse.TypedFormat, Protocol):
+    """How an endpoint whose events have types spells its answers."""
+
+
 async def submit(
     services: Services,
     caller: Caller,
@@ -153,3 +157,14 @@ async def answer(
     feed = sse.DeltaFeed(streams, caller.lifetime)
     first = await feed.next()
     return Response(sse.event_stream(feed, first, form), headers=sse.HEADERS)
+
+
+async def typed_answer(
+    caller: Caller, stream: Stream, form: TypedAnswerFormat, *, streamed: bool
+) -> Response | dict[str, Any]:
+    """Answer in the same way for an API whose events have types."""
+    if not streamed:
+        return form.answer([await stream.collect()])
+    feed = sse.DeltaFeed([stream], caller.lifetime)
+    first = await feed.next()
+    return Response(sse.typed_event_stream(feed, first, form), headers=sse.HEADERS)

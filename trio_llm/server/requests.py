@@ -220,8 +220,8 @@ def parse_body(data: bytes, kind: type[Body]) -> tuple[Body, tuple[str, ...]]:
     given = {name: value for name, value in parse_object(data).items() if value is not None}
     body = check_body(given, kind)
     known = {field.name for field in msgspec.structs.fields(kind)}
-    unknown = [name for name in given if name not in known and name not in _NOT_SUPPORTED]
-    if isinstance(options := given.get("stream_options"), dict):
+    unknown = [name for name in given if name not in known and name not in _not_supported(kind)]
+    if "stream_options" in known and isinstance(options := given.get("stream_options"), dict):
         known_options = {field.name for field in msgspec.structs.fields(StreamOptions)}
         unknown += [f"stream_options.{name}" for name in cast("dict[str, Any]", options) if name not in known_options]
     return body, tuple(unknown)
@@ -230,7 +230,13 @@ def parse_body(data: bytes, kind: type[Body]) -> tuple[Body, tuple[str, ...]]:
 def check_body(value: Mapping[str, Any], kind: type[Body]) -> Body:
     """Check a parsed body. Raises InvalidRequestError, as `parse_body` does."""
     given = {name: item for name, item in value.items() if item is not None}
-    for name in given.keys() & _NOT_SUPPORTED.keys():
-        if given[name] not in _NOT_SUPPORTED[name]:
+    refused = _not_supported(kind)
+    for name in given.keys() & refused.keys():
+        if given[name] not in refused[name]:
             raise InvalidRequestError(f"'{name}' is not supported by this server.", param=name)
     return convert(given, kind)
+
+
+def _not_supported(kind: type[Struct]) -> Mapping[str, tuple[Any, ...]]:
+    """Return the fields of a kind of body that are refused; an API that is not OpenAI's older one names its own."""
+    return getattr(kind, "not_supported", _NOT_SUPPORTED)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from trio_llm.server.parsing.pieces import Content, Piece, Reasoning, split_at
 
 OPEN, CLOSE = "<think>", "</think>"
+_STRIDE_TOKENS = 64
 
 
 class ReasoningParser:
@@ -58,3 +61,18 @@ class ReasoningParser:
             self._state = "lead"
         elif not OPEN.startswith(stripped):
             self._state = "content"
+
+
+def count_reasoning_tokens(decode: Callable[[Sequence[int]], str], token_ids: Sequence[int]) -> int:
+    """Count an output's tokens up to the one that ends its thinking, that one included; all where none does.
+
+    Args:
+        decode: Turns ids into text, control tokens included.
+    """
+    before = len(CLOSE)  # Tokens that the marker may be spread over.
+    for start in range(0, len(token_ids), _STRIDE_TOKENS):
+        end = start + _STRIDE_TOKENS
+        if CLOSE in decode(token_ids[max(0, start - before) : end]):
+            ends = range(start + 1, min(end, len(token_ids)) + 1)
+            return next((at for at in ends if CLOSE in decode(token_ids[max(0, at - before - 1) : at])), ends[-1])
+    return len(token_ids)
