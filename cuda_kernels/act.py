@@ -6,15 +6,15 @@ from typing import Literal
 
 from torch import Tensor
 
-from cuda_kernels.launch import io_define, kernel
+from cuda_kernels.launch import io_define, kernel, unfit
 
 THREADS = 256
 
 
 def supports(gate_up: Tensor) -> str | None:
     """Say why gate_up [S, 2I] cannot be taken; None where it can."""
-    if io_define(gate_up.dtype) is None:
-        return f"dtype {gate_up.dtype}"
+    if reason := unfit(gate_up):
+        return reason
     if gate_up.shape[-1] % 16:
         return f"width {gate_up.shape[-1]}"
     return None

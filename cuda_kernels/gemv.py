@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cuda_kernels.launch import io_define, kernel
+from cuda_kernels.launch import io_define, kernel, unfit
 
 MAX_ROWS = 8
 WARPS, OUTPUTS = 4, 2
@@ -15,8 +15,8 @@ WARPS, OUTPUTS = 4, 2
 
 def supports(x: Tensor, weight: Tensor) -> str | None:
     """Say why x [rows, K] times weight [N, K] cannot be taken; None where it can."""
-    if io_define(x.dtype) is None:
-        return f"dtype {x.dtype}"
+    if reason := unfit(x):
+        return reason
     if weight.dtype not in (x.dtype, torch.int8):
         return f"weights of {weight.dtype}"
     if len(x) > MAX_ROWS:

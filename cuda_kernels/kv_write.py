@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cuda_kernels.launch import io_define, kernel
+from cuda_kernels.launch import io_define, kernel, unfit
 
 HEAD_DIMS = (64, 128, 256, 512)
 WARPS = 8
@@ -12,8 +12,8 @@ WARPS = 8
 
 def supports(qkv: Tensor, k_cache: Tensor) -> str | None:
     """Say why these cannot be taken; None where they can."""
-    if io_define(qkv.dtype) is None:
-        return f"dtype {qkv.dtype}"
+    if reason := unfit(qkv):
+        return reason
     if k_cache.shape[-1] not in HEAD_DIMS:
         return f"head size {k_cache.shape[-1]}"
     if k_cache.stride(0) * k_cache.element_size() % 16:

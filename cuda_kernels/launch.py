@@ -75,6 +75,16 @@ def io_define(dtype: torch.dtype) -> int | None:
     return {torch.bfloat16: 0, torch.float16: 1}.get(dtype)
 
 
+def unfit(x: torch.Tensor) -> str | None:
+    """Say why kernels cannot read rows x [..., n] in pieces of 16 bytes; None where they can."""
+    if io_define(x.dtype) is None:
+        return f"dtype {x.dtype}"
+    strides_bytes = [stride * x.element_size() for stride in x.stride()[:-1]]
+    if x.stride(-1) != 1 or x.data_ptr() % 16 or any(stride % 16 for stride in strides_bytes):
+        return "rows that do not begin at 16 bytes"
+    return None
+
+
 class Launcher(Protocol):
     """Something that can run a kernel: CuPy on a GPU, or the simulator."""
 

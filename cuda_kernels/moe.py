@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cuda_kernels.launch import Kernel, io_define, kernel
+from cuda_kernels.launch import Kernel, io_define, kernel, unfit
 
 MAX_EXPERTS = 512
 MAX_TOP_K = 32
@@ -16,8 +16,8 @@ _BN, _BK, _STAGES = 64, 64, 3  # as in moe.cu
 
 def supports(x: Tensor, gate_up: Tensor, down: Tensor) -> str | None:
     """Say why x [S, H] and experts [E, 2I, H], [E, H, I] cannot be taken; None where they can."""
-    if io_define(x.dtype) is None:
-        return f"dtype {x.dtype}"
+    if reason := unfit(x):
+        return reason
     if gate_up.dtype != x.dtype or down.dtype != x.dtype:
         return f"weights of {gate_up.dtype}"
     if len(gate_up) > MAX_EXPERTS:

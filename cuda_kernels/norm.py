@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cuda_kernels.launch import Kernel, io_define, kernel
+from cuda_kernels.launch import Kernel, io_define, kernel, unfit
 
 MAX_HIDDEN = 32768  # what a block's registers hold
 
 
 def supports(x: Tensor) -> str | None:
     """Say why x [..., H] cannot be normalised by this kernel; None where it can."""
-    if io_define(x.dtype) is None:
-        return f"dtype {x.dtype}"
+    if reason := unfit(x):
+        return reason
     if x.shape[-1] % 8 or x.shape[-1] > MAX_HIDDEN:
         return f"hidden size {x.shape[-1]}"
     return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cuda_kernels.launch import io_define, kernel
+from cuda_kernels.launch import Kernel, io_define, kernel, unfit
 
 HEAD_DIMS = (64, 128, 256, 512)
 MAX_GROUP = 64  # query heads per key head (guessed: no model has more)
@@ -78,8 +78,8 @@ def choose_splits(blocks: int, max_keys: int, device: Device) -> int:
 
 def supports(q: Tensor, k_cache: Tensor, block_size: int) -> str | None:
     """Say why these cannot be taken; None where they can."""
-    if io_define(q.dtype) is None:
-        return f"dtype {q.dtype}"
+    if reason := unfit(q):
+        return reason
     if q.shape[-1] not in HEAD_DIMS:
         return f"head size {q.shape[-1]}"
     if q.shape[1] // k_cache.shape[1] > MAX_GROUP:
@@ -126,30 +126,31 @@ def paged_attention(
         [S, Hq, D] in q's dtype, accumulated in float32.
     """
     tokens, heads, head_dim = q.shape
-    kv_heads, rows = k_cache.shape[1], len(tables)
-    group = heads // kv_heads
-    int8 = k_scale is not None
-    device = _device(q.device)
-    tile = tile or choose_tile(max_q * group, head_dim, device, int8=int8)
-    tiles = -(-max_q * group // tile.rows)
+    kv_heads, sequences = k_cache.shape[1], len(tables)
+    int8, device = k_scale is not None, _device(q.device)
+    packed = max_q * (heads // kv_heads)
+    tile = tile or choose_tile(packed, head_dim, device, int8=int8)
+    tiles = -(-packed // tile.rows)
     visible = max_context if window is None else min(max_context, window + max_q)
-    splits = splits or choose_splits(tiles * kv_heads * rows, visible, device)
+    splits = splits or choose_splits(tiles * kv_heads * sequences, visible, device)
     out = torch.empty_like(q)
-    partial = maxima = None
-    if splits > 1:
-        partial = q.new_empty(tokens, heads, splits, head_dim, dtype=torch.float32)
-        maxima = q.new_empty(tokens, heads, splits, 2, dtype=torch.float32)
-    defines: dict[str, int] = {
-        "HEAD_DIM": head_dim, "GQA": group, "BM": tile.rows, "BN": tile.keys, "WARPS_N": tile.warps_n,
-        "STAGES": tile.stages, "KV_INT8": int(int8), "IO_FP16": io_define(q.dtype) or 0,
-    }  # fmt: skip
-    kernel("paged_attn.cu", "paged_attention", **defines)(
-        (tiles, kv_heads * splits, rows), (tile.threads, 1, 1), tile.shared_bytes(head_dim, int8=int8),
+    partial, maxima = (q.new_empty(tokens, heads, splits * (splits > 1), n, dtype=torch.float32) for n in (head_dim, 2))
+    attend, combine = _kernels(q, heads // kv_heads, tile, int8=int8)
+    attend(
+        (tiles, kv_heads * splits, sequences), (tile.threads, 1, 1), tile.shared_bytes(head_dim, int8=int8),
         q, k_cache, v_cache, k_scale, v_scale, tables, context_lens, cu_q, partial, maxima, out,
         tables.stride(0), block_size.bit_length() - 1, k_cache.stride(0), 0 if k_scale is None else k_scale.stride(0),
         kv_heads, splits, window or 0, scale, softcap or 0.0,
     )  # fmt: skip
     if splits > 1:
-        combine = kernel("paged_attn.cu", "combine", **defines)
         combine((tokens * heads, 1, 1), (32, 1, 1), 0, partial, maxima, out, splits)
     return out
+
+
+def _kernels(q: Tensor, group: int, tile: Tile, *, int8: bool) -> tuple[Kernel, Kernel]:
+    """Return both entry points of one specialised module."""
+    defines = {
+        "HEAD_DIM": q.shape[-1], "GQA": group, "BM": tile.rows, "BN": tile.keys, "WARPS_N": tile.warps_n,
+        "STAGES": tile.stages, "KV_INT8": int(int8), "IO_FP16": io_define(q.dtype) or 0,
+    }  # fmt: skip
+    return kernel("paged_attn.cu", "paged_attention", **defines), kernel("paged_attn.cu", "combine", **defines)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cuda_kernels.launch import io_define, kernel
+from cuda_kernels.launch import io_define, kernel, unfit
 
 THREADS = 256
 
 
 def supports(dense: Tensor) -> str | None:
     """Say why dense [N, K] cannot be taken; None where it can."""
-    if io_define(dense.dtype) is None:
-        return f"dtype {dense.dtype}"
+    if reason := unfit(dense):
+        return reason
     if dense.shape[1] % 8 or not dense.is_contiguous():
         return f"rows of {dense.shape[1]}"
     return None

@@ -66,6 +66,15 @@ def test_dtypes_follow_the_specialisation() -> None:
         check(fp16, good())
 
 
+def test_rows_that_no_16_byte_load_can_read_are_unfit() -> None:
+    """A dtype, a stride or a beginning that a kernel's loads would fault on is named before anything is launched."""
+    x = torch.zeros(4, 24, dtype=torch.bfloat16)
+    assert launch.unfit(x) is None and launch.unfit(x[:, 8:16]) is None
+    assert launch.unfit(x.double()) == "dtype torch.float64"
+    for bad in (x[:, 1:9], x.T, torch.zeros(4, 20, dtype=torch.bfloat16)):
+        assert launch.unfit(bad) == "rows that do not begin at 16 bytes"
+
+
 class Recorder:
     """Remembers launches."""
 

@@ -61,4 +61,4 @@ def test_supports_says_why_not() -> None:
     """A dtype or width that the kernel cannot take is named."""
     assert norm.supports(torch.zeros(1, 64, dtype=torch.bfloat16)) is None
     assert norm.supports(torch.zeros(1, 64)) == "dtype torch.float32"
-    assert norm.supports(torch.zeros(1, 60, dtype=torch.float16)) == "hidden size 60"
+    assert norm.supports(torch.zeros(1, 1 << 16, dtype=torch.float16)) == "hidden size 65536"

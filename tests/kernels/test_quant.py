@@ -38,4 +38,4 @@ def test_supports_says_why_not() -> None:
     """A dtype or width that the kernel cannot take is named."""
     assert quant.supports(torch.zeros(2, 8).half()) is None
     assert quant.supports(torch.zeros(2, 8)) == "dtype torch.float32"
-    assert quant.supports(torch.zeros(2, 9).half()) == "rows of 9"
+    assert quant.supports(torch.zeros(1, 9).half()) == "rows that do not begin at 16 bytes"
