@@ -45,6 +45,19 @@ class Golden:
         return [self.follow(prompt, output) for prompt, output in zip(self.prompts, outputs, strict=True)]
 
 
+def make_prompts() -> list[list[int]]:
+    """Return sixteen prompts, the same every time."""
+    from tests.model.families import VOCAB
+
+    generator = torch.Generator().manual_seed(11)
+    prompts: list[list[int]] = []
+    for length in BASE_LENGTHS:
+        base = torch.randint(3, VOCAB, (length,), generator=generator).tolist()
+        other = torch.randint(3, VOCAB, (5,), generator=generator).tolist()
+        prompts += [base, base[: length // 2] + other, base[:16] + other[:1], base + other]
+    return prompts
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
     """Tiny tensors are slower on many threads."""
@@ -57,19 +70,13 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def golden(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Golden]:
     """Return a function from a family's name to its checkpoint and oracle, made once a session."""
-    from tests.model.families import VOCAB, make_oracle, save
+    from tests.model.families import make_oracle, save
 
     @cache
     def make(name: str) -> Golden:
         oracle = make_oracle(name)
-        generator = torch.Generator().manual_seed(11)
-        prompts: list[list[int]] = []
-        for length in BASE_LENGTHS:
-            base = torch.randint(3, VOCAB, (length,), generator=generator).tolist()
-            other = torch.randint(3, VOCAB, (5,), generator=generator).tolist()
-            prompts += [base, base[: length // 2] + other, base[:16] + other[:1], base + other]
         directory = save(oracle, tmp_path_factory.mktemp(name))
-        return Golden(directory, oracle, prompts)
+        return Golden(directory, oracle, make_prompts())
 
     return make
 
