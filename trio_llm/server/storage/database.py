@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import sqlite3
+import weakref
 from pathlib import Path
 from typing import Self
 
@@ -81,6 +82,8 @@ class Database:
         self.connection = sqlite3.connect(directory / "trio-llm.sqlite3", isolation_level=None, check_same_thread=False)
         self.connection.row_factory = sqlite3.Row
         # FULL: what a client has seen survives a power cut too, not only a killed process.
+        # Closed with the object at the latest: a server may be cancelled before it has said good-bye.
+        self.close = weakref.finalize(self, _close, self.connection, self._lock)
         self.connection.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;" + SCHEMA)
         self._sweep()
 
@@ -105,15 +108,16 @@ class Database:
         finally:
             os.close(fd)
 
-    def close(self) -> None:
-        self.connection.close()
-        os.close(self._lock)
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _close(connection: sqlite3.Connection, lock: int) -> None:
+    connection.close()
+    os.close(lock)
 
 
 class Transaction:
