@@ -93,6 +93,12 @@ class ServerConfig:
     max_connections: int = setting(
         4096, "Open connections; one more is answered 503.", flags=("--max-connections",), at_least=1
     )
+    max_connections_per_peer: int = setting(
+        1024,
+        "Open connections of one remote address, an IPv6 one by its /64; one more is answered 503. 0 for no limit.",
+        flags=("--max-connections-per-peer",),
+        at_least=0,
+    )
     data_dir: str | None = setting(
         None,
         "Directory for uploaded files and batches; default: trio-llm in $XDG_STATE_HOME or ~/.local/state.",
@@ -200,6 +206,16 @@ class AuthConfig:
         (), "Keys that open the API; none leaves it open.", env="VLLM_API_KEY", flags=("--api-key",), secret=True
     )
     api_key_file: str | None = setting(None, "File with one API key a line.", flags=("--api-key-file",))
+    admin_api_keys: tuple[str, ...] = setting(
+        (),
+        "Keys without which nobody may shut the server down; they open the API too.",
+        env="VLLM_ADMIN_API_KEY",
+        flags=("--admin-api-key",),
+        secret=True,
+    )
+    public_metrics: bool = setting(
+        False, "Show /metrics to everybody, also where there are API keys.", flags=("--public-metrics",)
+    )
     require_auth: bool = setting(
         False, "Refuse to start without an API key.", env="VLLM_REQUIRE_AUTH", flags=("--require-auth",)
     )
@@ -207,6 +223,12 @@ class AuthConfig:
         100,
         "Requests a key, or without keys a remote peer, may make in a window; 0 for no limit.",
         flags=("--rate-limit-requests",),
+        at_least=0,
+    )
+    rate_limit_tokens: int = setting(
+        0,
+        "Tokens of prompts and answers that a key or peer may use in a window; 0 for no limit.",
+        flags=("--rate-limit-tokens",),
         at_least=0,
     )
     rate_limit_window_secs: float = setting(

@@ -26,6 +26,9 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "server.chat_template": ("a", "b", "c"),
     "server.shutdown_timeout_s": (1.5, 2.5, 3.5),
     "server.max_connections": (1, 2, 3),
+    "server.max_connections_per_peer": (0, 2, 3),
+    "server.data_dir": ("a", "b", "c"),
+    "server.max_file_bytes": (1, 2, 3),
     "server.max_body_bytes": (1, 2, 3),
     "server.enable_shutdown": (False, False, False),
     "engine.model": ("a", "b", "c"),
@@ -50,8 +53,11 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "engine.seed": (1, 2, 3),
     "auth.api_keys": (("a", "b"), ("c",), ("d",)),
     "auth.api_key_file": ("a", "b", "c"),
+    "auth.admin_api_keys": (("a", "b"), ("c",), ("d",)),
+    "auth.public_metrics": (True, True, True),
     "auth.require_auth": (True, True, True),
     "auth.rate_limit_requests": (1, 2, 3),
+    "auth.rate_limit_tokens": (1, 2, 3),
     "auth.rate_limit_window_secs": (1.5, 2.5, 3.5),
 }
 DECLARED = dict(fields())

@@ -16,6 +16,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from tests.server.helpers import exchange, http, read_response, read_to_end, running
 from trio_llm.server import connection as connection_module
+from trio_llm.server import serve as serve_module
 from trio_llm.server.connection import ConnectionLimits, _detect_dead_peers
 from trio_llm.server.edge import LIFETIME, Edge
 
@@ -438,6 +439,25 @@ async def test_one_connection_too_many_is_told_so(probe: Probe) -> None:
         third = await server.connect()
         await third.send_all(http("GET", "/hello"))
         assert (await read_response(third))[0] == 200
+
+
+async def test_one_remote_peer_has_so_many_connections(probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer's connection beyond its cap gets the 503 until one closes; this machine's own are not counted by peer."""
+    async with running(probe.edge, max_connections_per_peer=1) as server:
+
+        async def status() -> tuple[int, trio.SocketStream]:
+            stream = await server.connect()
+            await stream.send_all(http("GET", "/hello"))
+            return (await read_response(stream))[0], stream
+
+        assert [(await status())[0] for _ in range(3)] == [200] * 3
+        monkeypatch.setattr(serve_module, "is_loopback", lambda address: False)
+        code, first = await status()
+        assert code == 200
+        assert (await status())[0] == 503
+        await first.aclose()
+        await wait_all_tasks_blocked(0.01)
+        assert (await status())[0] == 200
 
 
 async def test_slow_request_heads_time_out(probe: Probe, mock_clock: trio.testing.MockClock) -> None:

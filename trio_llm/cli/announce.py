@@ -58,12 +58,16 @@ class LoadingDisplay:
 
 def open_to_all(config: Config) -> str | None:
     """Say who can use the server, where that is anybody; None where a key or a loopback address stands before it."""
-    if config.auth.api_keys or config.auth.api_key_file or _is_loopback(config.server.host):
+    if _needs_key(config) or _is_loopback(config.server.host):
         return None
     return (
         f"No API key is set and the server listens on {config.server.host}: whoever can reach this machine on port "
         f"{config.server.port} can use the model. Set VLLM_API_KEY, or listen on --host 127.0.0.1."
     )
+
+
+def _needs_key(config: Config) -> bool:
+    return bool(config.auth.api_keys or config.auth.api_key_file or config.auth.admin_api_keys)
 
 
 def _is_loopback(host: str) -> bool:
@@ -76,7 +80,7 @@ def _is_loopback(host: str) -> bool:
 def ready_text(config: Config, info: ModelInfo, name: str, url: str) -> str:
     """Say what is served where, what it takes, and how to ask it."""
     base = _reachable(url)
-    key = ' -H "Authorization: Bearer $VLLM_API_KEY"' if config.auth.api_keys or config.auth.api_key_file else ""
+    key = ' -H "Authorization: Bearer $VLLM_API_KEY"' if _needs_key(config) else ""
     post = f"-H 'Content-Type: application/json'{key}"
     return f"""{info.memory_table}
 

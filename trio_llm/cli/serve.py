@@ -124,6 +124,7 @@ class _Process:
                 graceful_timeout_s=server.shutdown_timeout_s,
                 last_call=app.last_call,
                 max_connections=server.max_connections,
+                max_connections_per_peer=server.max_connections_per_peer,
                 task_status=task_status,
             )
         except OSError as error:

@@ -97,6 +97,11 @@ class Stream:
         self._last: Finished | Failed | None = None
         self._ended = False
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the answer that were read so far."""
+        return self._text.num_tokens
+
     async def __aenter__(self) -> Self:
         return self
 

@@ -35,7 +35,8 @@ def register(app: QuartTrio, services: Services, http_metrics: CollectorRegistry
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        if services.keys and g.key_id is None and not (auth.peer_is_loopback() and not _is_forwarded()):
+        local = auth.peer_is_loopback() and not _is_forwarded()
+        if services.keys and g.key_id is None and not local and not services.config.auth.public_metrics:
             raise HttpError(401, "The metrics are open to this machine; from elsewhere they need an API key.")
         text = await services.engine.render_metrics()
         return Response(text + generate_latest(http_metrics), content_type=CONTENT_TYPE_LATEST)
@@ -67,6 +68,9 @@ def _check_shutdown(services: Services) -> None:
         raise HttpError(403, "/shutdown is not available through a proxy.")
     if services.keys and g.key_id is None:
         raise HttpError(401, "/shutdown needs an API key.", code="invalid_api_key")
+    administrators = auth.ApiKeys(services.config.auth.admin_api_keys)
+    if administrators and g.key_id not in administrators:
+        raise HttpError(403, "/shutdown needs an administrator's key.")
     if not services.keys and not auth.peer_is_loopback():
         raise HttpError(403, "/shutdown is open to this machine only: set VLLM_API_KEY to use it from elsewhere.")
     if not _is_expected_host(_host_name(request.headers.get("Host", "")), services):

@@ -6,6 +6,7 @@ import logging
 import secrets
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import trio
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -18,9 +19,9 @@ from trio_llm.engine import Engine
 from trio_llm.errors import CheckpointError, ConfigError
 from trio_llm.server import admin, auth, batch_service, chat, completions, embeddings, models, responses, tokenization
 from trio_llm.server.chat_template import ChatTemplate
-from trio_llm.server.edge import Edge
-from trio_llm.server.errors import HttpError, error_body, retry_after, to_http_error
-from trio_llm.server.rate_limit import RateLimiter
+from trio_llm.server.edge import LIFETIME, Edge
+from trio_llm.server.errors import HttpError, error_body, to_http_error
+from trio_llm.server.limits import Limits
 from trio_llm.server.services import Services, model_names
 from trio_llm.tokenizer import Tokenizer
 
@@ -120,8 +121,7 @@ def _load_template(config: Config, tokenizer: Tokenizer) -> ChatTemplate | None:
 
 def _guard(app: ServerApp, config: Config, clock: Callable[[], float]) -> None:
     """Check key and rate before anything else, also on paths that do not exist."""
-    capacity = config.auth.rate_limit_requests
-    limiter = RateLimiter(capacity, config.auth.rate_limit_window_secs, clock) if capacity else None
+    limits = Limits(config.auth, clock)
     keys = app.services.keys
 
     @app.before_request
@@ -136,24 +136,10 @@ def _guard(app: ServerApp, config: Config, clock: Callable[[], float]) -> None:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-        if limiter is not None and not (g.key_id is None and auth.peer_is_loopback()):
-            _limit(limiter, g.key_id or auth.peer_name())
-
-
-def _limit(limiter: RateLimiter, name: str) -> None:
-    verdict = limiter.take(name)
-    g.rate_headers = {
-        "x-ratelimit-limit-requests": str(limiter.capacity),
-        "x-ratelimit-remaining-requests": str(verdict.remaining),
-        "x-ratelimit-reset-requests": f"{verdict.reset_after_s:.3f}s",
-    }
-    if not verdict.allowed:
-        raise HttpError(
-            429,
-            f"Too many requests: at most {limiter.capacity} at once.",
-            code="rate_limit_exceeded",
-            headers=retry_after(verdict.retry_after_s),
-        )
+        if g.key_id is not None or not auth.peer_is_loopback():
+            headers: dict[str, str] = {}
+            g.rate_headers = headers
+            limits.admit(g.key_id or auth.peer_name(), cast(Any, request.scope)[LIFETIME], headers)
 
 
 def _finish_responses(app: ServerApp, registry: CollectorRegistry) -> None:

@@ -17,15 +17,21 @@ from quart import request
 from trio_llm.config import AuthConfig
 from trio_llm.errors import ConfigError
 
+_ID_CHARS = 16
+
 
 class ApiKeys:
     """The accepted keys, as digests: compared in constant time, and nothing here can print one."""
 
     def __init__(self, keys: Iterable[str]) -> None:
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in dict.fromkeys(keys)]
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in dict.fromkeys(keys) if key]
 
     def __len__(self) -> int:
         return len(self._digests)
+
+    def __contains__(self, key_id: object) -> bool:
+        """Say whether an id that `identify` gave is that of a key here."""
+        return any(key_id == known.hex()[:_ID_CHARS] for known in self._digests)
 
     def identify(self, given: Iterable[bytes]) -> str | None:
         """Return the id of the key among `given`, None if there is none. Every key is compared every time."""
@@ -34,12 +40,12 @@ class ApiKeys:
             digest = hashlib.sha256(candidate).digest()
             for known in self._digests:
                 if secrets.compare_digest(digest, known):
-                    found = known.hex()[:16]
+                    found = known.hex()[:_ID_CHARS]
         return found
 
 
 def load_keys(config: AuthConfig) -> ApiKeys:
-    """Read the keys of the configuration and of its key file.
+    """Read all keys: those of the configuration, of its key file, and the administrators'.
 
     Raises:
         ConfigError: The key file cannot be read or holds no key.
@@ -54,7 +60,7 @@ def load_keys(config: AuthConfig) -> ApiKeys:
         if not from_file:  # Starting open because a file is empty would be the worst of surprises.
             raise _bad_key_file(config.api_key_file, "must hold at least one key")
         keys += from_file
-    return ApiKeys(keys)
+    return ApiKeys([*keys, *config.admin_api_keys])
 
 
 def _bad_key_file(path: str, allowed: str) -> ConfigError:
@@ -79,18 +85,28 @@ def peer_address() -> str:
 
 def peer_is_loopback() -> bool:
     """Say whether the current request comes from this machine."""
+    return is_loopback(peer_address())
+
+
+def peer_name() -> str:
+    """Return the name that the peer of the current request is limited by."""
+    return limited_name(peer_address())
+
+
+def is_loopback(address: str) -> bool:
+    """Say whether an address is this machine's own."""
     try:
-        return ipaddress.ip_address(peer_address()).is_loopback
+        return ipaddress.ip_address(address).is_loopback
     except ValueError:
         return False
 
 
-def peer_name() -> str:
-    """Return the name that a peer is limited by; an IPv6 host has a whole /64 to make up addresses from."""
+def limited_name(address: str) -> str:
+    """Return the name that an address is limited by; an IPv6 host has a whole /64 to make up addresses from."""
     try:
-        address = ipaddress.ip_address(peer_address())
+        parsed = ipaddress.ip_address(address)
     except ValueError:
-        return peer_address()
-    if isinstance(address, ipaddress.IPv6Address):
-        return str(address.ipv4_mapped or ipaddress.ip_network((address, 64), strict=False))
-    return str(address)
+        return address
+    if isinstance(parsed, ipaddress.IPv6Address):
+        return str(parsed.ipv4_mapped or ipaddress.ip_network((parsed, 64), strict=False))
+    return str(parsed)

@@ -39,10 +39,12 @@ class Lifetime:
 
     Found under `scope[LIFETIME]`. What is entered in `stack` is left when the request is over, however it ended,
     in the task of the edge: it must not hold a nursery or cancel scope of its own; `nursery` is there for tasks.
+    Who spends tokens for the request adds their number to `num_tokens`, for whoever limits them.
     """
 
     nursery: trio.Nursery
     stack: contextlib.AsyncExitStack
+    num_tokens: list[int] = attrs.field(factory=list[int])
 
 
 def upload_chunks(scope: Any) -> AsyncIterator[bytes] | None:
@@ -50,10 +52,9 @@ def upload_chunks(scope: Any) -> AsyncIterator[bytes] | None:
 
     Raises, while it is read:
         HttpError: 408, the next part does not come.
-        trio.BrokenResourceError: The client has left.
     """
     exchange: _Exchange | None = scope.get(_UPLOAD)
-    return None if exchange is None else exchange.chunks()
+    return exchange
 
 
 @attrs.frozen(kw_only=True)
@@ -120,7 +121,7 @@ def _has_path(target: str) -> bool:
 
 
 class _Exchange:
-    """`receive` and `send` of one request, mended.
+    """`receive` and `send` of one request, mended. Iterating over it takes the parts of an upload.
 
     Attributes:
         started: The response has begun.
@@ -166,26 +167,30 @@ class _Exchange:
             self._finished = True
         await self._send(message)
 
-    async def chunks(self) -> AsyncIterator[bytes]:
-        while not self._body_arrived.is_set():
-            message = None
-            with trio.move_on_after(_CHUNK_TIMEOUT_S):
-                message = await self._receive()
-            if message is None:
-                raise HttpError(408, "The request body did not arrive in time.", headers={"Connection": "close"})
-            if message["type"] != "http.request":
-                self._gone = True
-                self._body_arrived.set()
-                raise trio.BrokenResourceError("the client left during its upload")
-            if not message.get("more_body", False):
-                self._body_arrived.set()
-            yield message["body"]
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self._body_arrived.is_set():
+            raise StopAsyncIteration
+        message = None
+        with trio.move_on_after(_CHUNK_TIMEOUT_S):
+            message = await self._receive()
+        if message is None:
+            raise HttpError(408, "The request body did not arrive in time.", headers={"Connection": "close"})
+        if message["type"] != "http.request":
+            self._gone = True
+            self._body_arrived.set()
+            await trio.sleep_forever()  # The app learns of it by `receive`, and cancels its handler.
+        if not message.get("more_body", False):
+            self._body_arrived.set()
+        return message["body"]
 
     async def _when_body_arrived(self, start: Any) -> Any:
         """Hold a response until the request was read, or say that the connection ends with it."""
-        with trio.move_on_after(_BODY_GRACE_S), suppress(HttpError, trio.BrokenResourceError):
+        with trio.move_on_after(_BODY_GRACE_S), suppress(HttpError):
             if self._streams:
-                async for _ in self.chunks():
+                async for _ in self:
                     pass  # What nobody wanted; its sender reads no answer before it is through.
             await self._body_arrived.wait()
         if self._body_arrived.is_set():

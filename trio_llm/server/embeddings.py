@@ -70,6 +70,7 @@ async def embed(services: Services, body: EmbeddingBody, caller: Caller) -> dict
     results = await _embed_all(inputs, embed_one)
     encode = _base64 if body.encoding_format == "base64" else list[float]
     prompt_tokens = sum(usage.prompt_tokens for _, usage in results)
+    caller.lifetime.num_tokens.append(prompt_tokens)
     return {
         "id": f"embd-{secrets.token_hex(12)}",
         "object": "list",

@@ -47,6 +47,21 @@ class RateLimiter:
 
     def take(self, name: str) -> Verdict:
         """Take one token from a bucket, if it has one."""
+        bucket = self._filled(name)
+        allowed = bucket.tokens >= 1
+        bucket.tokens -= allowed
+        return self._verdict(bucket, allowed=allowed)
+
+    def look(self, name: str) -> Verdict:
+        """Say whether a bucket has a token, and take none."""
+        bucket = self._filled(name)
+        return self._verdict(bucket, allowed=bucket.tokens >= 1)
+
+    def charge(self, name: str, amount: int) -> None:
+        """Take so much from a bucket, below zero if need be: what it was for has happened."""
+        self._filled(name).tokens -= amount
+
+    def _filled(self, name: str) -> _Bucket:
         now = self._clock()
         bucket = self._buckets.setdefault(name, _Bucket(self.capacity, now))
         self._buckets.move_to_end(name)
@@ -54,11 +69,12 @@ class RateLimiter:
             self._buckets.popitem(last=False)
         bucket.tokens = min(self.capacity, bucket.tokens + (now - bucket.filled_at_s) * self._rate)
         bucket.filled_at_s = now
-        allowed = bucket.tokens >= 1
-        bucket.tokens -= allowed
+        return bucket
+
+    def _verdict(self, bucket: _Bucket, *, allowed: bool) -> Verdict:
         return Verdict(
             allowed=allowed,
-            remaining=int(bucket.tokens),
+            remaining=max(0, int(bucket.tokens)),
             retry_after_s=max(0.0, 1 - bucket.tokens) / self._rate,
             reset_after_s=(self.capacity - bucket.tokens) / self._rate,
         )

@@ -7,6 +7,7 @@ read keeps it from ever stopping. Plain HTTP/1.1 in one process; TLS and HTTP/2 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, cast
@@ -17,6 +18,7 @@ from hypercorn.config import Config
 from hypercorn.trio.lifespan import Lifespan
 from hypercorn.trio.worker_context import WorkerContext
 
+from trio_llm.server.auth import is_loopback, limited_name
 from trio_llm.server.connection import ASGIApp, Connection, ConnectionLimits
 from trio_llm.server.errors import HttpError, error_body
 
@@ -36,6 +38,7 @@ async def serve(
     graceful_timeout_s: float = 30.0,
     last_call: Callable[[], None] = lambda: None,
     max_connections: int = 4096,
+    max_connections_per_peer: int = 0,
     limits: ConnectionLimits | None = None,
     task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -50,6 +53,7 @@ async def serve(
         last_call: Called when that time is up, a second before the connections are dropped, so that open
             streams can say goodbye.
         max_connections: One more is answered 503.
+        max_connections_per_peer: The same for one remote address, an IPv6 one by its /64; 0 for no limit.
         limits: Of each connection.
         task_status: Started with the URLs it listens on.
 
@@ -59,7 +63,7 @@ async def serve(
     config = _hypercorn_config()
     listeners = await trio.open_tcp_listeners(port, host=host, backlog=_BACKLOG)
     lifespan = Lifespan(ASGIWrapper(cast(Any, app)), config, {})
-    server = _Server(app, config, max_connections, limits or ConnectionLimits())
+    server = _Server(app, config, max_connections, max_connections_per_peer, limits or ConnectionLimits())
     async with trio.open_nursery() as lifespan_nursery:
         await lifespan_nursery.start(lifespan.handle_lifespan)
         await lifespan.wait_for_startup()
@@ -78,10 +82,14 @@ async def serve(
 class _Server:
     """The open connections."""
 
-    def __init__(self, app: ASGIApp, config: Config, max_connections: int, limits: ConnectionLimits) -> None:
+    def __init__(
+        self, app: ASGIApp, config: Config, max_connections: int, max_per_peer: int, limits: ConnectionLimits
+    ) -> None:
         self._app = app
         self._config = config
         self._max_connections = max_connections
+        self._max_per_peer = max_per_peer
+        self._by_peer = Counter[str]()
         self._limits = limits
         self._context = WorkerContext(None)
         self._connections: set[Connection] = set()
@@ -89,9 +97,14 @@ class _Server:
 
     async def handle(self, stream: trio.SocketStream) -> None:
         """Serve one connection; whatever goes wrong with it is logged and ends here."""
-        if len(self._connections) >= self._max_connections:
+        peer = _remote_peer(stream)
+        if len(self._connections) >= self._max_connections or (
+            peer is not None and 0 < self._max_per_peer <= self._by_peer[peer]
+        ):
             await _refuse(stream)
             return
+        if peer is not None:
+            self._by_peer[peer] += 1
         connection = Connection(stream, self._app, self._config, self._context, self._limits)
         self._connections.add(connection)
         try:
@@ -102,6 +115,10 @@ class _Server:
             logger.error("a connection failed; the others go on", exc_info=error)
         finally:
             self._connections.discard(connection)
+            if peer is not None:
+                self._by_peer[peer] -= 1
+                if not self._by_peer[peer]:
+                    del self._by_peer[peer]
             self._one_closed.unpark_all()
 
     async def stop(self, graceful_timeout_s: float, last_call: Callable[[], None]) -> None:
@@ -118,6 +135,15 @@ class _Server:
     async def _wait_until_closed(self) -> None:
         while self._connections:
             await self._one_closed.park()
+
+
+def _remote_peer(stream: trio.SocketStream) -> str | None:
+    """Return the name a connection is counted by; None for this machine, and for one that has left already."""
+    try:
+        address = stream.socket.getpeername()[0]
+    except OSError:
+        return None
+    return None if is_loopback(address) else limited_name(address)
 
 
 async def _refuse(stream: trio.SocketStream) -> None:

@@ -104,12 +104,19 @@ class Services:
             streams += await lifetime.stack.enter_async_context(samples)
         self._streams.update(streams)
         lifetime.stack.callback(self._streams.difference_update, streams)
+        lifetime.stack.callback(_count_tokens, lifetime, streams, params.n)
         return streams
 
     def last_call(self) -> None:
         """End every open stream: the time to drain is over. Its reader gets trio.ClosedResourceError."""
         for stream in self._streams:
             stream.close()
+
+
+def _count_tokens(lifetime: Lifetime, streams: Sequence[Stream], samples_per_prompt: int) -> None:
+    """Add what streams have cost; a prompt counts once, however many samples it has."""
+    lifetime.num_tokens.extend(len(stream.prompt_token_ids) for stream in streams[::samples_per_prompt])
+    lifetime.num_tokens.extend(stream.num_tokens for stream in streams)
 
 
 def model_names(engine: Engine, config: Config) -> tuple[str, ...]:
