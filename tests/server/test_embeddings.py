@@ -115,7 +115,10 @@ async def test_the_openai_client(runner: StubRunner) -> None:
 
         def use(client: Any) -> list[Any]:
             create = client.embeddings.create
-            return [create(model="stub", input=["cat", "dog"]), create(model="stub", input="cat", encoding_format="float")]
+            return [
+                create(model="stub", input=["cat", "dog"]),
+                create(model="stub", input="cat", encoding_format="float"),
+            ]
 
         both, one = await use_client(server, use)
     assert [item.embedding for item in both.data] == [known("cat"), known("dog")]

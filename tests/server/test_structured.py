@@ -186,7 +186,7 @@ async def test_the_form_is_compiled_off_the_loop(app: ServerApp, monkeypatch: py
 
 
 async def test_samples_share_one_grammar_object() -> None:
-    """n samples are held to one compiled grammar, each by a matcher of its own."""
+    """N samples are held to one compiled grammar, each by a matcher of its own."""
     runner = StubRunner()
     grammars: set[int] = set()
 

@@ -14,6 +14,9 @@ from trio_llm.server.errors import HttpError
 
 _MAX_FIELD_BYTES = 4096
 _MAX_PARTS = 32
+# The decoder is fed in such pieces, and may hold two of them: it has found the headers of a part by then, or there
+# are none.
+_PIECE_BYTES = 64 * 1024
 
 
 @attrs.define
@@ -42,12 +45,13 @@ async def read_upload(
     boundary = options.get("boundary", "").encode("latin-1", "replace")
     if media_type != "multipart/form-data" or not boundary:
         raise HttpError(415, "An upload is multipart/form-data with the fields `file` and `purpose`.")
-    decoder = MultipartDecoder(boundary, max_form_memory_size=_MAX_FIELD_BYTES, max_parts=_MAX_PARTS)
+    decoder = MultipartDecoder(boundary, max_form_memory_size=2 * _PIECE_BYTES, max_parts=_MAX_PARTS)
     reader = _Reader(write)
     try:
         async for chunk in chunks:
-            decoder.receive_data(chunk)
-            await reader.read(decoder)
+            for start in range(0, len(chunk), _PIECE_BYTES):
+                decoder.receive_data(chunk[start : start + _PIECE_BYTES])
+                await reader.read(decoder)
         decoder.receive_data(None)
         await reader.read(decoder)
     except (ValueError, RequestEntityTooLarge):
@@ -80,3 +84,5 @@ class _Reader:
                 await self._write(event.data)
             elif isinstance(event, Data) and self._field is not None:
                 self.upload.fields[self._field] += event.data.decode("utf-8", "replace")
+                if len(self.upload.fields[self._field]) > _MAX_FIELD_BYTES:
+                    raise ValueError("a field beside the file is short")

@@ -1,0 +1,363 @@
+"""/v1/batches over a real socket: from an uploaded file, or inline, to results that each key sees alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import trio
+
+from tests.server.client import use_client
+from tests.server.helpers import Running, running
+from tests.server.stub import GatedWorker, StubRunner, continuation, open_stub
+from trio_llm.config import AuthConfig, Config, ServerConfig
+from trio_llm.server.app import create_app
+
+KEYS = ("sk-0123456789abcdef", "sk-fedcba9876543210")
+ENDED = ("completed", "failed", "expired", "cancelled")
+
+
+@asynccontextmanager
+async def serving(directory: Path, **options: Any) -> AsyncIterator[Running]:
+    """Serve with a data directory, and close it in order."""
+    auth = AuthConfig(api_keys=KEYS, rate_limit_requests=0)
+    config = Config(server=ServerConfig(data_dir=str(directory)), auth=auth)
+    async with open_stub(StubRunner(), **options) as engine, running(create_app(engine, config)) as server:
+        yield server
+        server.stop.set()
+        with trio.fail_after(30):
+            await server.stopped.wait()
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[Running]:
+    """Serve."""
+    async with serving(tmp_path) as server:
+        yield server
+
+
+def jsonl(url: str, *bodies: dict[str, Any]) -> bytes:
+    """Return an input file."""
+    lines = [
+        {"custom_id": f"c{number}", "method": "POST", "url": url, "body": body} for number, body in enumerate(bodies)
+    ]
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+
+def run_batch(client: openai.OpenAI, data: bytes, url: Any, **options: Any) -> Any:
+    """Upload, submit, and wait for the end."""
+    file = client.files.create(file=data, purpose="batch")
+    return wait(client, client.batches.create(input_file_id=file.id, endpoint=url, completion_window="24h", **options))
+
+
+def wait(client: openai.OpenAI, batch: Any) -> Any:
+    """Wait for a batch to end."""
+    deadline = time.monotonic() + 60
+    while batch.status not in ENDED:
+        assert time.monotonic() < deadline, batch
+        time.sleep(0.02)
+        batch = client.batches.retrieve(batch.id)
+    return batch
+
+
+def read_lines(client: openai.OpenAI, file_id: str | None) -> list[Any]:
+    """Read a result file."""
+    return [] if file_id is None else [json.loads(line) for line in client.files.content(file_id).read().splitlines()]
+
+
+async def test_two_hundred_lines(server: Running) -> None:
+    """Every line of a batch is answered as a request of its own would be, once, in order; bad ones go to errors."""
+    bodies: list[dict[str, Any]] = [{"prompt": f"number {number}", "max_tokens": 3} for number in range(200)]
+    bodies[7] = {"prompt": "x", "max_tokens": -1}
+    bodies[8] = {"prompt": "x", "model": "gpt-4"}
+
+    def use(client: openai.OpenAI) -> tuple[Any, ...]:
+        batch = run_batch(client, jsonl("/v1/completions", *bodies), "/v1/completions", metadata={"who": "me"})
+        return batch, read_lines(client, batch.output_file_id), read_lines(client, batch.error_file_id)
+
+    batch, output, errors = await use_client(server, use, KEYS[0])
+    assert batch.status == "completed"
+    assert (batch.request_counts.total, batch.request_counts.completed, batch.request_counts.failed) == (200, 198, 2)
+    assert batch.metadata == {"who": "me"}
+    assert [line["custom_id"] for line in output] == [f"c{n}" for n in range(200) if n not in {7, 8}]
+    for line in output:
+        assert line["response"]["status_code"] == 200
+        number = line["custom_id"][1:]
+        assert line["response"]["body"]["choices"][0]["text"] == continuation(f"number {number}", 3)
+    assert [(line["custom_id"], line["response"]["status_code"]) for line in errors] == [("c7", 400), ("c8", 404)]
+    assert errors[0]["response"]["body"]["error"]["param"] == "max_tokens"
+    assert batch.usage.output_tokens == 198 * 3
+
+
+async def test_chat_and_embeddings(server: Running) -> None:
+    """Lines may ask for chats and embeddings too."""
+    hi = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+
+    def use(client: openai.OpenAI) -> tuple[Any, Any]:
+        chats = run_batch(client, jsonl("/v1/chat/completions", hi, hi), "/v1/chat/completions")
+        vectors = run_batch(client, jsonl("/v1/embeddings", {"input": "cat"}), "/v1/embeddings")
+        return read_lines(client, chats.output_file_id), read_lines(client, vectors.output_file_id)
+
+    chats, vectors = await use_client(server, use, KEYS[0])
+    assert [line["response"]["body"]["object"] for line in chats] == ["chat.completion"] * 2
+    assert len(vectors[0]["response"]["body"]["data"][0]["embedding"]) == 4
+
+
+async def test_the_inline_form(server: Running) -> None:
+    """A list of prompts with what they have in common is a batch too; /results holds output and errors."""
+
+    def use(client: openai.OpenAI) -> tuple[Any, bytes]:
+        body = {"prompts": ["one", "two", "x" * 600], "endpoint": "completions", "max_tokens": 4, "temperature": 0}
+        made = client.post("/batches", body=body, cast_to=dict[str, Any])
+        batch = wait(client, client.batches.retrieve(made["id"]))
+        with urllib.request.urlopen(
+            urllib.request.Request(
+                f"http://127.0.0.1:{server.port}/v1/batches/{batch.id}/results",
+                headers={"Authorization": f"Bearer {KEYS[0]}"},
+            )
+        ) as response:
+            return batch, response.read()
+
+    batch, results = await use_client(server, use, KEYS[0])
+    assert (batch.status, batch.endpoint) == ("completed", "/v1/completions")
+    lines = [json.loads(line) for line in results.splitlines()]
+    texts = [line["response"]["body"]["choices"][0]["text"] for line in lines[:2]]
+    assert texts == [continuation("one", 4), continuation("two", 4)]
+    assert (lines[2]["custom_id"], lines[2]["response"]["status_code"]) == ("prompt-2", 400)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "endpoint"),
+        ({"endpoint": "/v1/completions"}, "input_file_id"),
+        ({"endpoint": "/v1/images", "input_file_id": "file-1", "completion_window": "24h"}, "endpoint"),
+        ({"endpoint": "/v1/completions", "input_file_id": "file-1"}, "completion_window"),
+        ({"endpoint": "/v1/completions", "input_file_id": "file-1", "completion_window": "1h"}, "completion_window"),
+        ({"endpoint": "/v1/completions", "input_file_id": "../x", "completion_window": "24h"}, "input_file_id"),
+        ({"endpoint": "completions", "prompts": []}, "prompts"),
+        ({"endpoint": "completions", "prompts": ["a"], "input_file_id": "file-1"}, "prompts"),
+        ({"endpoint": "chat/completions", "prompts": [[1]]}, "prompts"),
+        ({"endpoint": "completions", "input_file_id": "file-1", "max_tokens": 1}, "max_tokens"),
+        ({"endpoint": "completions", "prompts": ["a"], "metadata": {"k": "x" * 513}}, "metadata"),
+        ({"endpoint": "completions", "prompts": ["a"], "output_expires_after": {"anchor": "created_at", "seconds": 1}},
+         "output_expires_after.seconds"),
+    ],
+)  # fmt: skip
+async def test_refusals(server: Running, body: dict[str, Any], param: str) -> None:
+    """A batch that cannot be is a 400 naming the field."""
+
+    def use(client: openai.OpenAI) -> Any:
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.post("/batches", body=body, cast_to=dict[str, Any])
+        return caught.value
+
+    error = await use_client(server, use, KEYS[0])
+    assert error.param is not None
+    assert error.param.startswith(param)
+
+
+async def test_a_file_that_is_no_batch_fails(server: Running) -> None:
+    """An input file with a bad line fails its batch, which names the line."""
+
+    def use(client: openai.OpenAI) -> Any:
+        return run_batch(client, jsonl("/v1/completions", {"prompt": "a"}) + b"{\n", "/v1/completions")
+
+    batch = await use_client(server, use, KEYS[0])
+    assert (batch.status, batch.errors.data[0].line) == ("failed", 2)
+
+
+async def test_keys_see_their_own_batches(server: Running) -> None:
+    """A batch of one key does not exist for another, nor do its results."""
+
+    def make(client: openai.OpenAI) -> Any:
+        return run_batch(client, jsonl("/v1/completions", {"prompt": "a"}), "/v1/completions")
+
+    batch = await use_client(server, make, KEYS[0])
+
+    def use(client: openai.OpenAI) -> None:
+        assert client.batches.list().data == []
+        for method in (client.batches.retrieve, client.batches.cancel):
+            with pytest.raises(openai.NotFoundError):
+                method(batch.id)
+        with pytest.raises(openai.NotFoundError):
+            client.get(f"/batches/{batch.id}/results", cast_to=str)
+        with pytest.raises(openai.NotFoundError):
+            client.files.content(batch.output_file_id)
+
+    await use_client(server, use, KEYS[1])
+    assert [b.id for b in await use_client(server, lambda client: list(client.batches.list()), KEYS[0])] == [batch.id]
+
+
+async def test_cancelling(tmp_path: Path) -> None:
+    """A running batch is cancelled: its lines leave the engine, and each is accounted for in the error file."""
+    worker = GatedWorker()
+    async with serving(tmp_path, worker=worker) as server:
+
+        def use(client: openai.OpenAI) -> tuple[Any, list[Any]]:
+            data = jsonl("/v1/completions", *[{"prompt": str(number)} for number in range(20)])
+            file = client.files.create(file=data, purpose="batch")
+            batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+            with pytest.raises(openai.ConflictError):
+                client.files.delete(file.id)
+            with pytest.raises(openai.ConflictError):
+                client.get(f"/batches/{batch.id}/results", cast_to=str)
+            assert client.batches.cancel(batch.id).status in {"cancelling", "cancelled"}
+            batch = wait(client, batch)
+            return batch, read_lines(client, batch.error_file_id)
+
+        batch, errors = await use_client(server, use, KEYS[0])
+        worker.open = True
+        worker.let(1000)
+    assert batch.status == "cancelled"
+    assert {line["error"]["code"] for line in errors} <= {"batch_cancelled"}
+    assert len(errors) in {0, 20}  # none, if it was cancelled before its lines were read
+
+
+async def test_a_batch_survives_a_restart(tmp_path: Path) -> None:
+    """A server that stops in good order leaves lines pending; the next one answers them."""
+    worker = GatedWorker()
+    async with serving(tmp_path, worker=worker) as server:
+
+        def begin(client: openai.OpenAI) -> str:
+            data = jsonl("/v1/completions", *[{"prompt": str(number), "max_tokens": 2} for number in range(10)])
+            file = client.files.create(file=data, purpose="batch")
+            return client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h").id
+
+        batch_id = await use_client(server, begin, KEYS[0])
+    async with serving(tmp_path) as server:
+
+        def end(client: openai.OpenAI) -> tuple[Any, list[Any]]:
+            batch = wait(client, client.batches.retrieve(batch_id))
+            return batch, read_lines(client, batch.output_file_id)
+
+        batch, output = await use_client(server, end, KEYS[0])
+    assert batch.status == "completed"
+    assert [line["response"]["body"]["choices"][0]["text"] for line in output] == [
+        continuation(str(number), 2) for number in range(10)
+    ]
+
+
+# --- killed at any instant ------------------------------------------------------------------------------------------
+
+LINES = 60
+
+
+@contextmanager
+def process(directory: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run a real `trio-llm serve` with the demo model; yields it and its URL, and kills it."""
+    command = [
+        sys.executable,
+        "-m",
+        "trio_llm",
+        "serve",
+        "--port",
+        "0",
+        "--host",
+        "127.0.0.1",
+        "--log-level",
+        "warning",
+    ]
+    command += ["--data-dir", str(directory), "--max-batch-size", "8"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as server:
+        try:
+            assert server.stdout is not None
+            said = ""
+            while (found := re.search(r"served on (http://127\.0\.0\.1:\d+)", said)) is None:
+                line = server.stdout.readline()
+                assert line, said
+                said += line
+            yield server, found[1]
+        finally:
+            server.kill()
+
+
+def call(url: str, body: Any = None) -> Any:
+    """Ask a server, with JSON."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return response.read()
+
+
+def answered(directory: Path) -> int:
+    """Count the lines that a batch has answered so far, as its disk tells."""
+    with sqlite3.connect(f"file:{directory}/trio-llm.sqlite3?mode=ro", uri=True) as connection:
+        return connection.execute("SELECT coalesce(sum(completed + failed), 0) FROM batches").fetchone()[0]
+
+
+def submit(url: str) -> str:
+    """Submit a batch of seeded samples."""
+    prompts = [f"Once upon a time {number}" for number in range(LINES)]
+    body = {"prompts": prompts, "endpoint": "completions", "max_tokens": 12, "temperature": 1, "seed": 5}
+    return json.loads(call(f"{url}/v1/batches", body))["id"]
+
+
+def results(url: str, batch_id: str) -> list[Any]:
+    """Wait for a batch and return its lines."""
+    deadline = time.monotonic() + 120
+    while (batch := json.loads(call(f"{url}/v1/batches/{batch_id}")))["status"] not in ENDED:
+        assert time.monotonic() < deadline, batch
+        time.sleep(0.05)
+    assert batch["status"] == "completed", batch
+    assert batch["request_counts"] == {"total": LINES, "completed": LINES, "failed": 0}
+    return [json.loads(line) for line in call(f"{url}/v1/batches/{batch_id}/results").splitlines()]
+
+
+def killed(directory: Path, points: list[int]) -> list[Any]:
+    """Run a batch on servers that are killed once so many lines are answered; return its lines."""
+    with process(directory) as (server, url):
+        batch_id = submit(url)
+        while answered(directory) < points[0]:
+            time.sleep(0.002)
+        server.send_signal(signal.SIGKILL)
+        server.wait()
+    for point in points[1:]:
+        with process(directory) as (server, _):
+            while answered(directory) < point:
+                time.sleep(0.002)
+            server.send_signal(signal.SIGKILL)
+            server.wait()
+    with process(directory) as (_, url):
+        return results(url, batch_id)
+
+
+def check_killed(tmp_path: Path, points: list[int]) -> None:
+    """Compare a batch whose servers were killed with one that ran through."""
+    with process(tmp_path / "whole") as (_, url):
+        whole = results(url, submit(url))
+    lines = killed(tmp_path / "killed", points)
+    assert [line["custom_id"] for line in lines] == [f"prompt-{number}" for number in range(LINES)]
+    assert [line["response"]["body"]["choices"][0]["text"] for line in lines] == [
+        line["response"]["body"]["choices"][0]["text"] for line in whole
+    ]
+    assert (tmp_path / "killed" / "trio-llm.sqlite3").exists()
+
+
+@pytest.mark.slow
+def test_killed_once(tmp_path: Path) -> None:
+    """SIGKILL in the middle of a batch: after a restart no line is lost, doubled or changed."""
+    check_killed(tmp_path, [LINES // 3])
+
+
+@pytest.mark.slow
+def test_killed_at_many_points(tmp_path: Path) -> None:
+    """SIGKILL before the first answer, after it, again and again, and at the end: still 0 lost, 0 doubled, 0 changed."""
+    check_killed(tmp_path, [0, 1, 15, 31, 50, LINES])
