@@ -17,7 +17,18 @@ from werkzeug.exceptions import HTTPException
 from trio_llm.config import Config
 from trio_llm.engine import Engine
 from trio_llm.errors import CheckpointError, ConfigError
-from trio_llm.server import admin, auth, batch_service, chat, completions, embeddings, models, responses, tokenization
+from trio_llm.server import (
+    admin,
+    auth,
+    batch_service,
+    chat,
+    completions,
+    embeddings,
+    messages,
+    models,
+    responses,
+    tokenization,
+)
 from trio_llm.server.chat_template import ChatTemplate
 from trio_llm.server.edge import LIFETIME, Edge
 from trio_llm.server.errors import HttpError, error_body, to_http_error
@@ -91,6 +102,7 @@ def create_app(
     completions.register(app, app.services)
     chat.register(app, app.services)
     responses.register(app, app.services)
+    messages.register(app, app.services)
     embeddings.register(app, app.services)
     tokenization.register(app, app.services)
     batch_service.register(app, app.services)
@@ -163,11 +175,12 @@ def _finish_responses(app: ServerApp, registry: CollectorRegistry) -> None:
 
 
 async def _error_response(error: Exception) -> Response:
-    """Answer any error of any request in OpenAI's shape; of an unexpected one the client learns only that it was."""
+    """Answer any error in the shape of the API it is of; of an unexpected one the client learns only that it was."""
     told = _from_werkzeug(error) if isinstance(error, HTTPException) else to_http_error(error)
     if told.status == 500:
         logger.error("%s %s failed", request.method, request.path, exc_info=error)
-    return Response(error_body(told), status=told.status, headers=told.headers, content_type="application/json")
+    body = error_body(told, request.path)
+    return Response(body, status=told.status, headers=told.headers, content_type="application/json")
 
 
 def _from_werkzeug(error: HTTPException) -> HttpError:

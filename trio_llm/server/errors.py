@@ -1,4 +1,4 @@
-"""One shape for every error on every path: OpenAI's error object."""
+"""One shape for every error on every path: OpenAI's error object, and Anthropic's where its API is spoken."""
 
 from __future__ import annotations
 
@@ -26,6 +26,16 @@ _TYPES = {
     500: "internal_server_error",
     501: "not_implemented_error",
     503: "service_unavailable_error",
+}
+_ANTHROPIC_PATHS = frozenset({"/v1/messages", "/v1/messages/count_tokens"})
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
 }
 
 
@@ -77,6 +87,14 @@ def error_object(error: HttpError) -> dict[str, Any]:
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
 
 
-def error_body(error: HttpError) -> bytes:
-    """Return the error object as JSON."""
-    return msgspec.json.encode(error_object(error))
+def anthropic_error_object(error: HttpError) -> dict[str, Any]:
+    """Return `{"type": "error", ...}` as Anthropic spells it; it has no place for the field but the message."""
+    unnamed = error.param is not None and error.param not in error.message
+    message = f"{error.param}: {error.message}" if unnamed else error.message
+    kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": message}}
+
+
+def error_body(error: HttpError, path: str = "") -> bytes:
+    """Return the error object as JSON, in the shape that clients of `path` know."""
+    return msgspec.json.encode((anthropic_error_object if path in _ANTHROPIC_PATHS else error_object)(error))
