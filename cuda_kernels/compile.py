@@ -110,7 +110,7 @@ def build(name: str, defines: Mapping[str, str | int], arch: str) -> Built:
     Args:
         name: File name, for example "norm.cu".
         defines: Macros.
-        arch: A real architecture, for example "sm_90".
+        arch: For example "sm_90", or "compute_90" for PTX alone.
     Raises:
         CompileError: It does not compile, or there is no compiler.
     """
@@ -136,7 +136,7 @@ def build_text(source: str, name: str, defines: Mapping[str, str | int], arch: s
 
 
 def _by_nvrtc(source: str, name: str, options: list[str], arch: str) -> tuple[bytes, bytes, str]:
-    return nvrtc.compile_program(source, name, [f"-arch={arch}", *OPTIONS, *options])
+    return nvrtc.compile_program(source, name, arch, [*OPTIONS, *options])
 
 
 def _by_nvcc(source: str, name: str, options: list[str], arch: str) -> tuple[bytes, bytes, str]:
@@ -144,15 +144,16 @@ def _by_nvcc(source: str, name: str, options: list[str], arch: str) -> tuple[byt
         text, ptx, cubin = (Path(folder, f"kernel.{kind}") for kind in ("cu", "ptx", "cubin"))
         text.write_text(source)
         logs: list[str] = []
-        for command in (
-            ["nvcc", "-ptx", f"-arch={arch.replace('sm_', 'compute_')}", *OPTIONS, *options, str(text), "-o", str(ptx)],
-            ["ptxas", "-v", f"-arch={arch}", str(ptx), "-o", str(cubin)],
-        ):
+        virtual = arch.replace("sm_", "compute_")
+        commands = [["nvcc", "-ptx", f"-arch={virtual}", *OPTIONS, *options, str(text), "-o", str(ptx)]]
+        if arch != virtual:
+            commands.append(["ptxas", "-v", f"-arch={arch}", str(ptx), "-o", str(cubin)])
+        for command in commands:
             done = _run(command)
             logs.append(done.stderr)
             if done.returncode:
                 raise CompileError(f"{name}: {done.stderr}")
-        return ptx.read_bytes(), cubin.read_bytes(), "".join(logs)
+        return ptx.read_bytes(), cubin.read_bytes() if cubin.exists() else b"", "".join(logs)
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:

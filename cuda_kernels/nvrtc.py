@@ -58,11 +58,13 @@ def version() -> str:
     return f"{major.value}.{minor.value}"
 
 
-def compile_program(source: str, name: str, options: Sequence[str]) -> tuple[bytes, bytes, str]:
-    """Compile one source text for a real architecture (`-arch=sm_XX`).
+def compile_program(source: str, name: str, arch: str, options: Sequence[str]) -> tuple[bytes, bytes, str]:
+    """Compile one source text.
 
+    Args:
+        arch: `sm_90`, or `compute_90` for PTX alone, which takes less than half the time.
     Returns:
-        PTX, machine code and the compiler's log.
+        PTX, machine code (empty for PTX alone) and the compiler's log.
     Raises:
         CompileError: It does not compile.
     """
@@ -71,12 +73,13 @@ def compile_program(source: str, name: str, options: Sequence[str]) -> tuple[byt
     program = c_void_p()
     _check(lib, lib.nvrtcCreateProgram(byref(program), source.encode(), name.encode(), 0, None, None))
     try:
-        encoded = [option.encode() for option in options]
+        encoded = [option.encode() for option in (f"-arch={arch}", *options)]
         failed = lib.nvrtcCompileProgram(program, len(encoded), (c_char_p * len(encoded))(*encoded))
         log = _part(lib, program, "ProgramLog").decode().rstrip("\0")
         if failed:
             raise CompileError(f"{name}: {log or lib.nvrtcGetErrorString(failed).decode()}")
-        return _part(lib, program, "PTX").rstrip(b"\0"), _part(lib, program, "CUBIN"), log
+        cubin = _part(lib, program, "CUBIN") if arch.startswith("sm_") else b""
+        return _part(lib, program, "PTX").rstrip(b"\0"), cubin, log
     finally:
         lib.nvrtcDestroyProgram(byref(program))
 

@@ -31,7 +31,7 @@ def _prepare(ptx: str, entry: str) -> tuple[Program, tuple[Operate | None, ...]]
 class SimulatedLauncher:
     """Runs kernels compiled for `arch`, warps in a given order (see machine.ORDERS)."""
 
-    def __init__(self, arch: str = "sm_90", order: int = LOCKSTEP, counters: Counters | None = None) -> None:
+    def __init__(self, arch: str = "compute_90", order: int = LOCKSTEP, counters: Counters | None = None) -> None:
         self._arch, self._order, self._counters = arch, order, counters
 
     def launch(self, kernel: Kernel, grid: Dim3, block: Dim3, shared_bytes: int, args: Sequence[Any]) -> None:

@@ -27,6 +27,8 @@ def test_a_kernel_compiles_without_a_gpu(cache: Path) -> None:
     assert ".entry twice(" in built.ptx and built.cubin_path.read_bytes()[:4] == b"\x7fELF"
     assert built.usage["twice"].registers > 0 and built.usage["twice"].spill_bytes == 0
     assert len(list(cache.iterdir())) == 3
+    ptx_alone = compiling.build_text(SOURCE, "twice.cu", {}, "compute_90")
+    assert ptx_alone.ptx == built.ptx and ptx_alone.cubin_path.read_bytes() == b""
 
 
 def test_the_cache_knows_everything_that_changes_the_code(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,6 +77,7 @@ def test_nvcc_does_where_there_is_no_nvrtc(monkeypatch: pytest.MonkeyPatch) -> N
     built = compiling.build_text(SOURCE, "twice.cu", {}, "sm_90")
     assert ".entry twice(" in built.ptx and built.cubin_path.read_bytes()[:4] == b"\x7fELF"
     assert built.usage["twice"].registers > 0
+    assert ".entry twice(" in compiling.build_text(SOURCE, "twice.cu", {}, "compute_90").ptx
     with pytest.raises(compiling.CompileError, match="oops"):
         compiling.build_text("oops;", "wrong.cu", {}, "sm_90")
 

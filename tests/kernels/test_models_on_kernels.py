@@ -28,7 +28,12 @@ MODELS: dict[str, Any] = {
     ),
     "mixtral": lambda: families._mixtral(**SHAPE, intermediate_size=64),
 }
-CASES = [("qwen3", {}), ("mixtral", {}), ("gemma4", {}), ("llama", {"kv_quantization": True, "quantization": "int8"})]
+CASES = [
+    ("mixtral", {}),
+    ("llama", {"kv_quantization": True, "quantization": "int8"}),
+    pytest.param("qwen3", {}, marks=pytest.mark.kernels_full),
+    pytest.param("gemma4", {}, marks=pytest.mark.kernels_full),
+]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ HEADER = '#include "common.cuh"\n'
 N, LANES = 200, 256
 
 
-def built(source: str, arch: str = "sm_90", **defines: int) -> str:
+def built(source: str, arch: str = "compute_90", **defines: int) -> str:
     """Compile a test's own source on top of common.cuh."""
     return compiling.build_text(source.replace(HEADER, compiling.expand("common.cuh")), "test.cu", defines, arch).ptx
 
@@ -71,7 +71,7 @@ def expected_floats(v: np.ndarray) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
+@pytest.mark.parametrize("arch", ["compute_80", "compute_100"])
 @pytest.mark.parametrize("order", ORDERS)
 def test_primitives_match_their_definitions(arch: str, order: int) -> None:
     """Shuffles, votes, bit operations, division, atomics and divergent loops give what they are defined to give."""
