@@ -359,5 +359,5 @@ def test_killed_once(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_at_many_points(tmp_path: Path) -> None:
-    """SIGKILL before the first answer, after it, again and again, and at the end: still 0 lost, 0 doubled, 0 changed."""
+    """SIGKILL before the first answer, after it, again and again, and at the end: no line lost, doubled or changed."""
     check_killed(tmp_path, [0, 1, 15, 31, 50, LINES])

@@ -210,11 +210,11 @@ async def test_a_client_that_leaves_leaves_nothing(
     stream = await server.connect()
     await stream.send_all(head(2 * MIB) + b"x" * MIB)
     while not stored(tmp_path):
-        await trio.sleep(0.01)
+        await trio.lowlevel.checkpoint()
     await stream.aclose()
     with trio.fail_after(30):
         while stored(tmp_path):
-            await trio.sleep(0.01)
+            await trio.lowlevel.checkpoint()
     assert (await use_client(server, lambda client: client.files.list().data, KEYS[0])) == []
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
