@@ -26,6 +26,7 @@ from trio_llm.server import (
     embeddings,
     messages,
     models,
+    openapi,
     responses,
     tokenization,
 )
@@ -106,6 +107,7 @@ def create_app(
     embeddings.register(app, app.services)
     tokenization.register(app, app.services)
     batch_service.register(app, app.services)
+    openapi.register(app)
     app.asgi_app = Edge(app=app.asgi_app, max_body_bytes=config.server.max_body_bytes)
     return app
 
