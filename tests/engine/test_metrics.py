@@ -138,24 +138,23 @@ async def test_expert_load_is_exported_per_expert() -> None:
 
 async def test_bytes_are_exported_per_group() -> None:
     """Each KV group's gauge is the bytes of the blocks that sequences own in it, and back at 0 afterwards."""
-    runner = StubRunner()
+    seen: list[tuple[float | None, ...]] = []
+    engines: list[Engine] = []
+
+    def look(_: object = None) -> None:
+        engines[0]._metrics.catch_up()
+        name = "trio_llm:kv_cache_used_bytes"
+        seen.append(tuple(engines[0].registry.get_sample_value(name, {**LABELS, "group": group}) for group in "01"))
+
+    runner = StubRunner(hook=look)
     groups = (KVGroup((0,), 16), KVGroup((1,), 16, 16))
     runner.info = attrs.evolve(runner.info, kv_groups=groups, block_bytes=100)
-    seen: list[tuple[float | None, ...]] = []
     async with open_stub(runner, long_prefill_token_threshold=16) as engine:
-
-        async def look() -> None:
-            await engine.render_metrics()
-            name = "trio_llm:kv_cache_used_bytes"
-            values = [engine.registry.get_sample_value(name, {**LABELS, "group": group}) for group in "01"]
-            seen.append(tuple(values))
-
-        async with engine.open_stream([7] * 100, SamplingParams(temperature=0, max_tokens=60)) as stream:
-            async for _ in stream:
-                await look()
+        engines.append(engine)
+        await finish(engine, [7] * 100, SamplingParams(temperature=0, max_tokens=60))
         await engine.wait_idle()
         await trio.testing.wait_all_tasks_blocked()
-        await look()
+        look()
     assert max(full for full, _ in seen if full) == 1000
     assert max(window for _, window in seen if window) <= 300
     assert seen[-1] == (0, 0)
@@ -207,5 +206,8 @@ async def test_every_series_moves() -> None:
             engine._metrics.report(Rejected("draining"))
         after = await scrape(engine)
     still = {name for name in after if before[name] == during[name] == after[name]}
-    # The stub's model takes no time; the runner's own seconds are tested with the runner.
-    assert still == {'trio_llm:step_model_seconds_sum{engine="0",model_name="stub"}'}
+    # An info series tells by its labels. The stub's model takes no time; the runner's seconds are tested with it.
+    info = {name for name in after if name.startswith("vllm:cache_config_info{")}
+    assert len(info) == 1
+    assert {'block_size="16"', 'num_gpu_blocks="12"', 'cache_dtype="auto"'} <= set(re.split("[{,}]", *info))
+    assert still - info == {'trio_llm:step_model_seconds_sum{engine="0",model_name="stub"}'}

@@ -7,7 +7,7 @@ the channel full is dropped and counted.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count as count_up
 
 import trio
@@ -71,11 +71,16 @@ _REQUEST_HISTOGRAMS: tuple[tuple[str, str, tuple[float, ...] | None, Callable[[R
 class Metrics:
     """The metrics actor: `run` is its task, `report` is how anybody speaks to it.
 
+    Args:
+        info: The model; its name is the label of every series.
+        cache: Settings of the KV cache, by vLLM's names, for one series that tells them.
+        capacity: Reports that may wait to be recorded.
+
     Attributes:
         registry: Private to this engine, so that engines of one process do not mix.
     """
 
-    def __init__(self, info: ModelInfo, *, capacity: int = 1024) -> None:
+    def __init__(self, info: ModelInfo, cache: Mapping[str, object] | None = None, *, capacity: int = 1024) -> None:
         self.registry = CollectorRegistry()
         self._labels = {"model_name": info.name, "engine": "0"}
         self._block_bytes = info.block_bytes
@@ -85,6 +90,12 @@ class Metrics:
         self._news = trio.lowlevel.ParkingLot()
         self._declare_steps(len(info.kv_groups))
         self._declare_requests(info.max_model_len)
+        about = {"num_gpu_blocks": info.num_kv_blocks, "block_size": info.kv_groups[0].block_size, **(cache or {})}
+        texts = {name: str(value) for name, value in about.items()}
+        what = "1; its labels tell how the KV cache is set up."
+        Gauge("vllm:cache_config_info", what, [*self._labels, *texts], registry=self.registry).labels(
+            **self._labels, **texts
+        ).set(1)
 
     def report(self, report: Report) -> None:
         """Take a report, now or never."""

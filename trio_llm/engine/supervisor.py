@@ -118,7 +118,11 @@ async def _serve(
         long_prefill_token_threshold=config.long_prefill_token_threshold,
     )
     limits = _limits(config, info)
-    tickets, pulse, metrics = Tickets(config.max_batch_size * (1 + config.max_waiting_batches)), Pulse(), Metrics(info)
+    tickets, pulse, metrics = (
+        Tickets(config.max_batch_size * (1 + config.max_waiting_batches)),
+        Pulse(),
+        Metrics(info, _cache_config(config)),
+    )
     trace = deque[StepTrace](maxlen=_TRACED_STEPS)
     # Room for a Submit and an Abort per ticket.
     send, inbox = trio.open_memory_channel[Submit | Abort](2 * tickets.limit)
@@ -188,3 +192,11 @@ def _max_model_len(config: EngineConfig, info: ModelInfo, longest: int) -> int:
         allowed = f"at most {longest}, what {info.num_kv_blocks} KV blocks hold; raise num_kv_blocks (--kv-blocks)"
         raise ConfigError("max_model_len", config.max_model_len, "engine", allowed)
     return config.max_model_len
+
+
+def _cache_config(config: EngineConfig) -> dict[str, object]:
+    """Return what vLLM's boards read of the KV cache's settings, under its names."""
+    return {
+        "enable_prefix_caching": config.enable_prefix_caching,
+        "cache_dtype": "int8" if config.kv_quantization else "auto",
+    }

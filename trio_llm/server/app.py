@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import trio
-from prometheus_client import CollectorRegistry, Counter, Gauge
 from quart import Response, g, request
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException
@@ -31,8 +30,9 @@ from trio_llm.server import (
     tokenization,
 )
 from trio_llm.server.chat_template import ChatTemplate
-from trio_llm.server.edge import LIFETIME, Edge
+from trio_llm.server.edge import LIFETIME, Edge, Lifetime
 from trio_llm.server.errors import HttpError, error_body, to_http_error
+from trio_llm.server.http_metrics import HttpMetrics
 from trio_llm.server.limits import Limits
 from trio_llm.server.services import Services, model_names
 from trio_llm.tokenizer import Tokenizer
@@ -45,7 +45,6 @@ _MAX_REQUEST_ID_CHARS = 128
 _PUBLIC = frozenset({"health", "ping"})
 # Decide for themselves who may call them.
 _SELF_GUARDED = frozenset({"metrics", "shutdown"})
-_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
 class ServerApp(QuartTrio):
@@ -93,12 +92,11 @@ def create_app(
     app.config["RESPONSE_TIMEOUT"] = None  # Quart's minute would end a stream in the middle, without a word.
     app.config["BODY_TIMEOUT"] = BODY_TIMEOUT_S
     app.config["MAX_CONTENT_LENGTH"] = config.server.max_body_bytes
-    registry = CollectorRegistry()
-    Gauge("trio_llm_auth_enabled", "1 if an API key is needed.", registry=registry).set(bool(keys))
+    metrics = HttpMetrics(auth_enabled=bool(keys))
     _guard(app, config, clock)
-    _finish_responses(app, registry)
+    _finish_responses(app, metrics)
     app.register_error_handler(Exception, _error_response)
-    admin.register(app, app.services, registry)
+    admin.register(app, app.services, metrics.registry)
     models.register(app, app.services)
     completions.register(app, app.services)
     chat.register(app, app.services)
@@ -156,9 +154,7 @@ def _guard(app: ServerApp, config: Config, clock: Callable[[], float]) -> None:
             limits.admit(g.key_id or auth.peer_name(), cast(Any, request.scope)[LIFETIME], headers)
 
 
-def _finish_responses(app: ServerApp, registry: CollectorRegistry) -> None:
-    counter = Counter("http_requests", "Requests answered.", ["handler", "method", "status"], registry=registry)
-
+def _finish_responses(app: ServerApp, metrics: HttpMetrics) -> None:
     @app.after_request
     async def finish(response: Response) -> Response:
         given = request.headers.get("x-request-id", "")
@@ -167,12 +163,12 @@ def _finish_responses(app: ServerApp, registry: CollectorRegistry) -> None:
         response.headers.update(g.get("rate_headers", {}))
         for warning in g.get("warnings", ()):
             response.headers.add("Warning", warning)
-        # Labels from sets of ours only: a client that makes up methods and paths makes no new series.
-        handler = request.url_rule.rule if request.url_rule is not None else "unmatched"
-        method = request.method if request.method in _METHODS else "other"
-        counter.labels(handler, method, str(response.status_code)).inc()
+        rule = request.url_rule.rule if request.url_rule is not None else None
+        labels = metrics.answered(rule, request.method, response.status_code)
+        lifetime: Lifetime = cast(Any, request.scope)[LIFETIME]
+        lifetime.stack.callback(lambda: metrics.ended(labels, trio.current_time() - lifetime.began_s))
         request_id = response.headers["x-request-id"]
-        logger.info("%s %s %d, request %s", method, handler, response.status_code, request_id)
+        logger.info("%s %s %d, request %s", labels[1], labels[0], response.status_code, request_id)
         return response
 
 

@@ -45,6 +45,7 @@ class Lifetime:
     nursery: trio.Nursery
     stack: contextlib.AsyncExitStack
     num_tokens: list[int] = attrs.field(factory=list[int])
+    began_s: float = attrs.field(factory=trio.current_time)
 
 
 def upload_chunks(scope: Any) -> AsyncIterator[bytes] | None:
@@ -72,7 +73,7 @@ class Edge:
         elif scope["type"] != "http":
             await send({"type": "websocket.close"})
         elif (refusal := self._refusal(scope)) is not None:
-            await _respond(send, refusal)
+            await _respond(send, refusal, scope["path"])
             with trio.move_on_after(_BODY_GRACE_S):  # Hypercorn waits for somebody to take the body off it.
                 while (await receive())["type"] != "http.disconnect":
                     pass
@@ -93,7 +94,7 @@ class Edge:
             # Errors of handlers were answered inside Quart; this is Quart itself, or a response cut in the middle.
             logger.error("a request failed outside its handler", exc_info=error)
             if not exchange.started:
-                await _respond(send, HttpError(500, "The server failed on this request."))
+                await _respond(send, HttpError(500, "The server failed on this request."), scope["path"])
 
     def _refusal(self, scope: Any) -> HttpError | None:
         """Say why a request is refused by its head alone."""
@@ -198,8 +199,8 @@ class _Exchange:
         return {**start, "headers": [*start["headers"], (b"connection", b"close")]}
 
 
-async def _respond(send: Any, error: HttpError) -> None:
-    body = error_body(error)
+async def _respond(send: Any, error: HttpError, path: str) -> None:
+    body = error_body(error, path)
     length = str(len(body)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", length), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})

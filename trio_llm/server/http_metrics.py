@@ -1,0 +1,39 @@
+"""What is counted of HTTP itself, under the names of prometheus-fastapi-instrumentator, which vLLM exports."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+
+_DURATION_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+class HttpMetrics:
+    """The series of one app, in a registry of its own, beside those of the process it runs in."""
+
+    def __init__(self, *, auth_enabled: bool) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        Gauge("trio_llm_auth_enabled", "1 if an API key is needed.", registry=self.registry).set(auth_enabled)
+        labels = ["handler", "method"]
+        self._requests = Counter("http_requests", "Requests answered.", [*labels, "status"], registry=self.registry)
+        self._duration = Histogram(
+            "http_request_duration_seconds",
+            "From the request's head to the end of its response, streams included.",
+            labels,
+            buckets=_DURATION_S,
+            registry=self.registry,
+        )
+
+    def answered(self, rule: str | None, method: str, status: int) -> tuple[str, str]:
+        """Count a response and return its labels, for `ended`.
+
+        They come from sets of ours only: a client that makes up methods and paths makes no new series.
+        """
+        labels = ("unmatched" if rule is None else rule, method if method in _METHODS else "other")
+        self._requests.labels(*labels, str(status)).inc()
+        return labels
+
+    def ended(self, labels: tuple[str, str], seconds: float) -> None:
+        """Observe a response whose last byte was sent, or that its reader has left."""
+        self._duration.labels(*labels).observe(seconds)
