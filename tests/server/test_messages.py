@@ -286,7 +286,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": 4096}, "max_tokens = 4096"),
     ({"temperature": 1.5}, "temperature"),
-    ({"stop_sequences": list("abcde")}, "stop_sequences"),
+    ({"stop_sequences": list("abcde")}, "stop_sequences: At most 4 stop strings"),
     ({"messages": []}, "messages"),
     ({"messages": [{"role": "user", "content": "x" * 4096}]}, "maximum context length is 2048"),
     ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "messages[0].content[0].type"),
@@ -341,6 +341,15 @@ async def test_errors_have_their_classes_and_shape(server: Running) -> None:
     kinds = ["not_found_error", "authentication_error", "invalid_request_error"]
     assert [(body["type"], body["error"]["type"]) for body in bodies] == [("error", kind) for kind in kinds]
     assert "claude" in bodies[0]["error"]["message"]
+
+
+async def test_what_is_refused_before_the_app_has_the_shape_too(server: Running) -> None:
+    """A request that is refused by its head alone is an error in Anthropic's shape as well."""
+    many = {f"x-{i}": "x" for i in range(200)}
+    with pytest.raises(anthropic.APIStatusError) as caught:
+        await use_client(server, lambda client: client.messages.create(extra_headers=many, **given({})))
+    body: Any = caught.value.body
+    assert (caught.value.status_code, body["type"]) == (431, "error")
 
 
 @pytest.mark.parametrize(

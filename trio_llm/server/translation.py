@@ -23,8 +23,9 @@ def fields_renamed(names: Mapping[str, str]) -> Generator[None]:
     except InvalidRequestError as error:
         for name, own in names.items():
             if error.param is not None and error.param.startswith(name):
-                message, param = error.message.replace(name, own), error.param.replace(name, own)
-                raise attrs.evolve(error, message=message, param=param) from None
+                # Where the client's name only goes on from chat's, the message is about the same words: "stop strings".
+                message = error.message if own.startswith(name) else error.message.replace(name, own)
+                raise attrs.evolve(error, message=message, param=error.param.replace(name, own)) from None
         raise
 
 
