@@ -6,10 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.model import report
 from tests.model.families import FAMILIES
 from tests.model.golden import FP32_TOLERANCE
-from tests.model.report import BEGIN, END, HEAD, README, measure
+from tests.model.report import BEGIN, END, HEAD, README, Row, measure
 from tests.model.test_reduced_precision import MODES, SPARSE
 from trio_llm.model.registry import FAMILIES as ARCHITECTURES
 
@@ -46,6 +48,23 @@ def test_every_row_keeps_its_bounds(row: dict[str, str]) -> None:
         assert kl < sparse_kl if row["family"] in SPARSE else (rms < dense_rms and kl < dense_kl)
     for column in ("INT8 KV bytes / bf16", "INT8 weight bytes / bf16"):
         assert 0.5 < numbers(row[column])[0] < 0.8
+
+
+def test_the_script_writes_between_its_markers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Running it replaces the table and nothing else; --check leaves the file as it is."""
+    path = tmp_path / "README.md"
+    path.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    row = Row("x", "XForCausalLM", "1 layer", 1e-6, 1120, 1120, 3, (0.01, 1e-4), (0.02, 2e-4), 0.6, (0.03, 3e-4), 0.5)
+    monkeypatch.setattr(report, "README", path)
+    monkeypatch.setattr(report, "FAMILIES", {"x": None})
+    monkeypatch.setattr(report, "measure", lambda name, directory: row)
+    threads = torch.get_num_threads()
+    assert report.main(["--check"]) == 0
+    assert "\nold\n" in path.read_text()
+    assert report.main([]) == 0
+    torch.set_num_threads(threads)
+    assert path.read_text() == f"before\n{report.render([row])}\nafter\n"
+    assert "| 1.0%, 1.0e-04 | 2.0%, 2.0e-04 | 0.60 |" in path.read_text()
 
 
 def test_a_row_is_what_is_measured(tmp_path: Path) -> None:
