@@ -218,7 +218,13 @@ async def test_the_demo_model_calls_tools(demo: Any) -> None:
         "function": {
             "name": "get_weather",
             "description": "Get the weather in a city.",
-            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+            "strict": True,
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string"}},
+                "required": ["city"],
+                "additionalProperties": False,
+            },
         },
     }
     question: Any = {"role": "user", "content": "What is the weather in Paris?"}
