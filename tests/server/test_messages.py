@@ -61,7 +61,8 @@ async def use_client(server: Running, use: Callable[[anthropic.Anthropic], T], k
 def given(fields: dict[str, Any]) -> Any:
     """Complete the fields of a request; the client no longer has names for some that other clients send."""
     extra = {name: value for name, value in fields.items() if name in ("temperature", "top_p", "top_k")}
-    named = {name: value for name, value in fields.items() if name not in extra}
+    extra |= fields.get("extra_body", {})
+    named = {name: value for name, value in fields.items() if name not in {*extra, "extra_body"}}
     return {"model": MODEL, "max_tokens": 400, "messages": HI, "extra_body": extra, **named}
 
 
@@ -306,6 +307,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"service_tier": "priority"}, "service_tier"),
     ({"extra_body": {"mcp_servers": [{"type": "url"}]}}, "mcp_servers"),
     ({"extra_body": {"container": "c"}}, "container"),
+    ({"extra_body": {"output_format": {"type": "json_schema"}}}, "output_format"),
+    ({"extra_body": {"stop": "x"}}, "stop"),
+    ({"extra_body": {"seed": 5}}, "seed"),
 ]
 
 

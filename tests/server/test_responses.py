@@ -224,6 +224,14 @@ async def test_parsed_output(server: Running, runner: ScriptedRunner) -> None:
     assert response.output_parsed == Person(name="Zoe", age=7)
 
 
+async def test_an_answer_of_nothing(server: Running, runner: ScriptedRunner) -> None:
+    """A model that says nothing is answered by a message of nothing, where clients look for one."""
+    runner.say("")
+    response = await create(server)
+    assert [(item.type, item.status) for item in response.output] == [("message", "completed")]
+    assert (response.output_text, response.status) == ("", "completed")
+
+
 async def test_an_incomplete_response(server: Running) -> None:
     """Cut off by max_output_tokens, a response and its last item are incomplete and say why."""
     response = await create(server, max_output_tokens=5)
@@ -247,7 +255,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tool_choice": "required"}, "tool_choice"),
     ({"temperature": 3}, "temperature"),
     ({"max_output_tokens": 4096}, "max_output_tokens"),
+    ({"extra_body": {"max_tokens": 5}}, "max_tokens"),
+    ({"extra_body": {"response_format": {"type": "json_object"}}}, "response_format"),
+    ({"extra_body": {"stop": "x"}}, "stop"),
     ({"input": []}, "input"),
+    ({"input": [{"type": "reasoning", "id": "r", "summary": []}]}, "input"),
     ({"input": "x" * 4096}, "input"),
     ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
     ({"input": [{"role": "user"}]}, "input[0].content"),

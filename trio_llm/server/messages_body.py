@@ -101,6 +101,7 @@ class CountTokensBody(Struct, kw_only=True):
         "diagnostics": (),
         "inference_geo": (),
         "mcp_servers": ([],),
+        "output_format": (),
         "service_tier": ("auto", "standard_only"),
         "speed": ("standard",),
         "user_profile_id": (),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import msgspec
@@ -237,6 +238,15 @@ def check_body(value: Mapping[str, Any], kind: type[Body]) -> Body:
     return convert(given, kind)
 
 
+@cache
 def _not_supported(kind: type[Struct]) -> Mapping[str, tuple[Any, ...]]:
-    """Return the fields of a kind of body that are refused; an API that is not OpenAI's older one names its own."""
-    return getattr(kind, "not_supported", _NOT_SUPPORTED)
+    """Return the fields of a kind of body that are refused.
+
+    An API that is not OpenAI's older one names its own as `not_supported`; there, fields of a chat are refused too.
+    """
+    own: Mapping[str, tuple[Any, ...]] | None = getattr(kind, "not_supported", None)
+    if own is None:
+        return _NOT_SUPPORTED
+    chat = dict.fromkeys((field.name for field in msgspec.structs.fields(ChatBody)), ())
+    known = {field.name for field in msgspec.structs.fields(kind)}
+    return {name: values for name, values in {**_NOT_SUPPORTED, **chat, **own}.items() if name not in known}

@@ -137,6 +137,8 @@ def conversation(body: ResponsesBody) -> list[Message]:
     else:
         for index, item in enumerate(body.input):
             turns.add(item, f"input[{index}]")
+    if not turns.messages:
+        raise InvalidRequestError("The input says nothing.", param="input")
     return turns.messages
 
 
