@@ -108,7 +108,7 @@ def test_every_setting_is_read_by_something() -> None:
 def test_every_library_is_declared() -> None:
     """What the package imports stands among its dependencies: an environment made from them is complete."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    optional = {"cupy", "cuda", "huggingface_hub", "IPython"}  # Imported inside functions, and missed in plain words.
+    optional = {"cupy", "cuda", "huggingface_hub", "IPython", "opentelemetry"}  # Imported inside functions, and missed in plain words.
     spelled = {"pyyaml": "yaml"}
     names = {re.split(r"[<>=;\[ ]", line)[0] for line in project["dependencies"]}
     declared = {spelled.get(name, name.replace("-", "_")) for name in names}

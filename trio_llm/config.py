@@ -108,6 +108,11 @@ class ServerConfig:
     max_body_bytes: int = setting(
         2 * 1024 * 1024, "Largest JSON request body.", flags=("--max-body-bytes",), at_least=1
     )
+    otlp_traces_endpoint: str | None = setting(
+        None,
+        "Send OpenTelemetry traces to this OTLP/HTTP URL, e.g. http://localhost:4318/v1/traces; needs trio-llm[otel].",
+        flags=("--otlp-traces-endpoint",),
+    )
     enable_shutdown: bool = setting(
         True, "Answer GET /shutdown.", env="VLLM_ENABLE_SHUTDOWN", flags=("--enable-shutdown",)
     )

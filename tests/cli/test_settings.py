@@ -30,6 +30,7 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "server.data_dir": ("a", "b", "c"),
     "server.max_file_bytes": (1, 2, 3),
     "server.max_body_bytes": (1, 2, 3),
+    "server.otlp_traces_endpoint": ("a", "b", "c"),
     "server.enable_shutdown": (False, False, False),
     "engine.model": ("a", "b", "c"),
     "engine.tokenizer": ("a", "b", "c"),

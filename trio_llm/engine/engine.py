@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
 
@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from trio_llm.engine.admission import Limits, check_pooling, resolve
 from trio_llm.engine.health import Health, Pulse
 from trio_llm.engine.mailbox import Mailbox
-from trio_llm.engine.messages import Abort, Rejected, Submit
+from trio_llm.engine.messages import Abort, Rejected, RequestStats, Submit
 from trio_llm.engine.metrics import Metrics
 from trio_llm.engine.stream import Stream
 from trio_llm.engine.tickets import Tickets
@@ -79,6 +79,10 @@ class Engine:
     @property
     def registry(self) -> CollectorRegistry:
         return self._metrics.registry
+
+    def watch_ended(self, watch: Callable[[RequestStats], None]) -> None:
+        """Call `watch` with what became of each request, soon after its end; it must be quick and not raise."""
+        self._metrics.watchers.append(watch)
 
     def open_stream(
         self,

@@ -106,6 +106,7 @@ class Ledger:
             self._families[entry.family] = live - 1, most
         self.tally.ended.append(
             RequestStats(
+                request_id=request_id,
                 reason=reason,
                 n=entry.n,
                 siblings_max_tokens=most if live == 1 else None,

@@ -57,6 +57,7 @@ class RequestStats:
         e2e_s: Arrival to end.
     """
 
+    request_id: int
     reason: FinishReason | Literal["error"]
     n: int | None
     siblings_max_tokens: int | None

@@ -78,10 +78,12 @@ class Metrics:
 
     Attributes:
         registry: Private to this engine, so that engines of one process do not mix.
+        watchers: Told of every request that ended.
     """
 
     def __init__(self, info: ModelInfo, cache: Mapping[str, object] | None = None, *, capacity: int = 1024) -> None:
         self.registry = CollectorRegistry()
+        self.watchers: list[Callable[[RequestStats], None]] = []
         self._labels = {"model_name": info.name, "engine": "0"}
         self._block_bytes = info.block_bytes
         # No memory channel: that hands a message to a waiting receiver, where catch_up could not see it.
@@ -215,6 +217,8 @@ class Metrics:
 
     def _record_ended(self, ended: Iterable[RequestStats]) -> None:
         for request in ended:
+            for watch in self.watchers:
+                watch(request)
             self._success[request.reason].inc()
             for histogram, value in self._by_request:
                 if (observed := value(request)) is not None:

@@ -28,6 +28,7 @@ from trio_llm.server import (
     openapi,
     responses,
     tokenization,
+    tracing,
 )
 from trio_llm.server.chat_template import ChatTemplate
 from trio_llm.server.edge import LIFETIME, Edge, Lifetime
@@ -73,7 +74,8 @@ def create_app(
         clock: Seconds, for the rate limit.
 
     Raises:
-        ConfigError: A key file or chat template that cannot be read; no key although one is required.
+        ConfigError: A key file or chat template that cannot be read; no key although one is required; traces are
+            wanted and OpenTelemetry is not installed.
         CheckpointError: A chat template that cannot be parsed.
     """
     keys = auth.load_keys(config.auth)
@@ -105,6 +107,7 @@ def create_app(
     embeddings.register(app, app.services)
     tokenization.register(app, app.services)
     batch_service.register(app, app.services)
+    tracing.register(app, app.services)
     openapi.register(app)
     app.asgi_app = Edge(app=app.asgi_app, max_body_bytes=config.server.max_body_bytes)
     return app

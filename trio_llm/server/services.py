@@ -19,6 +19,7 @@ from trio_llm.server.chat_template import ChatTemplate
 from trio_llm.server.edge import Lifetime
 from trio_llm.server.parsing.reasoning import CLOSE
 from trio_llm.server.parsing.tools import ToolForm, tool_form
+from trio_llm.server.tracing import Tracing
 from trio_llm.tokenizer import Tokenizer
 
 # A number pulled out of the air: two long prompts are tokenized side by side, the others wait their turn.
@@ -33,6 +34,7 @@ class Services:
         names: What the model answers to, the first one in answers.
         template: Turns conversations into prompts; None if the model has no template.
         shutdown: Begins an orderly end of the process; None where that is somebody else's to decide.
+        tracing: Told of every request; None where nobody wants to know.
         keys: The accepted API keys. With several, requests of different keys never share cached prompt blocks.
     """
 
@@ -42,6 +44,7 @@ class Services:
     template: ChatTemplate | None
     shutdown: Callable[[], None] | None
     keys: ApiKeys
+    tracing: Tracing | None = None
     threads: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(_TOKENIZING_THREADS))
     grammars: GrammarCompiler = attrs.field(init=False)
     _streams: set[Stream] = attrs.field(factory=set[Stream], init=False)
@@ -102,6 +105,8 @@ class Services:
         for prompt in prompts:
             samples = open_samples(self.engine, prompt, params, priority=priority, salt=salt, background=background)
             streams += await lifetime.stack.enter_async_context(samples)
+        if self.tracing is not None:
+            self.tracing.begin(streams, params)
         self._streams.update(streams)
         lifetime.stack.callback(self._streams.difference_update, streams)
         lifetime.stack.callback(_count_tokens, lifetime, streams, params.n)

@@ -1,0 +1,177 @@
+"""OpenTelemetry: what spans say, whose children they are, and that nothing of it is there unless asked for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+import attrs
+import pytest
+import trio
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from tests.server.helpers import Answer, ask, running
+from tests.server.stub import StubRunner, open_stub
+from trio_llm.config import Config, ServerConfig
+from trio_llm.engine import Engine
+from trio_llm.errors import ConfigError
+from trio_llm.messages import StepPlan
+from trio_llm.server.app import ServerApp, create_app
+from trio_llm.server.tracing import Tracing
+
+JSON = {"content-type": "application/json"}
+TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+SECRET = 77
+
+
+@attrs.define
+class Traced:
+    """An app under test and its spans."""
+
+    app: ServerApp
+    engine: Engine
+    exporter: InMemorySpanExporter
+
+    async def complete(self, headers: dict[str, str] | None = None, **body: Any) -> Answer:
+        """Ask for a completion of four tokens."""
+        body = {"prompt": "abcd", "max_tokens": 3, "ignore_eos": True, **body}
+        return await ask(self.app, "POST", "/v1/completions", body, headers={**JSON, **(headers or {})})
+
+    async def spans(self) -> dict[str, list[ReadableSpan]]:
+        """Return the spans so far by their names."""
+        await self.engine.render_metrics()
+        named: dict[str, list[ReadableSpan]] = {}
+        for span in self.exporter.get_finished_spans():
+            named.setdefault(span.name, []).append(span)
+        return named
+
+
+def fail_on_z(plan: StepPlan) -> None:
+    """Break every step that has a certain token in it."""
+    if SECRET in plan.token_ids:
+        raise ZeroDivisionError
+
+
+@pytest.fixture
+async def traced() -> AsyncIterator[Traced]:
+    """Open an app whose spans stay here."""
+    async with open_stub(StubRunner(hook=fail_on_z)) as engine:
+        app = create_app(engine, Config())
+        exporter = InMemorySpanExporter()
+        provider = TracerProvider()
+        provider.add_span_processor(SimpleSpanProcessor(exporter))
+        app.services.tracing = Tracing(provider, engine, "stub")
+        app.services.tracing.register(app)
+        yield Traced(app, engine, exporter)
+
+
+async def test_a_request_is_a_span_with_its_phases(traced: Traced) -> None:
+    """Queue, prefill and decode are children that follow each other within their request, which has the numbers."""
+    assert (await traced.complete(temperature=0.5, seed=1)).status == 200
+    spans = await traced.spans()
+    (request,) = spans["llm_request"]
+    phases = [spans[name][0] for name in ("queue", "prefill", "decode")]
+    assert {len(found) for found in spans.values()} == {1}
+    at = request.start_time
+    for phase in phases:
+        assert phase.parent is not None and request.context is not None
+        assert phase.parent.span_id == request.context.span_id
+        assert phase.start_time == at
+        assert phase.end_time is not None
+        at = phase.end_time
+    assert at is not None and request.end_time is not None
+    assert at <= request.end_time + 1000  # Each time is rounded to the nanosecond.
+    attributes = dict(request.attributes or {})
+    told = {
+        "gen_ai.request.model": "stub",
+        "gen_ai.request.max_tokens": 3,
+        "gen_ai.request.temperature": 0.5,
+        "gen_ai.usage.input_tokens": 4,
+        "gen_ai.usage.output_tokens": 3,
+        "gen_ai.response.finish_reasons": ("length",),
+    }
+    assert {name: attributes[name] for name in told} == told
+    assert not any("abcd" in str(value) for value in attributes.values())
+
+
+async def test_spans_join_their_clients_trace(traced: Traced) -> None:
+    """A `traceparent` header makes a request's span a child of its client's; others begin traces of their own."""
+    await traced.complete({"traceparent": f"00-{TRACE}-{PARENT}-01"}, n=2, temperature=1)
+    await traced.complete()
+    first, second, alone = (await traced.spans())["llm_request"]
+    for span in (first, second):
+        assert span.parent is not None
+        assert (f"{span.parent.trace_id:032x}", f"{span.parent.span_id:016x}") == (TRACE, PARENT)
+    assert alone.parent is None
+
+
+async def test_a_failed_request_is_an_error(traced: Traced) -> None:
+    """A request that the model fails for has a span with status ERROR, and no phase that it did not reach."""
+    assert (await traced.complete(prompt=[SECRET])).status == 500
+    assert (await traced.complete(max_tokens=-1)).status == 400
+    spans = await traced.spans()
+    (failed,) = spans["llm_request"]
+    assert failed.status.status_code.name == "ERROR"
+    assert "decode" not in spans
+
+
+async def test_lost_reports_leave_no_spans_behind(traced: Traced) -> None:
+    """Requests whose end was never told are forgotten: memory stays bounded."""
+    tracing = traced.app.services.tracing
+    assert tracing is not None
+    traced.engine._metrics.watchers.clear()
+    traced.engine._tickets.limit = 3
+    for _ in range(20):
+        await traced.complete()
+    assert len(tracing._open) == 6
+
+
+def test_without_an_endpoint_nothing_is_loaded() -> None:
+    """The server does not import OpenTelemetry unless it is told where to send traces."""
+    program = "import sys, trio_llm.server.app; assert not [m for m in sys.modules if m.startswith('opentelemetry')]"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+async def test_a_missing_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An endpoint without OpenTelemetry installed is an error that says what to install."""
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    async with open_stub() as engine:
+        with pytest.raises(ConfigError, match=r"pip install 'trio-llm\[otel\]'"):
+            create_app(engine, Config(server=ServerConfig(otlp_traces_endpoint="http://127.0.0.1:1/v1/traces")))
+
+
+async def test_spans_arrive_at_the_endpoint() -> None:
+    """With the setting alone, spans are sent over OTLP when the server ends, if not before."""
+    bodies: list[bytes] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            bodies.append(self.rfile.read(int(self.headers["content-length"])))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Collector) as collector:
+        thread = threading.Thread(target=collector.serve_forever)
+        thread.start()
+        url = f"http://127.0.0.1:{collector.server_port}/v1/traces"
+        async with open_stub() as engine:
+            app = create_app(engine, Config(server=ServerConfig(otlp_traces_endpoint=url)))
+            async with running(app) as server:
+                await ask(app, "POST", "/v1/completions", {"prompt": "a", "max_tokens": 2}, headers=JSON)
+                await engine.render_metrics()
+                server.stop.set()
+                with trio.fail_after(60):
+                    await server.stopped.wait()
+        collector.shutdown()
+        thread.join()
+    assert b"llm_request" in b"".join(bodies)
+    assert b"gen_ai.usage.output_tokens" in b"".join(bodies)
