@@ -145,6 +145,19 @@ async def test_made_up_ids_are_not_found(server: Running, name: str, method: str
         (FORM + b"a" + END[:-4], "multipart/form-data; boundary=B", 400),
         (FORM.replace(b"batch", b"b" * 100_000) + END, "multipart/form-data; boundary=B", 400),
         (FORM.replace(b'name="file"', b'name="files"') + END, "multipart/form-data; boundary=B", 400),
+        (
+            FORM.replace(b'name="purpose"\r\n\r\nbatch', b'name="expires_after[anchor]"\r\n\r\nnow') + END,
+            "multipart/form-data; boundary=B",
+            400,
+        ),
+        (
+            FORM.replace(
+                b"--B", b'--B\r\nContent-Disposition: form-data; name="expires_after[anchor]"\r\n\r\nnow\r\n--B', 1
+            )
+            + END,
+            "multipart/form-data; boundary=B",
+            400,
+        ),
         (FORM * 2 + END, "multipart/form-data; boundary=B", 400),
         (FORM * 50 + END, "multipart/form-data; boundary=B", 400),
         (FORM + END, "multipart/form-data; boundary=" + "B" * 5000, 400),

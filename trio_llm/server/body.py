@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TypeVar, cast
 
 from msgspec import Struct
@@ -26,11 +27,16 @@ async def read_body(kind: type[Body]) -> Body:
     """
     check_media_type(request.headers.get("Content-Type"), request.headers.get("Content-Encoding"))
     body, unknown = parse_body(cast(bytes, await request.get_data()), kind)
-    if unknown:
-        names = ", ".join(_printable(name) for name in unknown[:_MAX_NAMED])
+    warn_of_unknown(unknown)
+    return body
+
+
+def warn_of_unknown(fields: Sequence[str]) -> None:
+    """Tell the current client and the log of fields that change nothing."""
+    if fields:
+        names = ", ".join(_printable(name) for name in fields[:_MAX_NAMED])
         warn(f"Ignored unknown fields: {names}")
         logger.info("ignored unknown fields of %s: %s", request.path, names)
-    return body
 
 
 def warn(text: str) -> None:

@@ -11,6 +11,7 @@ from quart import Response, g, request
 from quart_trio import QuartTrio
 
 from trio_llm.errors import InvalidRequestError
+from trio_llm.server.body import warn_of_unknown
 from trio_llm.server.disk import Disk
 from trio_llm.server.edge import upload_chunks
 from trio_llm.server.errors import HttpError
@@ -18,6 +19,7 @@ from trio_llm.server.multipart import read_upload
 from trio_llm.server.storage.files import StoredFile
 
 _PURPOSES = ("batch", "user_data", "assistants", "fine-tune", "vision", "evals")
+_FIELDS = frozenset({"purpose", "expires_after[anchor]", "expires_after[seconds]"})
 _EXPIRY_S = range(3600, 2_592_001)
 _CHUNK_BYTES = 1 << 20
 # What a form has beside its file, at most.
@@ -97,6 +99,7 @@ async def _receive(disk: Disk, max_file_bytes: int) -> StoredFile:
         # Quart has read it where the path came in another spelling; then the limit of ordinary bodies holds.
         chunks = upload_chunks(request.scope) or request.body
         upload = await read_upload(request.headers.get("Content-Type"), chunks, write)
+        warn_of_unknown([name for name in upload.fields if name not in _FIELDS])
         spool.describe(
             filename=upload.filename or "upload",
             purpose=_purpose(upload.fields),
@@ -126,8 +129,8 @@ def _purpose(fields: dict[str, str]) -> str:
 
 def _expiry(fields: dict[str, str]) -> int | None:
     """Read expires_after[anchor] and expires_after[seconds], as OpenAI's clients spell them in a form."""
-    text, anchor = fields.get("expires_after[seconds]"), fields.get("expires_after[anchor]", "created_at")
-    if text is None:
+    text, anchor = fields.get("expires_after[seconds]", ""), fields.get("expires_after[anchor]", "created_at")
+    if not fields.keys() & {"expires_after[seconds]", "expires_after[anchor]"}:
         return None
     if anchor != "created_at" or not re.fullmatch(r"[0-9]{1,9}", text) or int(text) not in _EXPIRY_S:
         raise InvalidRequestError(

@@ -130,6 +130,19 @@ _ERROR = {
         }
     },
 }
+_ANTHROPIC_ERROR = {
+    "type": "object",
+    "description": "The same under /v1/messages, as Anthropic spells it.",
+    "required": ["type", "error"],
+    "properties": {
+        "type": {"enum": ["error"]},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
+    },
+}
 
 
 def register(app: QuartTrio) -> None:
@@ -160,7 +173,7 @@ def document() -> dict[str, Any]:
         "info": {"title": "trio-llm", "version": trio_llm.__version__},
         "paths": paths,
         "components": {
-            "schemas": {**components, "Error": _ERROR},
+            "schemas": {**components, "Error": _ERROR, "AnthropicError": _ANTHROPIC_ERROR},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
         # A key is needed where the server has any.
@@ -188,10 +201,14 @@ def _operation(operation: Operation) -> dict[str, Any]:
         str(operation.status): {"description": "Done.", "content": answers},
         "default": {
             "description": "Refused or failed.",
-            "content": {_JSON: {"schema": {"$ref": _REF.format(name="Error")}}},
+            "content": {_JSON: {"schema": {"$ref": _REF.format(name=_error_name(operation.path))}}},
         },
     }
     return described
+
+
+def _error_name(path: str) -> str:
+    return "AnthropicError" if path.startswith("/v1/messages") else "Error"
 
 
 def _answer(operation: Operation, media: str) -> dict[str, Any]:
