@@ -56,8 +56,8 @@ blocks
 
 # %%
 def chat(question: str, system: str = "You are a helpful assistant.") -> list[int]:
-    text = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-    return tokenizer.encode(text)
+    text = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
+    return tokenizer.encode(f"{text}<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
 
 
 greedy = SamplingParams(temperature=0, max_tokens=200)
@@ -208,16 +208,17 @@ while step():
 # %% [markdown]
 # ## Chunked prefill and continuous batching
 #
-# A long prompt must not make everybody else wait. We start a story, let it run for some steps, and then send a prompt
-# that is longer than the token budget of a step (32).
+# A long prompt must not make everybody else wait. We start a story, let it run for some steps, and then send a
+# conversation that is longer than the token budget of a step (32).
 
 # %%
 first_step = len(history.moments)
 scheduler.submit(4, chat("Tell me a story about a fox."), SamplingParams(temperature=0, max_tokens=24))
 for _ in range(6):
     step()
-facts = "The key is green. The drum is red. The map is blue. The kite is white. The shell is orange. "
-scheduler.submit(5, chat(facts + "What colour is the map?", system=""), greedy)
+earlier = "<|im_start|>user\nMy name is Ada and my favourite colour is green.<|im_end|>\n"
+earlier += "<|im_start|>assistant\nNice to meet you, Ada!<|im_end|>\n"
+scheduler.submit(5, tokenizer.encode(earlier) + chat("What is my favourite colour?", system=""), greedy)
 while step():
     pass
 moments = history.moments[first_step:]

@@ -61,7 +61,7 @@ async def three_clients(put) -> None:
                 put((number, delta.text))
 
     async with trio.open_nursery() as nursery:
-        for number, question in enumerate(["What is the capital of Cuba?", "Count from 1 to 9.", "Who are you?"]):
+        for number, question in enumerate(["What is the capital of Cuba?", "Make JSON for a fox named Ada, age 5.", "Who are you?"]):
             nursery.start_soon(client, number, question)
 
 
