@@ -9,10 +9,10 @@ from pathlib import Path
 
 
 def demo_model_path() -> Path:
-    """Return the checkpoint directory of the demo model."""
-    return Path(__file__).parent / "model"
+    """Return the checkpoint directory of the demo model; its name is what the model answers to."""
+    return Path(__file__).parent / "trio-llm-demo"
 
 
 def draft_model_path() -> Path:
     """Return the checkpoint directory of the draft, a smaller model with the same tokenizer."""
-    return Path(__file__).parent / "draft"
+    return Path(__file__).parent / "trio-llm-demo-draft"
