@@ -55,7 +55,7 @@ JSON = {"content-type": "application/json"}
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_tokens_are_charged_when_they_are_known(engine: Engine, stream: bool) -> None:
-    """Prompt and answer are taken from the key's bucket, which says so; an overdrawn one is a 429 until it is refilled."""
+    """Prompt and answer are taken from the key's bucket, which says so; overdrawn, it is a 429 until it is refilled."""
     clock = Clock()
     app = limited(engine, clock, 60)
     first = await complete(app, max_tokens=26, stream=stream)
