@@ -42,9 +42,8 @@ def test_paged_attention(case: Case) -> None:
     """Every way of attending gives the float64 answer, whatever warp runs first, and reads no slot it may not."""
     problem = make(case)
     (out,) = simulate(lambda: (problem.run(),))
-    # Products with int8 values are of scaled bfloat16 probabilities, whatever q is.
-    slack = 4 if not case.int8 else 8 if case.dtype == torch.bfloat16 else 64
-    assert_close(out, reference(problem), slack=slack)
+    # Products with int8 values are of scaled bfloat16 probabilities, whatever q is: each is off by up to 2^-9.
+    assert_close(out, reference(problem), slack=4, of_largest=2**-8 if case.int8 else 0)
 
 
 @pytest.mark.kernels_full
