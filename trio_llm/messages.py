@@ -345,6 +345,7 @@ class StepStats:
         num_generated_tokens: Tokens that were sampled and kept.
         num_running, num_waiting: Sequences after the step.
         expert_tokens: As in StepResult.
+        num_held: Of those waiting, how many wait for another sample of their prompt to compute it.
     """
 
     step: int
@@ -358,6 +359,7 @@ class StepStats:
     num_preempted: int
     blocks: BlockStats
     expert_tokens: tuple[int, ...] | None = None
+    num_held: int = 0
 
 
 @attrs.frozen

@@ -98,6 +98,24 @@ async def test_samples_count_as_one_request() -> None:
         assert value(engine, "request_max_num_generation_tokens_sum") == 5
 
 
+async def test_who_waits_tells_why() -> None:
+    """Without a place, sequences wait for capacity; samples are deferred until the first one has the prompt."""
+    async with open_stub(max_batch_size=1, max_waiting_batches=9) as engine:
+        params = SamplingParams(temperature=0, max_tokens=30)
+        first = engine.open_stream([1, 2], params)
+        leader = engine.open_stream([3, 4], params)
+        followers = [engine.open_stream([3, 4], params, leader=leader.request_id) for _ in range(3)]
+        await first.__anext__()
+        assert value(engine, "num_requests_waiting") == 4
+        assert value(engine, "num_requests_waiting_by_reason", reason="capacity") == 1
+        assert value(engine, "num_requests_waiting_by_reason", reason="deferred") == 3
+        for stream in (first, leader, *followers):
+            await stream.collect()
+        await engine.wait_idle()
+        await trio.testing.wait_all_tasks_blocked()
+        assert value(engine, "num_requests_waiting_by_reason", reason="deferred") == 0
+
+
 async def test_an_abort_leaves_the_gauges_at_zero() -> None:
     """After a client left nothing runs or waits, and it is counted as aborted; a stop string counts as "stop"."""
     async with open_stub() as engine:
@@ -185,7 +203,9 @@ async def test_every_series_moves() -> None:
     async with open_stub(runner, max_batch_size=4, max_waiting_batches=1) as engine:
         before = await scrape(engine)
         prompts = [tuple(range(i, i + 20)) for i in range(4)]
-        streams = [engine.open_stream(prompt, SamplingParams(seed=1, max_tokens=40)) for prompt in prompts * 2]
+        params = SamplingParams(seed=1, max_tokens=40)
+        streams = [engine.open_stream(prompt, params) for prompt in [*prompts, *prompts[:3]]]
+        streams.append(engine.open_stream(prompts[2], params, leader=streams[-1].request_id))
         with pytest.raises(OverloadedError):
             engine.open_stream([1], SamplingParams())
         await streams[0].__anext__()

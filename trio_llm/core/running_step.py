@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import attrs
 
+from trio_llm.core.queues import Queues
 from trio_llm.core.sequence import Sequence
 from trio_llm.messages import BlockGrant, StepResult, StepStats
 
@@ -52,7 +53,7 @@ class RunningStep:
         step = cls(grant, rows, started, ends, samples, prefills, len(token_ids), num_prefill_tokens)
         return step, tuple(token_ids)
 
-    def stats(self, result: StepResult, num_generated: int, num_running: int, num_waiting: int) -> StepStats:
+    def stats(self, result: StepResult, num_generated: int, queues: Queues) -> StepStats:
         return StepStats(
             result.step,
             result.seconds,
@@ -60,9 +61,10 @@ class RunningStep:
             self.num_tokens,
             self.num_prefill_tokens,
             num_generated,
-            num_running,
-            num_waiting,
+            len(queues.running),
+            len(queues.waiting) + queues.num_held,
             len(self.grant.preempted),
             self.grant.stats,
             result.expert_tokens,
+            queues.num_held,
         )

@@ -96,6 +96,11 @@ class Scheduler:
         return len(self._queues.waiting) + self._queues.num_held
 
     @property
+    def num_held(self) -> int:
+        """Of the waiting ones, those that wait for their leader's prompt."""
+        return self._queues.num_held
+
+    @property
     def running(self) -> tuple[Sequence, ...]:
         """The running sequences in policy order; the last one is preempted first."""
         return tuple(self._queues.running)
@@ -299,7 +304,7 @@ class Scheduler:
             if step.rows[at].status is Status.RUNNING:
                 self._commit_prompt(step.rows[at], step.ends[at], result, events)
         num_generated = self._commit_tokens(step, result, events)
-        return Commit(tuple(events), step.stats(result, num_generated, self.num_running, self.num_waiting))
+        return Commit(tuple(events), step.stats(result, num_generated, self._queues))
 
     def _fail_rows(self, step: RunningStep, result: StepResult, events: Events) -> None:
         for sequence in step.rows:

@@ -126,6 +126,14 @@ class Metrics:
         gauge, counter, histogram = self._gauge, self._counter, self._histogram
         self._running = gauge("vllm:num_requests_running", "Sequences being computed.")
         self._waiting = gauge("vllm:num_requests_waiting", "Sequences waiting to be scheduled.")
+        by_reason = Gauge(
+            "vllm:num_requests_waiting_by_reason",
+            "Of these, for a place and blocks (capacity), or for another sample to compute their prompt (deferred).",
+            [*self._labels, "reason"],
+            registry=self.registry,
+        )
+        self._waiting_for_room = by_reason.labels(**self._labels, reason="capacity")
+        self._held = by_reason.labels(**self._labels, reason="deferred")
         self._usage = gauge("vllm:kv_cache_usage_perc", "KV blocks that sequences own, 0 to 1.")
         self._preemptions = counter("vllm:num_preemptions", "Sequences that lost their KV blocks for a while.")
         self._queried = counter("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
@@ -171,10 +179,11 @@ class Metrics:
             case StepReport():
                 self._record_step(report)
                 self._record_ended(report.ended)
-                self._record_gauges(report.stats.num_running, report.stats.num_waiting, report.stats.blocks)
+                stats = report.stats
+                self._record_gauges(stats.num_running, stats.num_waiting, stats.num_held, stats.blocks)
             case IdleReport():
                 self._record_ended(report.ended)
-                self._record_gauges(report.num_running, report.num_waiting, report.blocks)
+                self._record_gauges(report.num_running, report.num_waiting, 0, report.blocks)
             case Rejected():
                 self._rejected[report.reason].inc()
 
@@ -206,9 +215,11 @@ class Metrics:
         for counter, count in zip(self._by_expert, tokens, strict=True):
             counter.inc(count)
 
-    def _record_gauges(self, num_running: int, num_waiting: int, blocks: BlockStats | None) -> None:
+    def _record_gauges(self, num_running: int, num_waiting: int, num_held: int, blocks: BlockStats | None) -> None:
         self._running.set(num_running)
         self._waiting.set(num_waiting)
+        self._waiting_for_room.set(num_waiting - num_held)
+        self._held.set(num_held)
         if blocks is None:
             return
         self._usage.set(sum(blocks.used_blocks) / blocks.total_blocks)
