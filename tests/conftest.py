@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 from typing import Any
 
 # Before anything imports transformers or tokenizers: nothing is looked up on a hub, and no fork warning is printed.
@@ -27,8 +28,10 @@ def _connect_on_this_machine(self: socket.socket, address: Any) -> None:
 
 
 @pytest.fixture(autouse=True)
-def isolated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the developer's environment and the network out of every test."""
+def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Keep the developer's environment, files and network out of every test."""
+    # Where a server that is not told otherwise keeps uploads and batches.
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr(socket.socket, "connect", _connect_on_this_machine)
     for name in [name for name in os.environ if name.startswith("VLLM_")]:
         monkeypatch.delenv(name)
