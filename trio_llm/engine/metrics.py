@@ -126,14 +126,12 @@ class Metrics:
         gauge, counter, histogram = self._gauge, self._counter, self._histogram
         self._running = gauge("vllm:num_requests_running", "Sequences being computed.")
         self._waiting = gauge("vllm:num_requests_waiting", "Sequences waiting to be scheduled.")
-        by_reason = Gauge(
+        by_reason = self._gauges(
             "vllm:num_requests_waiting_by_reason",
             "Of these, for a place and blocks (capacity), or for another sample to compute their prompt (deferred).",
-            [*self._labels, "reason"],
-            registry=self.registry,
+            "reason",
         )
-        self._waiting_for_room = by_reason.labels(**self._labels, reason="capacity")
-        self._held = by_reason.labels(**self._labels, reason="deferred")
+        self._waiting_for_room, self._held = by_reason("capacity"), by_reason("deferred")
         self._usage = gauge("vllm:kv_cache_usage_perc", "KV blocks that sequences own, 0 to 1.")
         self._preemptions = counter("vllm:num_preemptions", "Sequences that lost their KV blocks for a while.")
         self._queried = counter("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
@@ -157,13 +155,8 @@ class Metrics:
             registry=self.registry,
         )
         self._by_expert: list[Counter] = []  # as many as the model has; the first step tells
-        used = Gauge(
-            "trio_llm:kv_cache_used_bytes",
-            "Bytes of KV blocks that sequences own.",
-            [*self._labels, "group"],
-            registry=self.registry,
-        )
-        self._used_bytes = [used.labels(**self._labels, group=str(group)) for group in range(num_groups)]
+        used = self._gauges("trio_llm:kv_cache_used_bytes", "Bytes of KV blocks that sequences own.", "group")
+        self._used_bytes = [used(str(group)) for group in range(num_groups)]
 
     def _declare_requests(self, max_model_len: int) -> None:
         self._success = self._counters("vllm:request_success", "Requests that ended.", "finished_reason", _REASONS)
@@ -240,6 +233,10 @@ class Metrics:
 
     def _counter(self, name: str, meaning: str) -> Counter:
         return Counter(name, meaning, [*self._labels], registry=self.registry).labels(**self._labels)
+
+    def _gauges(self, name: str, meaning: str, label: str) -> Callable[[str], Gauge]:
+        family = Gauge(name, meaning, [*self._labels, label], registry=self.registry)
+        return lambda value: family.labels(**self._labels, **{label: value})
 
     def _counters(self, name: str, meaning: str, label: str, values: Iterable[str]) -> dict[str, Counter]:
         family = Counter(name, meaning, [*self._labels, label], registry=self.registry)
