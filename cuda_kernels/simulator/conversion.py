@@ -140,5 +140,3 @@ def _cvt_pair(ins: Instruction, to: str, program: Program) -> Operate:
         write(m, lanes, (upper.astype(np.uint32) << np.uint32(16)) | lower)
 
     return run
-
-

@@ -47,9 +47,7 @@ class SimulatedLauncher:
         program, code = _prepare(ptx, entry)
         tensors = [(arg, w) for arg, w in zip(args, written, strict=True) if isinstance(arg, torch.Tensor)]
         memory = GlobalMemory(tensors)
-        arguments = {
-            name: _bits(arg, kind, memory) for (name, kind), arg in zip(program.parameters, args, strict=True)
-        }
+        arguments = {name: _bits(arg, kind, memory) for (name, kind), arg in zip(program.parameters, args, strict=True)}
         side_by_side = max(1, _MAX_LANES // int(np.prod(block)))
         total = int(np.prod(grid))
         for first in range(0, total, side_by_side):

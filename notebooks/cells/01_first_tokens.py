@@ -26,6 +26,7 @@ print(result.prompt + result.outputs[0].text)
 #
 # A chat is a text too, with marks that say who speaks. (The server does this for you, with the model's chat template.)
 
+
 # %%
 def chat(question: str) -> str:
     system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -39,7 +40,9 @@ questions = [
     "Make JSON for an owl named Zoe, age 7.",
     "Who are you?",
 ]
-for question, result in zip(questions, llm.generate([chat(question) for question in questions], greedy, use_tqdm=False)):
+for question, result in zip(
+    questions, llm.generate([chat(question) for question in questions], greedy, use_tqdm=False)
+):
     print(f"{question:45} {result.outputs[0].text}")
 
 # %% [markdown]
@@ -88,7 +91,9 @@ for prompt in (chat(questions[0]), chat("Tell me a story about a fox.")):
     sample = result.outputs[0]
     print(sample.text)
     for entry in sample.logprobs:
-        likeliest = [(tokenizer.decode([token_id], skip_special_tokens=False), logprob) for token_id, logprob in entry.top]
+        likeliest = [
+            (tokenizer.decode([token_id], skip_special_tokens=False), logprob) for token_id, logprob in entry.top
+        ]
         print("   ", "  ".join(f"{text!r:14} {math.exp(logprob):6.1%}" for text, logprob in likeliest))
 
 # %% [markdown]

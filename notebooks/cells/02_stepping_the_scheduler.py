@@ -54,6 +54,7 @@ blocks
 #
 # A request is a list of token ids and the rules for choosing new ones. `temperature=0` always takes the likeliest.
 
+
 # %%
 def chat(question: str, system: str = "You are a helpful assistant.") -> list[int]:
     text = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
@@ -126,6 +127,7 @@ commit
 # ## The same five verbs, as often as needed
 #
 # That is the whole engine. A function that does one step, and remembers it for the pictures:
+
 
 # %%
 def note(commit) -> None:

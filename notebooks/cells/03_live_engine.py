@@ -28,6 +28,7 @@ bridge.call_sync(engine.health)
 #
 # A client opens a stream and reads pieces of text as they come. `bridge.iterate` turns that into a plain Python loop.
 
+
 # %%
 def chat(question: str) -> list[int]:
     return engine.tokenizer.encode(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
@@ -61,7 +62,9 @@ async def three_clients(put) -> None:
                 put((number, delta.text))
 
     async with trio.open_nursery() as nursery:
-        for number, question in enumerate(["What is the capital of Cuba?", "Make JSON for a fox named Ada, age 5.", "Who are you?"]):
+        for number, question in enumerate(
+            ["What is the capital of Cuba?", "Make JSON for a fox named Ada, age 5.", "Who are you?"]
+        ):
             nursery.start_soon(client, number, question)
 
 
@@ -92,6 +95,7 @@ draw_budget(shared, settings.max_num_batched_tokens)
 # the client's task; leaving its `async with` block sends an abort; and within one step the sequence is out of the
 # batch and its blocks are free. Nobody else notices.
 
+
 # %%
 def metric(name: str) -> float:
     text = bridge.call(engine.render_metrics).decode()
@@ -101,10 +105,14 @@ def metric(name: str) -> float:
 endless = SamplingParams(temperature=0.8, seed=1, max_tokens=900, ignore_eos=True)
 pieces = bridge.iterate(partial(stream, "Tell me a story about an owl.", endless))
 print("".join(delta.text for delta in islice(pieces, 5)), "…")
-print(f"while it runs: {metric('vllm:num_requests_running'):.0f} running, {metric('vllm:kv_cache_usage_perc'):.1%} of the pool owned")
+print(
+    f"while it runs: {metric('vllm:num_requests_running'):.0f} running, {metric('vllm:kv_cache_usage_perc'):.1%} of the pool owned"
+)
 pieces.close()
 bridge.call(engine.wait_idle)
-print(f"hung up:       {metric('vllm:num_requests_running'):.0f} running, {metric('vllm:kv_cache_usage_perc'):.1%} of the pool owned")
+print(
+    f"hung up:       {metric('vllm:num_requests_running'):.0f} running, {metric('vllm:kv_cache_usage_perc'):.1%} of the pool owned"
+)
 
 # %% [markdown]
 # ## Wrong questions

@@ -37,12 +37,16 @@ def _submit(rng: random.Random, loop: Loop, longest: int) -> int:
     if rng.random() < 0.3:
         prompt = (*prompt[:-1], rng.randrange(VOCAB))
     kind = rng.random()
-    params = PoolingParams() if kind < 0.1 else SamplingParams(
-        max_tokens=rng.randrange(1, 25),
-        min_tokens=rng.randrange(2) * rng.randrange(6),
-        ignore_eos=rng.random() < 0.5,
-        stop_token_ids=(5,) if rng.random() < 0.3 else (),
-        prompt_logprobs=1 if kind > 0.85 else None,
+    params = (
+        PoolingParams()
+        if kind < 0.1
+        else SamplingParams(
+            max_tokens=rng.randrange(1, 25),
+            min_tokens=rng.randrange(2) * rng.randrange(6),
+            ignore_eos=rng.random() < 0.5,
+            stop_token_ids=(5,) if rng.random() < 0.3 else (),
+            prompt_logprobs=1 if kind > 0.85 else None,
+        )
     )
     if isinstance(params, SamplingParams) and params.max_tokens < params.min_tokens:
         params = SamplingParams(max_tokens=params.max_tokens)
