@@ -8,6 +8,12 @@ from trio_llm.model import ops, ops_torch
 from trio_llm.model.weights import quantize_rows
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Draw the same numbers in every run."""
+    torch.manual_seed(7)
+
+
 def quantized(dense: Tensor) -> ops.Int8:
     """Quantise a matrix [N, K]."""
     weight, scale = torch.empty(dense.shape, dtype=torch.int8), torch.empty(len(dense), dtype=dense.dtype)
@@ -52,13 +58,15 @@ def test_linear_is_right_in_every_dtype(dtype: torch.dtype, rows: int, monkeypat
     """Products are right to the dtype's precision, also where many rows make expanding the weights worth it."""
     monkeypatch.setattr(ops_torch, "EXPAND_ELEMENTS", 100)  # several parts
     x, weight, bias = torch.randn(rows, 40).to(dtype), torch.randn(6, 40).to(dtype), torch.randn(6).to(dtype)
+    # Forty float32 sums may each round by half of the largest partial sum; the result rounds once more, to the dtype.
+    summing = 20 * torch.finfo(torch.float32).eps * (x.double().abs() @ weight.double().abs().T).max()
     for matrix, expected in (
         (ops.Dense(weight), x.double() @ weight.double().T),
         (ops.Dense(weight, bias), x.double() @ weight.double().T + bias.double()),
     ):
         got = ops.linear(x, matrix)
         assert got.dtype == dtype
-        assert (got - expected).abs().max() < 2 * torch.finfo(dtype).eps * expected.abs().max()
+        assert (got - expected).abs().max() < summing + torch.finfo(dtype).eps * expected.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
