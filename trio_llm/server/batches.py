@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -15,11 +15,10 @@ from trio_llm.server.batch_runner import MAX_LINES, BatchRunner
 from trio_llm.server.body import read_body
 from trio_llm.server.disk import Disk
 from trio_llm.server.errors import HttpError
-from trio_llm.server.files import owner, page_arguments, page_object
+from trio_llm.server.files import owner, page_arguments, page_object, read_files
 from trio_llm.server.requests import Metadata
 
 _WINDOW_S = 86_400
-_CHUNK_BYTES = 1 << 20
 _EndpointName = Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
 # The inline form writes endpoints without the version.
 _SHORT_NAMES: Mapping[str, _EndpointName] = {
@@ -106,7 +105,7 @@ def register(app: QuartTrio, disk: Disk, runner: BatchRunner) -> None:
         if batch["status"] not in ("completed", "expired", "cancelled"):
             raise HttpError(409, f"Batch {batch_id} has no results yet: it is {batch['status']}.", param="batch_id")
         file_ids = [batch[name] for name in ("output_file_id", "error_file_id") if batch[name] is not None]
-        return Response(_read_all(disk, file_ids), content_type="application/jsonl")
+        return Response(read_files(disk, file_ids), content_type="application/jsonl")
 
 
 def _endpoint(name: str) -> _EndpointName:
@@ -166,10 +165,3 @@ def _as_field(endpoint: _EndpointName, prompt: str | list[int]) -> dict[str, Any
             raise InvalidRequestError("The prompts of a chat are texts.", param="prompts")
         return {"messages": [{"role": "user", "content": prompt}]}
     return {"input" if endpoint == "/v1/embeddings" else "prompt": prompt}
-
-
-async def _read_all(disk: Disk, file_ids: Sequence[str]) -> AsyncIterator[bytes]:
-    for file_id in file_ids:
-        with await disk.run(disk.files.open, file_id) as file:
-            while chunk := await disk.run(file.read, _CHUNK_BYTES):
-                yield chunk

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import trio
@@ -55,7 +55,7 @@ def register(app: QuartTrio, disk: Disk, max_file_bytes: int) -> None:
     async def get_file_content(file_id: str) -> Response:
         stored = await _find(disk, file_id)
         headers = {"Content-Type": "application/octet-stream", "Content-Length": str(stored.bytes)}
-        return Response(_read(disk, file_id), headers=headers)
+        return Response(read_files(disk, [file_id]), headers=headers)
 
     @app.delete("/v1/files/<file_id>")
     async def delete_file(file_id: str) -> dict[str, Any]:
@@ -146,7 +146,9 @@ async def _find(disk: Disk, file_id: str) -> StoredFile:
     return stored
 
 
-async def _read(disk: Disk, file_id: str) -> AsyncIterator[bytes]:
-    with await disk.run(disk.files.open, file_id) as file:
-        while chunk := await disk.run(file.read, _CHUNK_BYTES):
-            yield chunk
+async def read_files(disk: Disk, file_ids: Sequence[str]) -> AsyncIterator[bytes]:
+    """Yield the bytes of files, one after the other, never a whole one."""
+    for file_id in file_ids:
+        with await disk.run(disk.files.open, file_id) as file:
+            while chunk := await disk.run(file.read, _CHUNK_BYTES):
+                yield chunk
