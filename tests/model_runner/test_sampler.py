@@ -33,7 +33,7 @@ def sample(logits: np.ndarray, rows: list[Row], order: list[int] | None = None) 
             state.learn(row, len(prompt), output)
     positions = np.array([len(prompt) + len(output) for _, prompt, output in rows], np.int64)
     batch = state.select(np.array(order, np.intp), positions)
-    return Sampler(vocab_size, CPU).sample(torch.from_numpy(logits.astype(np.float32)), batch)
+    return Sampler(vocab_size, CPU).sample(torch.from_numpy(logits.astype(np.float32)), batch).read()
 
 
 def make_logits(seed: int, rows: int, vocab_size: int, scale: float = 3.0, grid: float = 0.0) -> np.ndarray:
@@ -151,7 +151,7 @@ def test_tokens_are_drawn_with_the_right_frequencies(params: SamplingParams) -> 
     sampler = Sampler(vocab_size, CPU)
     # The same row over and over: only the position counts on.
     batch = state.select(np.zeros(draws, np.intp), np.arange(7, 7 + draws, dtype=np.int64))
-    ids = sampler.sample(torch.from_numpy(np.tile(logits, (draws, 1)).astype(np.float32)), batch).token_ids
+    ids = sampler.sample(torch.from_numpy(np.tile(logits, (draws, 1)).astype(np.float32)), batch).read().token_ids
     expected = reference.probabilities(reference.edited(logits, params, prompt, output, EOS), params) * draws
     observed = np.bincount(ids, minlength=vocab_size)
     assert not observed[expected == 0].any()

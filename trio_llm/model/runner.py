@@ -154,7 +154,7 @@ class Runner:
         if len(at) < len(hidden):
             hidden = hidden[torch.from_numpy(batch.lasts[at]).to(self._device, non_blocking=True)]
         selected = self._sampling.select(batch.rows[at], batch.ends[at])
-        sampled = self._sampler.sample(self._model.logits(hidden), selected)
+        sampled = self._sampler.sample(self._model.logits(hidden), selected).read()
         token_ids: list[tuple[int, ...]] = [()] * len(batch.rows)
         for i, token_id in zip(at.tolist(), sampled.token_ids, strict=True):
             if token_id >= 0:

@@ -20,7 +20,7 @@ from torch import Tensor
 from trio_llm.messages import TokenLogprobs
 from trio_llm.model.counter_rng import race, token_hashes
 from trio_llm.model.extremes import argmax, largest
-from trio_llm.model.logprobs import gather_logprobs
+from trio_llm.model.logprobs import LogprobTensors, look_up
 from trio_llm.model.sampling_rows import FILTERED, LOGPROBS, MIN_P, RANDOM, TEMPERATURE, TOP_K, TOP_P, SamplingBatch
 
 # In place of a token id.
@@ -40,7 +40,7 @@ _CPU_DRAW_ENTRIES = 2**17
 
 @attrs.frozen
 class Sampled:
-    """What was sampled.
+    """What was sampled, as the host knows it.
 
     Attributes:
         token_ids: One per row; NOT_FINITE or NOTHING_LEFT where the row failed.
@@ -51,13 +51,49 @@ class Sampled:
     logprobs: list[TokenLogprobs | None] | None
 
 
+@attrs.frozen(eq=False)
+class Draw:
+    """What a step sampled, on the device that computed it: making one waits for nothing.
+
+    The next step may be given `ids` as they are. For the clients: `on_host` starts the copies and returns at once, an
+    event recorded after it says when they are there, and `read` then costs no wait. Reading what is still on a device
+    is right too, and waits.
+
+    Attributes:
+        ids: [R] int64; NOT_FINITE or NOTHING_LEFT (negative, no token) where the row failed.
+        asking: [n] on the host, the rows that asked for log-probabilities.
+        nums: [n] on the host, how many of the likeliest tokens each wants named.
+        logprobs: Of these n rows; None if there is none. Means nothing where the row failed.
+    """
+
+    ids: Tensor
+    asking: NDArray[np.intp]
+    nums: NDArray[np.int32]
+    logprobs: LogprobTensors | None
+
+    def on_host(self) -> Draw:
+        """Return the same in host memory, to be read once the device has done all work given so far."""
+        logprobs = None if self.logprobs is None else self.logprobs.on_host()
+        return attrs.evolve(self, ids=self.ids.to("cpu", non_blocking=True), logprobs=logprobs)
+
+    def read(self) -> Sampled:
+        """Put into words what was sampled."""
+        token_ids: list[int] = self.ids.tolist()
+        if self.logprobs is None:
+            return Sampled(token_ids, None)
+        rows = self.asking.tolist()
+        entries = self.logprobs.describe([token_ids[row] for row in rows], self.nums.tolist())
+        by_row = {row: entry for row, entry in zip(rows, entries, strict=True) if entry.token_id >= 0}
+        return Sampled(token_ids, [by_row.get(row) for row in range(len(token_ids))])
+
+
 class Sampler:
     """Chooses tokens. Holds no state of any sequence."""
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._hashes = token_hashes(vocab_size).to(device)
 
-    def sample(self, logits: Tensor, batch: SamplingBatch) -> Sampled:
+    def sample(self, logits: Tensor, batch: SamplingBatch) -> Draw:
         """Sample one token per row.
 
         Args:
@@ -74,10 +110,12 @@ class Sampler:
         ids, top = argmax(logits)
         if batch.union & RANDOM:
             self._draw(logits, batch, ids)
-        token_ids = _mark_failures(ids, top, finite).tolist()
+        ids = _mark_failures(ids, top, finite)
+        nums = batch.num_logprobs[asking]
         if raw is None:
-            return Sampled(token_ids, None)
-        return Sampled(token_ids, _logprobs_of_rows(raw, asking, token_ids, batch.num_logprobs))
+            return Draw(ids, asking, nums, None)
+        chosen = ids[_index(asking, logits)].clamp_(min=0)
+        return Draw(ids, asking, nums, look_up(raw, chosen, int(nums.max())))
 
     def _draw(self, logits: Tensor, batch: SamplingBatch, ids: Tensor) -> None:
         """Overwrite the ids of the rows that are RANDOM."""
@@ -140,19 +178,6 @@ def _mark_failures(ids: Tensor, top: Tensor, finite: Tensor | None) -> Tensor:
     if finite is None:
         return ids.where(top.isfinite(), NOT_FINITE)
     return ids.where(top > -torch.inf, NOTHING_LEFT).where(finite, NOT_FINITE)
-
-
-def _logprobs_of_rows(
-    raw: Tensor, asking: NDArray[np.intp], token_ids: list[int], nums: NDArray[np.int32]
-) -> list[TokenLogprobs | None]:
-    """Spread the log-probabilities [n, V] of the n asking rows over all rows; rows that failed get none."""
-    fine = [i for i, row in enumerate(asking) if token_ids[row] >= 0]
-    rows = asking[fine].tolist()
-    if not rows:
-        return [None] * len(token_ids)
-    entries = gather_logprobs(raw[fine], [token_ids[row] for row in rows], nums[rows].tolist())
-    by_row = dict(zip(rows, entries, strict=True))
-    return [by_row.get(row) for row in range(len(token_ids))]
 
 
 def _cutoff(scores: Tensor, params: Tensor) -> Tensor:
