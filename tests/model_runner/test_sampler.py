@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import attrs
 import numpy as np
 import pytest
 import torch
@@ -9,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.model_runner import reference
-from trio_llm.messages import Admission, SamplingParams
-from trio_llm.model.sampler import NOT_FINITE, NOTHING_LEFT, Sampled, Sampler
+from trio_llm.messages import Admission, SamplingParams, TokenLogprobs
+from trio_llm.model.sampler import NOT_FINITE, NOTHING_LEFT, Sampler
 from trio_llm.model.sampling_rows import SamplingRows
 
 CPU = torch.device("cpu")
@@ -19,7 +20,15 @@ GREEDY = SamplingParams(temperature=0)
 Row = tuple[SamplingParams, tuple[int, ...], tuple[int, ...]]  # params, prompt, output
 
 
-def sample(logits: np.ndarray, rows: list[Row], order: list[int] | None = None) -> Sampled:
+@attrs.frozen
+class Result:
+    """One token per row, and what those who asked are told of it."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None] | None
+
+
+def sample(logits: np.ndarray, rows: list[Row], order: list[int] | None = None) -> Result:
     """Sample one token for each row as the runner does: admit the prompts, tell the outputs, ask.
 
     `order` are the permanent rows that the sequences sit in; the default is 0, 1, 2...
@@ -33,7 +42,8 @@ def sample(logits: np.ndarray, rows: list[Row], order: list[int] | None = None) 
             state.learn(row, len(prompt), output)
     positions = np.array([len(prompt) + len(output) for _, prompt, output in rows], np.int64)
     batch = state.select(np.array(order, np.intp), positions)
-    return Sampler(vocab_size, CPU).sample(torch.from_numpy(logits.astype(np.float32)), batch).read()
+    sampled = Sampler(vocab_size, CPU).sample(torch.from_numpy(logits.astype(np.float32)), batch)
+    return Result(sampled.token_ids.tolist(), sampled.logprobs())
 
 
 def make_logits(seed: int, rows: int, vocab_size: int, scale: float = 3.0, grid: float = 0.0) -> np.ndarray:
@@ -151,7 +161,7 @@ def test_tokens_are_drawn_with_the_right_frequencies(params: SamplingParams) -> 
     sampler = Sampler(vocab_size, CPU)
     # The same row over and over: only the position counts on.
     batch = state.select(np.zeros(draws, np.intp), np.arange(7, 7 + draws, dtype=np.int64))
-    ids = sampler.sample(torch.from_numpy(np.tile(logits, (draws, 1)).astype(np.float32)), batch).read().token_ids
+    ids = sampler.sample(torch.from_numpy(np.tile(logits, (draws, 1)).astype(np.float32)), batch).token_ids
     expected = reference.probabilities(reference.edited(logits, params, prompt, output, EOS), params) * draws
     observed = np.bincount(ids, minlength=vocab_size)
     assert not observed[expected == 0].any()

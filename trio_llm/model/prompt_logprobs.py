@@ -65,7 +65,7 @@ class PromptScorer:
         for i in range(0, len(targets), at_once):
             some = targets[i : i + at_once]
             logprobs = self._logits(hidden[i : i + len(some)]).log_softmax(-1)
-            entries = gather_logprobs(logprobs, some, [prompt.num] * len(some))
+            entries = gather_logprobs(logprobs, some, prompt.num)
             prompt.entries.update(zip(range(start + 1 + i, end + 1), entries, strict=False))
         here = range(start, min(end, len(prompt.token_ids)))
         return tuple(prompt.entries[position] if position else None for position in here)

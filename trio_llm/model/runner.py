@@ -154,17 +154,18 @@ class Runner:
         if len(at) < len(hidden):
             hidden = hidden[torch.from_numpy(batch.lasts[at]).to(self._device, non_blocking=True)]
         selected = self._sampling.select(batch.rows[at], batch.ends[at])
-        sampled = self._sampler.sample(self._model.logits(hidden), selected).read()
+        sampled = self._sampler.sample(self._model.logits(hidden), selected)
         token_ids: list[tuple[int, ...]] = [()] * len(batch.rows)
-        for i, token_id in zip(at.tolist(), sampled.token_ids, strict=True):
+        for i, token_id in zip(at.tolist(), sampled.token_ids.tolist(), strict=True):
             if token_id >= 0:
                 token_ids[i] = (token_id,)
             else:
                 failed[plan.request_ids[i]] = FAILURES[token_id]
-        if sampled.logprobs is None:
+        entries = sampled.logprobs()
+        if entries is None:
             return tuple(token_ids), None
         logprobs: list[tuple[TokenLogprobs, ...] | None] = [None] * len(batch.rows)
-        for i, entry in zip(at.tolist(), sampled.logprobs, strict=True):
+        for i, entry in zip(at.tolist(), entries, strict=True):
             logprobs[i] = None if entry is None else (entry,)
         return tuple(token_ids), tuple(logprobs)
 

@@ -10,6 +10,8 @@ Letters: R rows sampled in this step, V vocabulary, C candidates.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import attrs
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor
 from trio_llm.messages import TokenLogprobs
 from trio_llm.model.counter_rng import race, token_hashes
 from trio_llm.model.extremes import argmax, largest
-from trio_llm.model.logprobs import LogprobTensors, look_up
+from trio_llm.model.logprobs import Scores, score
 from trio_llm.model.sampling_rows import FILTERED, LOGPROBS, MIN_P, RANDOM, TEMPERATURE, TOP_K, TOP_P, SamplingBatch
 
 # In place of a token id.
@@ -38,53 +40,35 @@ _CANDIDATES = 128
 _CPU_DRAW_ENTRIES = 2**17
 
 
-@attrs.frozen
-class Sampled:
-    """What was sampled, as the host knows it.
-
-    Attributes:
-        token_ids: One per row; NOT_FINITE or NOTHING_LEFT where the row failed.
-        logprobs: One per row, None where it did not ask or failed; None if no row asked.
-    """
-
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs | None] | None
-
-
 @attrs.frozen(eq=False)
-class Draw:
-    """What a step sampled, on the device that computed it: making one waits for nothing.
-
-    The next step may be given `ids` as they are. For the clients: `on_host` starts the copies and returns at once, an
-    event recorded after it says when they are there, and `read` then costs no wait. Reading what is still on a device
-    is right too, and waits.
+class Sampled:
+    """What was sampled, where the logits are.
 
     Attributes:
-        ids: [R] int64; NOT_FINITE or NOTHING_LEFT (negative, no token) where the row failed.
-        asking: [n] on the host, the rows that asked for log-probabilities.
-        nums: [n] on the host, how many of the likeliest tokens each wants named.
-        logprobs: Of these n rows; None if there is none. Means nothing where the row failed.
+        token_ids: [R] int64; NOT_FINITE or NOTHING_LEFT where the row failed.
+        asking: Rows that asked for log-probabilities.
+        nums: Of each of these, how many of the likeliest it is told.
+        scores: Of these rows; None if there are none.
     """
 
-    ids: Tensor
-    asking: NDArray[np.intp]
-    nums: NDArray[np.int32]
-    logprobs: LogprobTensors | None
+    token_ids: Tensor
+    asking: tuple[int, ...] = ()
+    nums: tuple[int, ...] = ()
+    scores: Scores | None = None
 
-    def on_host(self) -> Draw:
-        """Return the same in host memory, to be read once the device has done all work given so far."""
-        logprobs = None if self.logprobs is None else self.logprobs.on_host()
-        return attrs.evolve(self, ids=self.ids.to("cpu", non_blocking=True), logprobs=logprobs)
+    def to_host(self, copy: Callable[[Tensor], Tensor]) -> Sampled:
+        """Return the same with every tensor copied."""
+        scores = None if self.scores is None else self.scores.to_host(copy)
+        return Sampled(copy(self.token_ids), self.asking, self.nums, scores)
 
-    def read(self) -> Sampled:
-        """Put into words what was sampled."""
-        token_ids: list[int] = self.ids.tolist()
-        if self.logprobs is None:
-            return Sampled(token_ids, None)
-        rows = self.asking.tolist()
-        entries = self.logprobs.describe([token_ids[row] for row in rows], self.nums.tolist())
-        by_row = {row: entry for row, entry in zip(rows, entries, strict=True) if entry.token_id >= 0}
-        return Sampled(token_ids, [by_row.get(row) for row in range(len(token_ids))])
+    def logprobs(self) -> list[TokenLogprobs | None] | None:
+        """Return one entry per row, None where it did not ask or failed; None if no row asked."""
+        if self.scores is None:
+            return None
+        token_ids = self.token_ids.tolist()
+        entries = self.scores.describe([token_ids[row] for row in self.asking], self.nums)
+        by_row = {row: entry for row, entry in zip(self.asking, entries, strict=True) if entry.token_id >= 0}
+        return [by_row.get(row) for row in range(len(token_ids))]
 
 
 class Sampler:
@@ -93,7 +77,7 @@ class Sampler:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._hashes = token_hashes(vocab_size).to(device)
 
-    def sample(self, logits: Tensor, batch: SamplingBatch) -> Draw:
+    def sample(self, logits: Tensor, batch: SamplingBatch) -> Sampled:
         """Sample one token per row.
 
         Args:
@@ -110,12 +94,13 @@ class Sampler:
         ids, top = argmax(logits)
         if batch.union & RANDOM:
             self._draw(logits, batch, ids)
-        ids = _mark_failures(ids, top, finite)
-        nums = batch.num_logprobs[asking]
+        token_ids = _mark_failures(ids, top, finite)
         if raw is None:
-            return Draw(ids, asking, nums, None)
-        chosen = ids[_index(asking, logits)].clamp_(min=0)
-        return Draw(ids, asking, nums, look_up(raw, chosen, int(nums.max())))
+            return Sampled(token_ids)
+        nums = batch.num_logprobs[asking].tolist()
+        # What is looked up for rows that failed is never told.
+        scores = score(raw, token_ids[_index(asking, logits)].clamp_min(0), max(nums))
+        return Sampled(token_ids, tuple(asking.tolist()), tuple(nums), scores)
 
     def _draw(self, logits: Tensor, batch: SamplingBatch, ids: Tensor) -> None:
         """Overwrite the ids of the rows that are RANDOM."""
