@@ -14,6 +14,9 @@ import attrs
 
 FinishReason = Literal["stop", "length", "abort"]
 
+# In the place of a token id in a plan: the token that the step planned directly before sampled for this sequence.
+UNKNOWN = -1
+
 # --- what a request asks for -------------------------------------------------------------------------------------
 
 
@@ -211,7 +214,7 @@ class StepPlan:
         request_ids: The rows, in batch order; at most one row per sequence.
         starts: Position of the row's first token; everything before it is in the KV cache.
         counts: Tokens the row computes.
-        token_ids: Flat over the rows, sum(counts) long.
+        token_ids: Flat over the rows, sum(counts) long; UNKNOWN where a row begins with what the step before sampled.
         samples: True where the row's last token is the last one known, so that a token is sampled after it
             (for a pooling row: where its vector is complete).
         new_blocks: Per row, per KV group: (index in the block table, block ids to write from there on).

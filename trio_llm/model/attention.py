@@ -9,6 +9,7 @@ Letters: B rows (sequences), S tokens of this step over all rows, M blocks per t
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from operator import add
 from typing import TypeVar, cast
 
 import numpy as np
@@ -31,6 +32,7 @@ class AttentionBatch:
         tables: Per KV group [B, M] int32; entries before a window and past the end are never read.
         slots: Per KV group [S] int64, where each token's key and value are written.
         starts, counts: The same on the host, one int per row.
+        max_q, max_context: Bounds on tokens of this step and on context over the rows.
         layout: The pool's.
     """
 
@@ -53,6 +55,7 @@ class AttentionBatch:
         """
         self.layout, self.device = layout, device
         self.starts, self.counts = tuple(starts), tuple(counts)
+        self.max_q, self.max_context = max(self.counts), max(map(add, self.starts, self.counts))
         # numpy on the host: a torch operation costs several times as much on arrays this small
         first, count = np.array([self.starts, self.counts], np.int64)
         cu_q = np.concatenate(([0], count.cumsum()))

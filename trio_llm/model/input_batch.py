@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trio_llm.messages import StepPlan
+from trio_llm.messages import UNKNOWN, StepPlan
 from trio_llm.model.attention import AttentionBatch
 from trio_llm.model.kv_cache import KVLayout
 
@@ -65,6 +65,7 @@ class Input:
         ends: [B], start + count: the position after the row's last token.
         offsets, lasts: [B], where the row's tokens begin in S, and where the last of them is.
         samples: [B], as in the plan.
+        unknown, unknown_rows: Where in S a token is UNKNOWN, and the permanent row of each.
     """
 
     rows: NDArray[np.intp]
@@ -72,6 +73,8 @@ class Input:
     offsets: NDArray[np.int64]
     lasts: NDArray[np.int64]
     samples: NDArray[np.bool_]
+    unknown: NDArray[np.intp]
+    unknown_rows: NDArray[np.intp]
     attention: AttentionBatch
 
 
@@ -110,8 +113,10 @@ class InputRows:
         ends = np.array(plan.starts, np.int64) + counts
         device_rows = torch.from_numpy(rows).to(self._device, non_blocking=True)
         longest = int(ends.max())
+        token_ids = np.array(plan.token_ids, np.int64)
+        unknown = np.flatnonzero(token_ids == UNKNOWN)
         attention = AttentionBatch(
-            torch.from_numpy(np.array(plan.token_ids, np.int64)),
+            torch.from_numpy(token_ids),
             plan.starts,
             plan.counts,
             [table.gather(device_rows, longest) for table in self._tables],
@@ -119,4 +124,6 @@ class InputRows:
             self._device,
         )
         after = np.cumsum(counts)
-        return Input(rows, ends, after - counts, after - 1, np.array(plan.samples, np.bool_), attention)
+        unknown_rows = rows[np.searchsorted(after, unknown, side="right")]
+        samples = np.array(plan.samples, np.bool_)
+        return Input(rows, ends, after - counts, after - 1, samples, unknown, unknown_rows, attention)

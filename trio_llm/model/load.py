@@ -15,6 +15,7 @@ import torch
 from trio_llm.config import EngineConfig
 from trio_llm.errors import ConfigError, UnsupportedError
 from trio_llm.messages import ModelInfo, Progress
+from trio_llm.model.device import Cpu
 from trio_llm.model.loader import ModelPlan, inspect_model, load_model
 from trio_llm.model.memory import available_bytes, control_groups, make_budget
 from trio_llm.model.runner import Runner
@@ -48,19 +49,19 @@ def load_runner(config: EngineConfig, report: Callable[[Progress], None] | None 
     _limit_threads(plan.weight_bytes)
     for tower, count in plan.skipped.items():
         _log.info("%s: left out %d tensors of %s: only the language model is served", plan.directory.name, count, tower)
-    loaded = load_model(config, plan.dtype, device, report)
+    loaded = load_model(config, plan.dtype, device.torch_device, report)
     _return_freed_memory()
     return Runner(loaded.model, loaded.kv_layout, info, budget, max_batch_size=config.max_batch_size, device=device)
 
 
-def _device(config: EngineConfig) -> torch.device:
+def _device(config: EngineConfig) -> Cpu:
     if config.tensor_parallel_size > 1:
         raise UnsupportedError(
             f"--tensor-parallel-size {config.tensor_parallel_size}: running on several devices is not supported yet."
         )
     if config.device == "cuda":
         raise UnsupportedError("--device cuda: running on a GPU is not supported yet; use --device cpu.")
-    return torch.device("cpu")
+    return Cpu()
 
 
 def _info(plan: ModelPlan, config: EngineConfig) -> ModelInfo:

@@ -54,8 +54,7 @@ def paged_attention(q: Tensor, batch: AttentionBatch, kv: LayerKV, spec: Attenti
     """See `attention_torch.paged_attention`."""
     attended = paged_attn.paged_attention(
         q, kv.k, kv.v, kv.k_scale, kv.v_scale, batch.tables[kv.group], batch.context_lens, batch.cu_q,
-        block_size=_block_size(batch, kv), max_q=max(batch.counts),
-        max_context=max(start + count for start, count in zip(batch.starts, batch.counts, strict=True)),
+        block_size=_block_size(batch, kv), max_q=batch.max_q, max_context=batch.max_context,
         scale=spec.scale, window=spec.window, softcap=spec.softcap,
     )  # fmt: skip
     return attended.flatten(1)

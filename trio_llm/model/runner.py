@@ -1,34 +1,35 @@
 """One step on the device: plan in, one forward over the ragged batch, tokens out.
 
-Synchronous, and called from one thread only. It knows rows and tensors; what a sequence wants next, and where
-its blocks come from, is decided elsewhere. Applying a plan sets values that depend on the plan alone, so a failed step
-may be run again, whole or in parts.
+Steps are launched from one thread only. On a GPU a launch queues the work and returns; the next step may be launched
+before the result of this one is read, and finds on the device what this one sampled. The runner knows rows and
+tensors; what a sequence wants next, and where its blocks come from, is decided elsewhere. Applying a plan sets values
+that depend on the plan alone, so a failed step may be run again, whole or in parts.
 
 Letters: B rows of this step, S its tokens, R rows sampled in it, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Set as AbstractSet
-from operator import sub
-from time import perf_counter
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trio_llm.messages import Admission, ModelInfo, PoolingParams, StepPlan, StepResult, TokenLogprobs
+from trio_llm.messages import UNKNOWN, Admission, ModelInfo, PoolingParams, StepPlan, StepResult, TokenLogprobs
+from trio_llm.model.device import Cpu
 from trio_llm.model.input_batch import Input, InputRows
 from trio_llm.model.kv_cache import KVCache, KVLayout
+from trio_llm.model.launched import Launched
 from trio_llm.model.loader import Model
 from trio_llm.model.memory import MemoryBudget
 from trio_llm.model.pooling import Pooler
 from trio_llm.model.prompt_logprobs import PromptScorer, is_finite
-from trio_llm.model.sampler import FAILURES, NOT_FINITE, Sampler
+from trio_llm.model.recent_tokens import RecentTokens
+from trio_llm.model.sampler import FAILURES, NOT_FINITE, Sampled, Sampler
 from trio_llm.model.sampling_rows import SamplingRows
-
-_Logprobs = tuple[tuple[TokenLogprobs, ...] | None, ...]
 
 
 class Runner:
@@ -47,48 +48,66 @@ class Runner:
         budget: MemoryBudget,
         *,
         max_batch_size: int,
-        device: torch.device,
+        device: Cpu,
     ) -> None:
         self.info, self.budget = info, budget
-        self._model = model
-        self._kv = KVCache(layout, info.num_kv_blocks, device)
-        self._device = device
-        self._rows = InputRows(max_batch_size, layout, device)
-        self._sampling = SamplingRows(info.vocab_size, info.eos_token_ids, max_batch_size, device)
-        self._sampler = Sampler(info.vocab_size, device)
+        self._model, self._device = model, device
+        where = device.torch_device
+        self._kv = KVCache(layout, info.num_kv_blocks, where)
+        self._rows = InputRows(max_batch_size, layout, where)
+        self._sampling = SamplingRows(info.vocab_size, info.eos_token_ids, max_batch_size, where)
+        self._sampler = Sampler(info.vocab_size, where)
+        self._recent = RecentTokens(max_batch_size, where)
         self._pooler = Pooler()
         self._scorer = PromptScorer(info.vocab_size, model.logits)
-        self._expert_tokens = _expert_tokens(model)
+        self._expert_tokens: Tensor | None = None
 
-    @torch.inference_mode()
     def step(self, plan: StepPlan) -> StepResult:
         """Run a plan. Its rows fail one by one through the result; an exception means that no row was done."""
-        for request_id in plan.dropped:
-            self._drop(request_id)
-        for admission in plan.admitted:
-            self._admit(admission)
+        return self.launch(plan)()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Queue a plan's work; return a function that waits for it and returns what `step` does.
+
+        That function queues nothing and may be called on any thread.
+        """
+        self._apply(plan)
         batch = self._rows.prepare(plan)
+        began = self._device.mark()
+        hidden = self._forward(batch)
         self._tell_history(plan, batch)
-        began = perf_counter()
-        hidden = self._model.forward(batch.attention, self._kv)
         failed: dict[int, str] = {}
         prompt_logprobs = self._score_prompts(plan, batch, hidden, failed)
         pooled = _positions_of(self._pooler.rows, batch.rows)
         embeddings = self._pool(plan, batch, pooled, hidden, failed)
-        sampled = np.setdiff1d(np.flatnonzero(batch.samples), pooled) if pooled else np.flatnonzero(batch.samples)
-        token_ids, logprobs = self._sample(plan, batch, sampled, hidden, failed)
-        seconds = perf_counter() - began
+        at = np.setdiff1d(np.flatnonzero(batch.samples), pooled) if pooled else np.flatnonzero(batch.samples)
+        sampled = self._sample(batch, at, hidden) if len(at) else None
         experts = self._count_experts()
-        return StepResult(plan.step, token_ids, logprobs, prompt_logprobs, embeddings, failed, seconds, experts)
+        done = self._device.mark()
+        if sampled is not None:
+            self._recent.tell(batch.rows[at], sampled.token_ids, done)
+        return Launched(
+            plan, at.tolist(), sampled, experts, prompt_logprobs, embeddings, failed, began=began, done=done
+        ).collect
+
+    def _apply(self, plan: StepPlan) -> None:
+        self._recent.begin(plan.step)
+        for request_id in plan.dropped:
+            self._drop(request_id)
+        for admission in plan.admitted:
+            self._admit(admission)
+
+    def _forward(self, batch: Input) -> Tensor:
+        """Return the hidden states [S, H]."""
+        if len(batch.unknown):
+            places, rows = (self._device.to_device(column) for column in (batch.unknown, batch.unknown_rows))
+            self._recent.fill(batch.attention.token_ids, places, rows)
+        return self._model.forward(batch.attention, self._kv)
 
     def close(self) -> None:
         """Free the model and the pool; the runner is of no use afterwards."""
-        del self._model, self._kv, self._scorer, self._sampler, self._rows, self._sampling, self._pooler
-
-    def _count_experts(self) -> tuple[int, ...] | None:
-        """Return what each expert was given since the last time; a step that raised counts in the next."""
-        before, self._expert_tokens = self._expert_tokens, _expert_tokens(self._model)
-        return tuple(map(sub, self._expert_tokens, before)) or None
+        del self._model, self._kv, self._scorer, self._sampler, self._rows, self._sampling, self._pooler, self._recent
 
     def _admit(self, admission: Admission) -> None:
         row = self._rows.admit(admission.request_id)
@@ -110,10 +129,17 @@ class Runner:
         self._scorer.forget(row)
 
     def _tell_history(self, plan: StepPlan, batch: Input) -> None:
-        """Tell the rows that look back at their output which tokens this step computes."""
+        """Tell the rows that look back at their output which tokens this step computes.
+
+        A token that the plan did not know is waited for: the one place where a launch waits for the step before.
+        """
         for i in _positions_of(self._sampling.history_rows, batch.rows):
-            offset = int(batch.offsets[i])
-            self._sampling.learn(int(batch.rows[i]), plan.starts[i], plan.token_ids[offset : offset + plan.counts[i]])
+            row, offset = int(batch.rows[i]), int(batch.offsets[i])
+            token_ids = plan.token_ids[offset : offset + plan.counts[i]]
+            if token_ids[0] == UNKNOWN:
+                token_ids = (self._recent.on_host(row), *token_ids[1:])
+            if token_ids[0] >= 0:  # else the row failed in the step before, and this result is for nobody
+                self._sampling.learn(row, plan.starts[i], token_ids)
 
     def _score_prompts(
         self, plan: StepPlan, batch: Input, hidden: Tensor, failed: dict[int, str]
@@ -145,35 +171,22 @@ class Runner:
                 failed[plan.request_ids[i]] = "The model produced hidden states that are not finite."
         return vectors or None
 
-    def _sample(
-        self, plan: StepPlan, batch: Input, at: NDArray[np.intp], hidden: Tensor, failed: dict[int, str]
-    ) -> tuple[tuple[tuple[int, ...], ...], _Logprobs | None]:
-        """Sample after the last token of the rows that stand at `at`; return the result's columns."""
-        if not len(at):
-            return ((),) * len(batch.rows), None
+    def _sample(self, batch: Input, at: NDArray[np.intp], hidden: Tensor) -> Sampled:
+        """Sample after the last token of the rows that stand at `at`; return it on the host, once it has arrived."""
         if len(at) < len(hidden):
-            hidden = hidden[torch.from_numpy(batch.lasts[at]).to(self._device, non_blocking=True)]
-        selected = self._sampling.select(batch.rows[at], batch.ends[at])
-        sampled = self._sampler.sample(self._model.logits(hidden), selected)
-        token_ids: list[tuple[int, ...]] = [()] * len(batch.rows)
-        for i, token_id in zip(at.tolist(), sampled.token_ids.tolist(), strict=True):
-            if token_id >= 0:
-                token_ids[i] = (token_id,)
-            else:
-                failed[plan.request_ids[i]] = FAILURES[token_id]
-        entries = sampled.logprobs()
-        if entries is None:
-            return tuple(token_ids), None
-        logprobs: list[tuple[TokenLogprobs, ...] | None] = [None] * len(batch.rows)
-        for i, entry in zip(at.tolist(), entries, strict=True):
-            logprobs[i] = None if entry is None else (entry,)
-        return tuple(token_ids), tuple(logprobs)
+            hidden = hidden[self._device.to_device(batch.lasts[at])]
+        rows = batch.rows[at]
+        sampled = self._sampler.sample(self._model.logits(hidden), self._sampling.select(rows, batch.ends[at]))
+        self._recent.keep(self._device.to_device(rows), sampled.token_ids)
+        return sampled.to_host(self._device.to_host)
 
-
-def _expert_tokens(model: Model) -> list[int]:
-    """Return what each expert was given so far, over all layers; nothing without experts."""
-    load = model.expert_load()
-    return [] if load is None else load.sum(0).tolist()
+    def _count_experts(self) -> Tensor | None:
+        """Return on the host what each expert was given since the last time; a step that raised counts in the next."""
+        load = self._model.expert_load()
+        if load is None:
+            return None
+        before, self._expert_tokens = self._expert_tokens, load.sum(0)
+        return self._device.to_host(self._expert_tokens if before is None else self._expert_tokens - before)
 
 
 def _positions_of(wanted: AbstractSet[int], rows: NDArray[np.intp]) -> list[int]:
