@@ -23,8 +23,10 @@ from cuda_kernels import nvrtc
 from cuda_kernels.nvrtc import CompileError
 
 SOURCES = Path(__file__).parent
+OLDEST = 80  # compute capability 8.0, for cp.async and bfloat16 tensor cores
 # Flush denormals as CuPy and every fast attention kernel do; registers and spills are printed into the log.
 OPTIONS = ("--std=c++17", "-ftz=true", "--ptxas-options=-v")
+NO_COMPILER = "neither NVRTC (pip install nvidia-cuda-nvrtc) nor nvcc was found"
 _INCLUDE = re.compile(r'^#include "([\w.]+)"\n', re.M)
 _USAGE = re.compile(
     r"Compiling entry function '(?P<entry>\w+)'.*?(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
@@ -52,6 +54,11 @@ class Built:
     @property
     def ptx(self) -> str:
         return self.ptx_path.read_text()
+
+    @property
+    def binary_path(self) -> Path:
+        """What a driver is handed: machine code, or, where only that was made, PTX, which it compiles itself."""
+        return self.cubin_path if self.cubin_path.stat().st_size else self.ptx_path
 
     @property
     def usage(self) -> dict[str, Usage]:
@@ -104,6 +111,31 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trio-llm" / "kernels"
 
 
+def target(capability: tuple[int, int]) -> str:
+    """Return what to compile for on a GPU of this compute capability.
+
+    Its own machine code where the compiler can make it; for a GPU newer than the compiler, PTX of the newest
+    architecture below it, which the driver compiles. (No kernel needs an `sm_90a`, whose code runs on 9.0 alone.)
+
+    Raises:
+        CompileError: The GPU is too old, or there is no compiler.
+    """
+    wanted = capability[0] * 10 + capability[1]
+    if wanted < OLDEST:
+        raise CompileError(f"a GPU of compute capability {capability[0]}.{capability[1]}: the kernels need 8.0 or newer")
+    known = _architectures()
+    return f"sm_{wanted}" if wanted in known else f"compute_{max(arch for arch in known if arch < wanted)}"
+
+
+def _architectures() -> tuple[int, ...]:
+    if nvrtc.library() is not None:
+        return nvrtc.architectures()
+    if shutil.which("nvcc") is None:
+        raise CompileError(NO_COMPILER)
+    said = _run(["nvcc", "--list-gpu-arch"]).stdout
+    return tuple(int(number) for number in re.findall(r"compute_(\d+)$", said, re.M))
+
+
 def build(name: str, defines: Mapping[str, str | int], arch: str) -> Built:
     """Compile a source of this package, or take it from the cache.
 
@@ -121,7 +153,7 @@ def build_text(source: str, name: str, defines: Mapping[str, str | int], arch: s
     """Compile an expanded text; `name` is only shown in messages."""
     version = compiler_version()
     if version is None:
-        raise CompileError("neither NVRTC (pip install nvidia-cuda-nvrtc) nor nvcc was found")
+        raise CompileError(NO_COMPILER)
     options = [f"-D{key}={value}" for key, value in sorted(defines.items())]
     key = hashlib.sha256("\0".join([version, arch, *OPTIONS, *options, source]).encode()).hexdigest()[:32]
     stem = cache_directory() / key

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,10 +26,10 @@ _DTYPES = {
     "float": (torch.float32,), "int": (torch.int32,), "s8": (torch.int8,), "u8": (torch.uint8, torch.bool),
     "u32": (torch.int32, torch.uint32), "s64": (torch.int64,), "u64": (torch.int64, torch.uint64),
 }  # fmt: skip
-_MAX_STATIC_SHARED_BYTES = 48 * 1024  # above it a kernel has to ask for more
+_FREE_SHARED_BYTES = 48 * 1024  # above it a kernel has to ask for more
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # `kernel` makes each one once, so that it is looked up by identity
 class Kernel:
     """One entry point of one specialised source.
 
@@ -51,6 +51,12 @@ class Kernel:
     def parameters(self) -> tuple[Parameter, ...]:
         return entries(self.text)[self.entry]
 
+    @functools.cached_property
+    def converters(self) -> tuple[Callable[[Argument], Any], ...]:
+        """One function per parameter, made once: a decode step launches hundreds of kernels of a dozen arguments."""
+        defines = dict(self.defines)
+        return tuple(_converter(self.entry, defines, p) for p in self.parameters)
+
     def build(self, arch: str) -> compiling.Built:
         return compiling.build_text(self.text, self.source, dict(self.defines), arch)
 
@@ -65,8 +71,9 @@ class Kernel:
         _launcher.launch(self, grid, block, shared_bytes, check(self, args))
 
 
+@functools.cache
 def kernel(source: str, entry: str, **defines: str | int) -> Kernel:
-    """Name a kernel and its specialisation."""
+    """Name a kernel and its specialisation; the same again is the same object."""
     return Kernel(source, entry, tuple(sorted(defines.items())))
 
 
@@ -95,31 +102,44 @@ class Launcher(Protocol):
 
 def check(kernel: Kernel, args: Sequence[Argument]) -> list[Any]:
     """Convert arguments to exactly what the kernel declares: tensors and None stay, numbers become numpy scalars."""
-    parameters = kernel.parameters
-    if len(args) != len(parameters):
-        raise TypeError(f"{kernel.entry} takes {len(parameters)} arguments, got {len(args)}")
-    defines = dict(kernel.defines)
-    return [_convert(kernel.entry, defines, p, arg) for p, arg in zip(parameters, args, strict=True)]
+    converters = kernel.converters
+    if len(args) != len(converters):
+        raise TypeError(f"{kernel.entry} takes {len(converters)} arguments, got {len(args)}")
+    return [convert(arg) for convert, arg in zip(converters, args, strict=True)]
 
 
-def _convert(entry: str, defines: Mapping[str, str | int], p: Parameter, arg: Argument) -> Any:
+def _converter(entry: str, defines: Mapping[str, str | int], p: Parameter) -> Callable[[Argument], Any]:
     where = f"{entry}, argument {p.name}"
     if p.pointer:
+        return _pointer_converter(where, _pointee(p.type, defines))
+
+    def number(arg: Argument) -> Any:
+        if isinstance(arg, int) and not isinstance(arg, bool):
+            return _int32(arg) if p.type == "int" else np.uint64(arg) if p.type == "u64" else np.float32(arg)
+        if p.type == "float" and isinstance(arg, float):
+            return np.float32(arg)
+        raise TypeError(f"{where}: expected {p.type}, got {arg if isinstance(arg, float) else type(arg).__name__}")
+
+    return number
+
+
+def _pointer_converter(where: str, allowed: tuple[torch.dtype, ...]) -> Callable[[Argument], Any]:
+    def pointer(arg: Argument) -> Any:
         if arg is None:
             return None
         if not isinstance(arg, torch.Tensor):
             raise TypeError(f"{where}: expected a tensor, got {arg!r}")
-        allowed = _pointee(p.type, defines)
         if arg.dtype not in allowed:
             raise TypeError(f"{where}: expected {' or '.join(map(str, allowed))}, got {arg.dtype}")
         return arg
-    if isinstance(arg, torch.Tensor) or arg is None or isinstance(arg, bool):
-        raise TypeError(f"{where}: expected {p.type}, got {type(arg).__name__}")
-    if p.type == "float":
-        return np.float32(arg)
-    if not isinstance(arg, int):
-        raise TypeError(f"{where}: expected {p.type}, got {arg!r}")
-    return np.int32(arg) if p.type == "int" else np.uint64(arg)  # numpy refuses a number that does not fit
+
+    return pointer
+
+
+@functools.lru_cache(maxsize=4096)
+def _int32(value: int) -> np.int32:
+    """Convert; the same few sizes come with every launch, and a look-up is cheaper than a new scalar."""
+    return np.int32(value)  # which refuses a number that does not fit
 
 
 def _pointee(name: str, defines: Mapping[str, str | int]) -> tuple[torch.dtype, ...]:
@@ -132,43 +152,59 @@ def _pointee(name: str, defines: Mapping[str, str | int]) -> tuple[torch.dtype, 
     return _DTYPES[name]
 
 
-@dataclass(frozen=True)
 class _Stream:
     """The little of a stream that CuPy's launch needs."""
 
-    ptr: int
+    __slots__ = ("ptr",)
+
+    def __init__(self, ptr: int) -> None:
+        self.ptr = ptr
 
 
 class CupyLauncher:
     """Runs kernels on the current CUDA device; CuPy is imported with the first launch."""
 
+    def __init__(self) -> None:
+        self._loaded: dict[tuple[Kernel, int], _Loaded] = {}
+
     def launch(self, kernel: Kernel, grid: Dim3, block: Dim3, shared_bytes: int, args: Sequence[Any]) -> None:
         device = torch.cuda.current_device()
-        for p, arg in zip(kernel.parameters, args, strict=True):
-            if isinstance(arg, torch.Tensor) and arg.device != torch.device("cuda", device):
-                raise TypeError(f"{kernel.entry}, argument {p.name}: is on {arg.device}, not on cuda:{device}")
-        function = _loaded(kernel, device, shared_bytes)
-        raw = tuple(_pointer(arg) if arg is None or isinstance(arg, torch.Tensor) else arg for arg in args)
+        raw: list[Any] = []
+        for place, arg in enumerate(args):
+            if isinstance(arg, torch.Tensor):
+                if arg.get_device() != device:
+                    name = kernel.parameters[place].name
+                    raise TypeError(f"{kernel.entry}, argument {name}: is on {arg.device}, not on cuda:{device}")
+                raw.append(arg.data_ptr())  # CuPy passes a Python int as 8 bytes: a pointer
+            else:
+                raw.append(arg)  # a numpy scalar of the declared size, or None: a null pointer
+        loaded = self._loaded.get((kernel, device))
+        if loaded is None:
+            loaded = self._loaded[kernel, device] = _load(kernel, device)
+        if shared_bytes > loaded.shared_bytes:
+            loaded.function.max_dynamic_shared_size_bytes = loaded.shared_bytes = shared_bytes
         # Asked for at every launch: under graph capture the current stream is another one.
         stream = _Stream(torch.cuda.current_stream(device).cuda_stream)
-        function(grid, block, raw, shared_mem=shared_bytes, stream=stream)
+        loaded.function(grid, block, tuple(raw), shared_mem=shared_bytes, stream=stream)
 
 
-def _pointer(tensor: torch.Tensor | None) -> np.uint64:
-    return np.uint64(0 if tensor is None else tensor.data_ptr())
+@dataclass
+class _Loaded:
+    """A function in a device's memory, and the most shared memory that it has asked for.
+
+    That only ever grows: CuPy keeps one module per file, so a smaller demand would take back a larger one.
+    """
+
+    function: Any
+    shared_bytes: int = _FREE_SHARED_BYTES
 
 
-@functools.cache
-def _loaded(kernel: Kernel, device: int, shared_bytes: int) -> Any:
+def _load(kernel: Kernel, device: int) -> _Loaded:
     import cupy  # pyright: ignore[reportMissingImports] - an extra
 
-    major, minor = torch.cuda.get_device_capability(device)
-    built = kernel.build(f"sm_{major}{minor}")
+    built = kernel.build(compiling.target(torch.cuda.get_device_capability(device)))
     with cupy.cuda.Device(device):
-        function = cupy.RawModule(path=str(built.cubin_path)).get_function(kernel.entry)
-        if shared_bytes > _MAX_STATIC_SHARED_BYTES:
-            function.max_dynamic_shared_size_bytes = shared_bytes
-    return function
+        return _Loaded(cupy.RawModule(path=str(built.binary_path)).get_function(kernel.entry))
 
 
 _launcher: Launcher = CupyLauncher()

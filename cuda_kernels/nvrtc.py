@@ -58,6 +58,18 @@ def version() -> str:
     return f"{major.value}.{minor.value}"
 
 
+@functools.cache
+def architectures() -> tuple[int, ...]:
+    """Return what the library, which must be there, can compile for: 90 for compute capability 9.0."""
+    lib = library()
+    assert lib is not None
+    count = c_int()
+    _check(lib, lib.nvrtcGetNumSupportedArchs(byref(count)))
+    found = (c_int * count.value)()
+    _check(lib, lib.nvrtcGetSupportedArchs(found))
+    return tuple(found)
+
+
 def compile_program(source: str, name: str, arch: str, options: Sequence[str]) -> tuple[bytes, bytes, str]:
     """Compile one source text.
 

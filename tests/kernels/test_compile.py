@@ -82,6 +82,21 @@ def test_nvcc_does_where_there_is_no_nvrtc(monkeypatch: pytest.MonkeyPatch) -> N
         compiling.build_text("oops;", "wrong.cu", {}, "sm_90")
 
 
+@pytest.mark.parametrize("with_nvrtc", [True, False])
+def test_every_gpu_has_a_target(with_nvrtc: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that the compiler knows gets its own machine code, a newer one PTX of the nearest below, an old one none."""
+    if not with_nvrtc:
+        if compiling._nvcc_version() is None:
+            pytest.skip("needs nvcc")
+        monkeypatch.setattr(nvrtc, "library", lambda: None)
+    assert compiling.target((8, 0)) == "sm_80" and compiling.target((9, 0)) == "sm_90"
+    known = compiling._architectures()
+    assert compiling.target((12, 9)) == f"compute_{max(arch for arch in known if arch < 129)}"
+    assert compiling.target((9, 5)) == "compute_90"
+    with pytest.raises(compiling.CompileError, match="7.5"):
+        compiling.target((7, 5))
+
+
 def test_includes_are_expanded_once() -> None:
     """The text that is compiled and hashed holds common.cuh itself, not its name."""
     text = compiling.expand("norm.cu")

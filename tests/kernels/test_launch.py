@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -94,69 +92,3 @@ def test_an_empty_grid_is_not_launched() -> None:
         NORM((2, 1, 1), (32, 1, 1), 16, *good())
     assert recorder.calls[0][:3] == ((2, 1, 1), (32, 1, 1), 16)
     assert isinstance(launch._launcher, CupyLauncher)
-
-
-class FakeDevice:
-    """`cupy.cuda.Device`, a context manager."""
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *exc: object) -> None:
-        pass
-
-
-def test_cupy_gets_pointers_sizes_and_the_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The launcher loads the cubin, asks for shared memory above 48 KiB, and passes torch's stream of the moment."""
-    launched: list[Any] = []
-    function = SimpleNamespace(max_dynamic_shared_size_bytes=0)
-    paths: list[str] = []
-
-    class Module:
-        def __init__(self, path: str) -> None:
-            paths.append(path)
-
-        def get_function(self, name: str) -> Any:
-            assert name == "rms_norm"
-
-            class Function:
-                def __call__(self, *args: Any, **kwargs: Any) -> None:
-                    launched.append((args, kwargs))
-
-                def __setattr__(self, key: str, value: int) -> None:
-                    setattr(function, key, value)
-
-            return Function()
-
-    cupy = ModuleType("cupy")
-    cupy.RawModule = Module  # type: ignore[attr-defined]
-    cupy.cuda = SimpleNamespace(Device=FakeDevice)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    streams = iter([111, 222])
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=next(streams)))
-    tensors = [SimpleNamespace(data_ptr=lambda i=i: 4096 + i) for i in range(3)]
-    monkeypatch.setattr(launch, "_pointer", lambda t: np.uint64(t.data_ptr()))
-    monkeypatch.setattr(torch, "Tensor", SimpleNamespace)
-    for t in tensors:
-        t.device = torch.device("cuda", 0)
-    launch._loaded.cache_clear()
-    for _ in range(2):
-        CupyLauncher().launch(NORM, (2, 1, 1), (32, 1, 1), 65536, [*tensors, np.int32(64), np.float32(1e-6)])
-    assert len(paths) == 1 and paths[0].endswith(".cubin")
-    assert function.max_dynamic_shared_size_bytes == 65536
-    (grid, block, raw), keywords = launched[0]
-    assert (grid, block, raw) == ((2, 1, 1), (32, 1, 1), (4096, 4097, 4098, 64, np.float32(1e-6)))
-    assert all(isinstance(x, np.generic) for x in raw)
-    assert [k["stream"].ptr for _, k in launched] == [111, 222] and keywords["shared_mem"] == 65536
-
-
-def test_a_tensor_of_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU tensor never reaches a GPU kernel as a pointer."""
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    with pytest.raises(TypeError, match="argument x: is on cpu, not on cuda:0"):
-        CupyLauncher().launch(NORM, (2, 1, 1), (32, 1, 1), 0, check(NORM, good()))
