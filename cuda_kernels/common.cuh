@@ -32,6 +32,7 @@ DEV u32 pack_bf16(float low, float high) {
   return r;
 }
 #if IO_FP16
+#define IO_TYPE "f16"
 DEV float half_to_float(u16 v) {
   float r;
   asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(v));
@@ -40,27 +41,22 @@ DEV float half_to_float(u16 v) {
 DEV float io_low(u32 pair) { return half_to_float((u16)(pair & 0xffffu)); }
 DEV float io_high(u32 pair) { return half_to_float((u16)(pair >> 16)); }
 DEV float to_float(io_t v) { return half_to_float(v.bits); }
+#else
+#define IO_TYPE "bf16"
+DEV float io_low(u32 pair) { return bf16_low(pair); }
+DEV float io_high(u32 pair) { return bf16_high(pair); }
+DEV float to_float(io_t v) { return __uint_as_float((u32)v.bits << 16); }
+#endif
 DEV io_t to_io(float v) {
   io_t r;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r.bits) : "f"(v));
+  asm("cvt.rn." IO_TYPE ".f32 %0, %1;" : "=h"(r.bits) : "f"(v));
   return r;
 }
 DEV u32 pack_io(float low, float high) {
   u32 r;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  asm("cvt.rn." IO_TYPE "x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
 }
-#else
-DEV float io_low(u32 pair) { return bf16_low(pair); }
-DEV float io_high(u32 pair) { return bf16_high(pair); }
-DEV float to_float(io_t v) { return __uint_as_float((u32)v.bits << 16); }
-DEV io_t to_io(float v) {
-  io_t r;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r.bits) : "f"(v));
-  return r;
-}
-DEV u32 pack_io(float low, float high) { return pack_bf16(low, high); }
-#endif
 // Four signed bytes to four floats, exactly: a byte (biased to unsigned) is put into the mantissa of 2^23, and the
 // bias is subtracted. Twice the rate of the integer-to-float instruction.
 DEV void bytes_to_floats(u32 bytes, float* out) {
@@ -75,26 +71,17 @@ DEV int round_to_int(float v) {
 }
 
 // ---- approximate functions of the special-function unit
-DEV float exp2_fast(float v) {
-  float r;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
-  return r;
-}
-DEV float log2_fast(float v) {
-  float r;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
-  return r;
-}
-DEV float reciprocal(float v) {
-  float r;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
-  return r;
-}
-DEV float rsqrt_fast(float v) {
-  float r;
-  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
-  return r;
-}
+#define APPROXIMATE(name, instruction)                         \
+  DEV float name(float v) {                                    \
+    float r;                                                   \
+    asm(instruction ".approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v)); \
+    return r;                                                  \
+  }
+APPROXIMATE(exp2_fast, "ex2")
+APPROXIMATE(log2_fast, "lg2")
+APPROXIMATE(reciprocal, "rcp")
+APPROXIMATE(rsqrt_fast, "rsqrt")
+#undef APPROXIMATE
 // tanh.approx is off by 2^-11, which a softcap of 50 turns into 2 % of a probability: this is off by 1e-7.
 DEV float tanh_fast(float v) { return 1.f - 2.f * reciprocal(1.f + exp2_fast(2.f * LOG2E * v)); }
 DEV float silu(float v) { return v * reciprocal(1.f + exp2_fast(-LOG2E * v)); }
@@ -130,35 +117,27 @@ DEV void copies_wait() {  // until at most PENDING committed groups of this thre
 // ---- tensor cores. Lane l holds g = l / 4 and t = l % 4.
 // Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8 and receives, of each
 // matrix, elements (row g, columns 2t and 2t+1), or transposed (rows 2t and 2t+1, column g).
-DEV void load_matrices(u32* r, const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
-DEV void load_matrices_transposed(u32* r, const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
+#define LOAD_MATRICES(name, transposed)                                                          \
+  DEV void name(u32* r, const void* row) {                                                       \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4" transposed ".shared.b16 {%0,%1,%2,%3}, [%4];"   \
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])                                \
+                 : "r"(shared_address(row))                                                      \
+                 : "memory");                                                                    \
+  }
+LOAD_MATRICES(load_matrices, "")
+LOAD_MATRICES(load_matrices_transposed, ".trans")
+#undef LOAD_MATRICES
 // c [16, 8] += a [16, 16] b [16, 8]. c: rows g (0, 1) and g + 8 (2, 3), columns 2t and 2t+1.
-DEV void mma_bf16(float* c, const u32* a, const u32* b) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-#if IO_FP16
-DEV void mma_io(float* c, const u32* a, const u32* b) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-#else
-DEV void mma_io(float* c, const u32* a, const u32* b) { mma_bf16(c, a, b); }
-#endif
+#define MMA(name, type)                                                                                 \
+  DEV void name(float* c, const u32* a, const u32* b) {                                                 \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                 \
+                 ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"                              \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                       \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                   \
+  }
+MMA(mma_bf16, "bf16")
+MMA(mma_io, IO_TYPE)
+#undef MMA
 
 // ---- reductions
 DEV float warp_sum(float v) {

@@ -122,7 +122,9 @@ def target(capability: tuple[int, int]) -> str:
     """
     wanted = capability[0] * 10 + capability[1]
     if wanted < OLDEST:
-        raise CompileError(f"a GPU of compute capability {capability[0]}.{capability[1]}: the kernels need 8.0 or newer")
+        raise CompileError(
+            f"a GPU of compute capability {capability[0]}.{capability[1]}: the kernels need 8.0 or newer"
+        )
     known = _architectures()
     return f"sm_{wanted}" if wanted in known else f"compute_{max(arch for arch in known if arch < wanted)}"
 

@@ -54,6 +54,7 @@ class Tile:
         return self.stages * stage + self.rows * head_dim * 2 + exchange
 
 
+@functools.cache
 def choose_tile(packed_rows: int, head_dim: int, device: Device, *, int8: bool) -> Tile:
     """Choose by the rows of the longest sequence of the step: tokens times query heads per key head."""
     if head_dim == 512:
@@ -134,8 +135,8 @@ def paged_attention(
     visible = max_context if window is None else min(max_context, window + max_q)
     splits = splits or choose_splits(tiles * kv_heads * sequences, visible, device)
     out = torch.empty_like(q)
-    partial, maxima = (q.new_empty(tokens, heads, splits * (splits > 1), n, dtype=torch.float32) for n in (head_dim, 2))
-    attend, combine = _kernels(q, heads // kv_heads, tile, int8=int8)
+    partial, maxima = _partial(q, splits)
+    attend, combine = _kernels(head_dim, heads // kv_heads, tile, int8=int8, fp16=io_define(q.dtype) or 0)
     attend(
         (tiles, kv_heads * splits, sequences), (tile.threads, 1, 1), tile.shared_bytes(head_dim, int8=int8),
         q, k_cache, v_cache, k_scale, v_scale, tables, context_lens, cu_q, partial, maxima, out,
@@ -147,10 +148,19 @@ def paged_attention(
     return out
 
 
-def _kernels(q: Tensor, group: int, tile: Tile, *, int8: bool) -> tuple[Kernel, Kernel]:
+def _partial(q: Tensor, splits: int) -> tuple[Tensor | None, Tensor | None]:
+    """Make room for what the splits of a context leave to `combine`: rows, and their maxima and sums."""
+    if splits == 1:
+        return None, None
+    rows, maxima = (q.new_empty(*q.shape[:2], splits, n, dtype=torch.float32) for n in (q.shape[2], 2))
+    return rows, maxima
+
+
+@functools.cache
+def _kernels(head_dim: int, group: int, tile: Tile, *, int8: bool, fp16: int) -> tuple[Kernel, Kernel]:
     """Return both entry points of one specialised module."""
     defines = {
-        "HEAD_DIM": q.shape[-1], "GQA": group, "BM": tile.rows, "BN": tile.keys, "WARPS_N": tile.warps_n,
-        "STAGES": tile.stages, "KV_INT8": int(int8), "IO_FP16": io_define(q.dtype) or 0,
+        "HEAD_DIM": head_dim, "GQA": group, "BM": tile.rows, "BN": tile.keys, "WARPS_N": tile.warps_n,
+        "STAGES": tile.stages, "KV_INT8": int(int8), "IO_FP16": fp16,
     }  # fmt: skip
     return kernel("paged_attn.cu", "paged_attention", **defines), kernel("paged_attn.cu", "combine", **defines)

@@ -31,33 +31,41 @@ def _count(m: Machine, ins: Instruction, lanes: Lanes, addresses: Integers, widt
         tally(ins.opcode, m.lanes[lanes] // 32, addresses, width)
 
 
-def _vector_length(flags: frozenset[str], parts: tuple[Operand, ...], ins: Instruction) -> int:
-    length = 4 if "v4" in flags else 2 if "v2" in flags else 1
-    if length != len(parts):
+def _read(m: Machine, space: str, lanes: Lanes, addresses: Integers, width: int, item: int, text: str) -> Words:
+    if space == "global":
+        return m.memory.load(addresses, width, item, text)
+    return m.shared.load(m.block_of[lanes], addresses, width, item, text)
+
+
+def _write(m: Machine, space: str, lanes: Lanes, addresses: Integers, values: Words, text: str) -> None:
+    if space == "global":
+        m.memory.store(addresses, values, text)
+    else:
+        m.shared.store(m.block_of[lanes], addresses, values, text)
+
+
+def _shape(ins: Instruction, value: int) -> tuple[str, str, tuple[Operand, ...], int]:
+    """Take `ld` or `st` apart: state space, type, the registers (operand number `value`), bytes of one of them."""
+    flags, (kind,) = modifiers(ins, f"global shared {_HINTS}")
+    parts = items(operands(ins, 2)[value])
+    if len(parts) != (4 if "v4" in flags else 2 if "v2" in flags else 1):
         raise UnsupportedError(ins.text)
-    return length
+    return _space(ins, flags), kind, parts, np.dtype(TYPES[kind]).itemsize
 
 
 @instruction("ld")
 def _load(ins: Instruction, program: Program) -> Operate:
     if ins.modifiers[0] == "param":
         return _load_parameter(ins, program)
-    flags, (kind,) = modifiers(ins, f"global shared {_HINTS}")
-    space = _space(ins, flags)
-    destination, source = operands(ins, 2)
-    parts = items(destination)
-    item = np.dtype(TYPES[kind]).itemsize
-    width = item * _vector_length(flags, parts, ins)
-    where = address(source, program)
+    space, kind, parts, item = _shape(ins, 0)
+    width = item * len(parts)
+    where = address(ins.operands[1], program)
     writes = [writer(part, kind, program, extend=True) for part in parts]
 
     def run(m: Machine, lanes: Lanes) -> None:
         addresses = where(m, lanes)
         _count(m, ins, lanes, addresses, width, space)
-        if space == "global":
-            values = m.memory.load(addresses, width, item, ins.text)
-        else:
-            values = m.shared.load(m.block_of[lanes], addresses, width, item, ins.text)
+        values = _read(m, space, lanes, addresses, width, item, ins.text)
         for i, write in enumerate(writes):
             write(m, lanes, np.ascontiguousarray(values[:, i]).view(TYPES[kind]))
 
@@ -75,25 +83,17 @@ def _load_parameter(ins: Instruction, program: Program) -> Operate:
 
 @instruction("st")
 def _store(ins: Instruction, program: Program) -> Operate:
-    flags, (kind,) = modifiers(ins, f"global shared {_HINTS}")
-    space = _space(ins, flags)
-    destination, source = operands(ins, 2)
-    parts = items(source)
-    item = np.dtype(TYPES[kind]).itemsize
-    width = item * _vector_length(flags, parts, ins)
-    where = address(destination, program)
+    space, kind, parts, item = _shape(ins, 1)
+    where = address(ins.operands[0], program)
     reads = [reader(part, kind, program, narrow=True) for part in parts]
 
     def run(m: Machine, lanes: Lanes) -> None:
         addresses = where(m, lanes)
-        _count(m, ins, lanes, addresses, width, space)
+        _count(m, ins, lanes, addresses, item * len(parts), space)
         values = np.empty((len(addresses), len(reads)), f"u{item}")
         for i, read in enumerate(reads):
             values[:, i] = read(m, lanes).view(values.dtype)
-        if space == "global":
-            m.memory.store(addresses, values, ins.text)
-        else:
-            m.shared.store(m.block_of[lanes], addresses, values, ins.text)
+        _write(m, space, lanes, addresses, values, ins.text)
 
     return run
 
@@ -188,20 +188,13 @@ def _atomic(ins: Instruction, program: Program) -> Operate:
 
     def run(m: Machine, lanes: Lanes) -> None:
         addresses, values = where(m, lanes), np.broadcast_to(read(m, lanes), m.size(lanes))
-        blocks = m.block_of[lanes]
+        numbers = m.lanes[lanes]
         old = np.empty(len(addresses), TYPES[kind])
         for i in range(len(addresses)):
-            one = addresses[i : i + 1]
-            if space == "global":
-                held = m.memory.load(one, item, item, ins.text)
-            else:
-                held = m.shared.load(blocks[i : i + 1], one, item, item, ins.text)
-            old[i] = held.view(TYPES[kind])[0, 0]
+            lane, one = numbers[i : i + 1], addresses[i : i + 1]
+            old[i] = _read(m, space, lane, one, item, item, ins.text).view(TYPES[kind])[0, 0]
             new = np.array([[function(old[i], values[i])]], TYPES[kind]).view(f"u{item}")
-            if space == "global":
-                m.memory.store(one, new, ins.text)
-            else:
-                m.shared.store(blocks[i : i + 1], one, new, ins.text)
+            _write(m, space, lane, one, new, ins.text)
         write(m, lanes, old)
 
     return run

@@ -84,7 +84,7 @@ def test_nvcc_does_where_there_is_no_nvrtc(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("with_nvrtc", [True, False])
 def test_every_gpu_has_a_target(with_nvrtc: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU that the compiler knows gets its own machine code, a newer one PTX of the nearest below, an old one none."""
+    """A GPU that the compiler knows gets its own machine code, a newer one older PTX, an old one nothing."""
     if not with_nvrtc:
         if compiling._nvcc_version() is None:
             pytest.skip("needs nvcc")
@@ -93,7 +93,7 @@ def test_every_gpu_has_a_target(with_nvrtc: bool, monkeypatch: pytest.MonkeyPatc
     known = compiling._architectures()
     assert compiling.target((12, 9)) == f"compute_{max(arch for arch in known if arch < 129)}"
     assert compiling.target((9, 5)) == "compute_90"
-    with pytest.raises(compiling.CompileError, match="7.5"):
+    with pytest.raises(compiling.CompileError, match=r"7\.5"):
         compiling.target((7, 5))
 
 

@@ -129,28 +129,31 @@ BUGS = {
         "__syncthreads();\n      load_tile(shared, c", "load_tile(shared, c", ONE_STAGE
     ),
     "no barrier before maxima": paged(
-        "__syncthreads();\n#pragma unroll\n    for (int w = 0; w", "for (int w = 0; w", DECODE
+        "__syncthreads();\n#pragma unroll\n  for (int w = 0; w", "for (int w = 0; w", DECODE
     ),
     "no barrier before probabilities": paged(
-        "s[n][2 * i + 1]);\n      }\n    __syncthreads();", "s[n][2 * i + 1]);\n      }", DECODE
+        "s[n][2 * i + 1]);\n    }\n  __syncthreads();", "s[n][2 * i + 1]);\n    }", DECODE
     ),
-    "queries overwrite results": paged("+ Q_AT;\n  __syncthreads();", "+ Q_AT;", NO_KEYS),
+    "queries overwrite results": paged(
+        "  __syncthreads();\n#pragma unroll\n  for (int i = 0; i < 2; i++) {\n    const float inverse",
+        "#pragma unroll\n  for (int i = 0; i < 2; i++) {\n    const float inverse", NO_KEYS,
+    ),
     "mma: halves of a swapped": paged("{%4,%5,%6,%7}", "{%5,%4,%6,%7}", DECODE),
     "mma: halves of b swapped": paged("{%8,%9}", "{%9,%8}", DECODE),
     "cvt: halves swapped": paged('"f"(high), "f"(low)', '"f"(low), "f"(high)', PREFILL),
-    "ldmatrix not transposed": paged("x4.trans.shared", "x4.shared", DECODE),
+    "ldmatrix not transposed": paged('_transposed, ".trans")', '_transposed, "")', DECODE),
     "swizzle of writes differs": paged("LOADED + row, chunk) * 16;", "LOADED + row, chunk ^ 1) * 16;", DECODE),
     "a neighbour's slot": paged("slot, row);", "slot, row ^ 1);", DECODE),
-    "a token sees not itself": paged("key > position[row] ||", "key >= position[row] ||", DECODE),
-    "a token sees the next": paged("high_position + 1,", "high_position + 2,", DECODE),
-    "the window is one too wide": paged("key <= position[row] - window", "key < position[row] - window", WINDOW),
-    "masks are skipped at the edge": paged("at + BN > all_to", "at > all_to", DECODE),
+    "a token sees not itself": paged("key > position ||", "key >= position ||", DECODE),
+    "a token sees the next": paged("high_position + 1, block", "high_position + 2, block", DECODE),
+    "the window is one too wide": paged("key <= position - mask.window", "key < position - mask.window", WINDOW),
+    "masks are skipped at the edge": paged("at + BN > mask.all_to", "at > mask.all_to", DECODE),
     "sums are not rescaled": paged("l[i] *= rescale;", "", DECODE),
     "maxima of half a row": paged(
         "top[i] = fmaxf(top[i], __shfl_xor_sync(FULL_WARP, top[i], 2));", "", Case(head_dim=64, kv_heads=1)
     ),
     "sums of half a row": paged("l[i] += __shfl_xor_sync(FULL_WARP, l[i], 2);", "", DECODE),
-    "heads of the wrong group": paged("head + r % GQA) * HEAD", "head + r / GQA) * HEAD", PREFILL),
+    "heads of the wrong group": paged("head + (first + r) % GQA", "head + (first + r) / GQA", PREFILL),
     "values of the first head": paged("v + (s64)kv_head * HEAD_DIM,", "v,", DECODE),
     "keys lost between splits": paged("BN - 1) / BN + splits - 1) / splits", "BN - 1) / BN) / splits", SPLIT),
     "empty splits are read": paged("if (l == 0.f) continue;", "", SPLIT),

@@ -1,0 +1,108 @@
+// Paged attention, second part: the two products on tensor cores, q k and p v, from shared memory into registers.
+#pragma once
+#include "paged_attn_tile.cuh"
+
+DEV u32 pack_probabilities(float low, float high) {
+#if KV_INT8
+  return pack_bf16(low, high);
+#else
+  return pack_io(low, high);
+#endif
+}
+
+// s [KEYS / 8][4] += q k for this warp's 16 rows and KEYS keys.
+DEV void scores(float (*s)[4], const unsigned char* q, const unsigned char* k, int warp_m, int warp_n) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int d = 0; d < HEAD_DIM; d += KV_INT8 ? 64 : 32) {
+    u32 a[KV_INT8 ? 4 : 2][4];
+#pragma unroll
+    for (int i = 0; i < (KV_INT8 ? 4 : 2); i++)
+      load_matrices(a[i], q + swizzled<Q_CHUNKS>(warp_m * 16 + lane % 16, d / 8 + i * 2 + lane / 16) * 16);
+#pragma unroll
+    for (int n = 0; n < KEYS / 8; n++) {  // eight keys, four chunks: 32 dimensions, or 64 of int8
+      u32 b[4];
+      const int row = warp_n * KEYS + n * 8 + lane % 8;
+      load_matrices(b, k + swizzled<KV_CHUNKS>(row, d * KV_BYTES / 16 + lane / 8) * 16);
+#if KV_INT8
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        float x[4];
+        bytes_to_floats(b[i], x);
+        const u32 pair[2] = {pack_io(x[0], x[1]), pack_io(x[2], x[3])};
+        mma_io(s[n], a[i], pair);
+      }
+#else
+      mma_io(s[n], a[0], b);
+      mma_io(s[n], a[1], b + 2);
+#endif
+    }
+  }
+}
+
+// o [DIMS / 8][4] += p v over keys [32 i, 32 i + 32), p in two fragments of 16 keys.
+DEV void accumulate(float (*o)[4], const u32 (*p)[4], const unsigned char* v, int i, int warp_n) {
+  const int lane = threadIdx.x % 32;
+#if KV_INT8
+#pragma unroll
+  for (int d = 0; d < DIMS / 16; d++) {  // 32 keys of one chunk: 16 dimensions
+    u32 b[4];
+    load_matrices_transposed(b, v + swizzled<KV_CHUNKS>(i * 32 + lane, warp_n * (DIMS / 16) + d) * 16);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      float x[4], y[4];  // dimensions 2g, 2g+1 of key 2t, then of key 2t+1; y eight keys on
+      bytes_to_floats(b[2 * half], x);
+      bytes_to_floats(b[2 * half + 1], y);
+      const u32 even[2] = {pack_bf16(x[0], x[2]), pack_bf16(y[0], y[2])};
+      const u32 odd[2] = {pack_bf16(x[1], x[3]), pack_bf16(y[1], y[3])};
+      mma_bf16(o[2 * d], p[half], even);
+      mma_bf16(o[2 * d + 1], p[half], odd);
+    }
+  }
+#else
+#pragma unroll
+  for (int half = 0; half < 2; half++)
+#pragma unroll
+    for (int d = 0; d < DIMS / 16; d++) {  // 16 keys, two chunks: 16 dimensions
+      u32 b[4];
+      const int row = i * 32 + half * 16 + lane % 16;
+      load_matrices_transposed(b, v + swizzled<KV_CHUNKS>(row, warp_n * (DIMS / 8) + 2 * d + lane / 16) * 16);
+      mma_io(o[2 * d], p[half], b);
+      mma_io(o[2 * d + 1], p[half], b + 2);
+    }
+#endif
+}
+
+// o += p v over a tile: probabilities s come from this warp's registers, or from all warps through shared memory.
+DEV void weigh_values(float (*o)[4], const float (*s)[4], unsigned char* shared, const unsigned char* values,
+                      int warp_m, int warp_n) {
+#if WARPS_N > 1
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  unsigned char* probabilities = shared + P_AT;
+#pragma unroll
+  for (int n = 0; n < KEYS / 8; n++)
+    for (int i = 0; i < 2; i++) {
+      const int chunk = swizzled<P_CHUNKS>(warp_m * 16 + g + 8 * i, (warp_n * KEYS) / 8 + n);
+      reinterpret_cast<u32*>(probabilities)[chunk * 4 + t] = pack_probabilities(s[n][2 * i], s[n][2 * i + 1]);
+    }
+  __syncthreads();
+#endif
+#pragma unroll
+  for (int i = 0; i < BN / 32; i++) {
+    u32 p[2][4];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+#if WARPS_N > 1
+      const int chunk = i * 4 + half * 2 + lane / 16;
+      load_matrices(p[half], probabilities + swizzled<P_CHUNKS>(warp_m * 16 + lane % 16, chunk) * 16);
+#else
+      const int n = i * 4 + half * 2;
+      p[half][0] = pack_probabilities(s[n][0], s[n][1]);
+      p[half][1] = pack_probabilities(s[n][2], s[n][3]);
+      p[half][2] = pack_probabilities(s[n + 1][0], s[n + 1][1]);
+      p[half][3] = pack_probabilities(s[n + 1][2], s[n + 1][3]);
+#endif
+    }
+    accumulate(o, p, values, i, warp_n);
+  }
+}

@@ -1,0 +1,93 @@
+// Paged attention, last part: results leave the registers, and the partial ones of a split context are joined.
+#pragma once
+#include "paged_attn_tile.cuh"
+
+// Two neighbouring dimensions of row i (0: g, 1: g + 8) of this warp's output: pair j of 16 dimensions at 16 d.
+// Returns the first one's place among the warp's dimensions.
+DEV int output_pair(const float (*o)[4], int d, int j, int i, int t, float2* pair) {
+#if KV_INT8
+  *pair = make_float2(o[2 * d][2 * i + j], o[2 * d + 1][2 * i + j]);
+  return d * 16 + 4 * t + 2 * j;
+#else
+  *pair = make_float2(o[2 * d + j][2 * i], o[2 * d + j][2 * i + 1]);
+  return d * 16 + 8 * j + 2 * t;
+#endif
+}
+
+// Write this split's rows before they are divided by their sums, and their maxima and sums.
+DEV void store_partial(float* partial, float* maxima, const float (*o)[4], const float* m, const float* l,
+                       const Rows& rows, int warp_m, int warp_n, int split, int splits) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int r = warp_m * 16 + g + 8 * i;
+    if (!rows.has(r)) continue;
+    const s64 row = rows.place(r) * splits + split;
+    if (warp_n == 0 && t == 0) {
+      maxima[row * 2] = m[i];
+      maxima[row * 2 + 1] = l[i];
+    }
+    if (l[i] == 0.f) continue;  // `combine` reads the sum first
+    float* place = partial + row * HEAD_DIM + warp_n * DIMS;
+#pragma unroll
+    for (int d = 0; d < DIMS / 16; d++)
+      for (int j = 0; j < 2; j++) {
+        float2 pair;
+        const int at_dimension = output_pair(o, d, j, i, t, &pair);
+        *reinterpret_cast<float2*>(place + at_dimension) = pair;
+      }
+  }
+}
+
+// Write the finished rows, through shared memory (which nobody reads any more), so that whole sectors are written.
+DEV void store_rows(io_t* out, unsigned char* result, const float (*o)[4], const float* l, const Rows& rows, int warp_m,
+                    int warp_n) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const float inverse = l[i] > 0.f ? 1.f / l[i] : 0.f;
+    const int row = warp_m * 16 + g + 8 * i;
+#pragma unroll
+    for (int d = 0; d < DIMS / 16; d++)
+      for (int j = 0; j < 2; j++) {
+        float2 pair;
+        const int dimension = warp_n * DIMS + output_pair(o, d, j, i, t, &pair);
+        const int place = swizzled<Q_CHUNKS>(row, dimension / 8) * 4 + dimension % 8 / 2;
+        reinterpret_cast<u32*>(result)[place] = pack_io(pair.x * inverse, pair.y * inverse);
+      }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < BM * Q_CHUNKS; i += THREADS) {
+    const int row = i / Q_CHUNKS, chunk = i % Q_CHUNKS;
+    if (!rows.has(row)) break;
+    *reinterpret_cast<vec16*>(out + rows.place(row) * HEAD_DIM + chunk * 8) =
+        *reinterpret_cast<const vec16*>(result + swizzled<Q_CHUNKS>(row, chunk) * 16);
+  }
+}
+
+// Join the splits of each (token, head): one warp a row. Grid: rows.
+extern "C" __global__ void __launch_bounds__(32)
+    combine(const float* __restrict__ partial, const float* __restrict__ maxima, io_t* __restrict__ out, int splits) {
+  const s64 row = blockIdx.x;
+  const int lane = threadIdx.x;
+  float top = NEG_INF, total = 0.f, o[HEAD_DIM / 32] = {};
+  for (int s = 0; s < splits; s++) {
+    const float m = maxima[(row * splits + s) * 2], l = maxima[(row * splits + s) * 2 + 1];
+    if (l == 0.f) continue;  // this split had no visible key and wrote nothing
+    const float higher = fmaxf(top, m), mine = exp2_fast(m - higher), rest = exp2_fast(top - higher);
+    top = higher;
+    total = total * rest + l * mine;
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 64; i++) {
+      const float2 x = *reinterpret_cast<const float2*>(partial + (row * splits + s) * HEAD_DIM + i * 64 + lane * 2);
+      o[2 * i] = o[2 * i] * rest + x.x * mine;
+      o[2 * i + 1] = o[2 * i + 1] * rest + x.y * mine;
+    }
+  }
+  const float inverse = total > 0.f ? 1.f / total : 0.f;
+#pragma unroll
+  for (int i = 0; i < HEAD_DIM / 64; i++)
+    *reinterpret_cast<u32*>(out + row * HEAD_DIM + i * 64 + lane * 2) =
+        pack_io(o[2 * i] * inverse, o[2 * i + 1] * inverse);
+}
