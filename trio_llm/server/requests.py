@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
 
 from trio_llm.errors import InvalidRequestError
+from trio_llm.server.fields import NotSupported, Stray, stray_fields
 from trio_llm.server.json_body import convert, parse_object
 
 Metadata = Annotated[
     dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
 ]
+CallersName = Annotated[str, Meta(max_length=512)]
+RequestId = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 CacheSalt = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^@/\\\x00-\x1f\x7f-\uffff]+$")]
 
 
@@ -44,12 +48,27 @@ class ResponseFormat(Struct, kw_only=True):
 class StructuredOutputs(Struct, kw_only=True):
     """vLLM's structured_outputs: exactly one form, and how to write JSON."""
 
+    not_supported: ClassVar[NotSupported] = {
+        "structural_tag": (),
+        "whitespace_pattern": (),
+        "disable_additional_properties": (False,),
+        "disable_fallback": (False, True),  # There is one backend: it falls back to none.
+    }
+
     json: str | dict[str, Any] | bool | None = None
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
     disable_any_whitespace: bool = False
+
+
+class RepetitionDetection(Struct, kw_only=True):
+    """vLLM's repetition_detection: end an answer whose last tokens are a pattern that came `min_count` times."""
+
+    max_pattern_size: Annotated[int, Meta(ge=1, le=256)]
+    min_count: Annotated[int, Meta(ge=2, le=2**31)]
+    min_pattern_size: Annotated[int, Meta(ge=0, le=256)] | None = None
 
 
 class GenerationBody(Struct, kw_only=True):
@@ -77,9 +96,12 @@ class GenerationBody(Struct, kw_only=True):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: Annotated[int, Meta(ge=-1)] | None = None
+    logprob_token_ids: Annotated[list[int], Meta(min_length=1, max_length=128)] | None = None
+    repetition_detection: RepetitionDetection | None = None
     echo: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    stream_interval: Annotated[int, Meta(ge=1)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1)] | None = None
@@ -89,8 +111,13 @@ class GenerationBody(Struct, kw_only=True):
     cache_salt: CacheSalt | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    return_prompt_text: bool | None = None
+    request_id: RequestId | None = None
     # Names of the caller's own; they change nothing and are stored nowhere.
-    user: Annotated[str, Meta(max_length=512)] | None = None
+    user: CallersName | None = None
+    safety_identifier: CallersName | None = None
+    prompt_cache_key: CallersName | None = None
+    session_id: CallersName | None = None
     metadata: Metadata | None = None
 
 
@@ -102,10 +129,11 @@ class CompletionBody(GenerationBody, kw_only=True):
 
 
 class ContentPart(Struct, kw_only=True):
-    """A piece of a message; text is the only kind."""
+    """A piece of a message; text is the only kind. Where a prompt's cache may end is a hint: all of it is cached."""
 
     type: str
     text: str | None = None
+    prompt_cache_breakpoint: dict[str, Any] | None = None
 
 
 class CalledFunction(Struct, kw_only=True):
@@ -126,8 +154,11 @@ class ToolCall(Struct, kw_only=True):
 class Message(Struct, kw_only=True, omit_defaults=True):
     """One turn of a conversation."""
 
+    not_supported: ClassVar[NotSupported] = {"audio": (), "function_call": (), "annotations": ([],)}
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[ContentPart] | None = None
+    refusal: str | None = None
     name: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
@@ -177,13 +208,16 @@ class ChatBody(GenerationBody, kw_only=True):
     tools: Annotated[list[ToolDefinition], Meta(min_length=1, max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
+    reasoning_effort: Effort | None = None
     include_reasoning: bool | None = None
+    thinking_token_budget: Annotated[int, Meta(ge=0)] | None = None
+    documents: Annotated[list[dict[str, Any]], Meta(min_length=1)] | None = None
+    chat_template: str | None = None
 
 
 # Fields that clients know from elsewhere and that would change the answer: refused by name rather than ignored,
 # except with the values that ask for nothing.
-_NOT_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
+_NOT_SUPPORTED: NotSupported = {
     "functions": (),
     "function_call": ("none",),
     "guided_json": (),
@@ -194,17 +228,22 @@ _NOT_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
     "spaces_between_special_tokens": (True,),
-    "thinking_token_budget": (),
     "documents": (),
     "chat_template": (),
+    "thinking_token_budget": (),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
     "web_search_options": (),
+    "moderation": (),
+    "verbosity": ("medium",),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "prompt_cache_options": (),
+    "prompt_cache_retention": ("in_memory",),
     "prompt_embeds": (),
-    "logprob_token_ids": (),
-    "repetition_detection": (),
-    "stream_interval": (1,),
+    "mm_processor_kwargs": ({},),
+    "media_io_kwargs": ({},),
     "kv_transfer_params": (),
     "vllm_xargs": (),
 }
@@ -213,40 +252,44 @@ Body = TypeVar("Body", bound=Struct)
 
 
 def parse_body(data: bytes, kind: type[Body]) -> tuple[Body, tuple[str, ...]]:
-    """Parse and check a request body; return it with the names of fields that nobody here knows.
+    """Parse and check a request body; return it with the paths of fields that nobody here knows.
 
     Raises:
         InvalidRequestError: Not JSON, or a field that is wrong, missing or not supported; names it.
     """
-    given = {name: value for name, value in parse_object(data).items() if value is not None}
-    body = check_body(given, kind)
-    known = {field.name for field in msgspec.structs.fields(kind)}
-    unknown = [name for name in given if name not in known and name not in _not_supported(kind)]
-    if "stream_options" in known and isinstance(options := given.get("stream_options"), dict):
-        known_options = {field.name for field in msgspec.structs.fields(StreamOptions)}
-        unknown += [f"stream_options.{name}" for name in cast("dict[str, Any]", options) if name not in known_options]
-    return body, tuple(unknown)
+    given = _given(parse_object(data))
+    strays = _checked_strays(given, kind)
+    return convert(given, kind), tuple(stray.path for stray in strays)
 
 
 def check_body(value: Mapping[str, Any], kind: type[Body]) -> Body:
     """Check a parsed body. Raises InvalidRequestError, as `parse_body` does."""
-    given = {name: item for name, item in value.items() if item is not None}
-    refused = _not_supported(kind)
-    for name in given.keys() & refused.keys():
-        if given[name] not in refused[name]:
-            raise InvalidRequestError(f"'{name}' is not supported by this server.", param=name)
+    given = _given(value)
+    _checked_strays(given, kind)
     return convert(given, kind)
 
 
+def _given(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: item for name, item in value.items() if item is not None}
+
+
+def _checked_strays(given: Mapping[str, Any], kind: type[Struct]) -> list[Stray]:
+    """Refuse the first field that asks for what is not supported; return those that nobody knows."""
+    strays = stray_fields(given, kind, _not_supported(kind))
+    for stray in strays:
+        if stray.refused:
+            raise InvalidRequestError(f"'{stray.path}' is not supported by this server.", param=stray.path)
+    return strays
+
+
 @cache
-def _not_supported(kind: type[Struct]) -> Mapping[str, tuple[Any, ...]]:
+def _not_supported(kind: type[Struct]) -> NotSupported:
     """Return the fields of a kind of body that are refused.
 
     An API that is not OpenAI's older one names its own as `not_supported`; there, fields of a chat are refused too.
     """
-    own: Mapping[str, tuple[Any, ...]] | None = getattr(kind, "not_supported", None)
+    own: NotSupported | None = getattr(kind, "not_supported", None)
     if own is None:
         return _NOT_SUPPORTED
     chat = dict.fromkeys((field.name for field in msgspec.structs.fields(ChatBody)), ())
-    known = {field.name for field in msgspec.structs.fields(kind)}
-    return {name: values for name, values in {**_NOT_SUPPORTED, **chat, **own}.items() if name not in known}
+    return {**_NOT_SUPPORTED, **chat, **own}
