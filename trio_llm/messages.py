@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 
 import attrs
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "repetition", "abort"]
 
 # In the place of a token id in a plan: the token that the step planned directly before sampled for this sequence.
 UNKNOWN = -1
@@ -41,6 +41,19 @@ class Grammar(Protocol):
 
 
 @attrs.frozen(kw_only=True)
+class RepetitionDetection:
+    """When an output goes in circles: its last tokens are one pattern, `min_count` times in a row.
+
+    Attributes:
+        max_pattern_size, min_pattern_size: Tokens of the pattern.
+    """
+
+    max_pattern_size: int
+    min_count: int
+    min_pattern_size: int = 1
+
+
+@attrs.frozen(kw_only=True)
 class SamplingParams:
     """How tokens are chosen and when a request ends. Names, defaults and ranges are vLLM's.
 
@@ -59,6 +72,7 @@ class SamplingParams:
         stop: Strings that end the output; found across token borders.
         logprobs: Report the sampled token and this many of the likeliest; -1 for the whole vocabulary.
         prompt_logprobs: The same for each prompt token after the first.
+        repetition_detection: End an output that goes in circles, once it has min_tokens.
         grammar: What the output must be a sentence of; end-of-sequence comes only where it is complete.
     """
 
@@ -83,6 +97,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    repetition_detection: RepetitionDetection | None = None
     grammar: Grammar | None = None
 
 

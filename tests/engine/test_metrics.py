@@ -13,7 +13,7 @@ from trio_llm.engine import Engine, open_samples
 from trio_llm.engine.messages import Rejected
 from trio_llm.engine.metrics import Metrics
 from trio_llm.errors import OverloadedError, RequestFailedError
-from trio_llm.messages import KVGroup, PoolingParams, SamplingParams, StepPlan, StepResult
+from trio_llm.messages import KVGroup, PoolingParams, RepetitionDetection, SamplingParams, StepPlan, StepResult
 
 LABELS = {"model_name": "stub", "engine": "0"}
 
@@ -218,6 +218,8 @@ async def test_every_series_moves() -> None:
         with pytest.raises(RequestFailedError):
             await bad.collect()
         await finish(engine, [2, 3], SamplingParams(seed=1, max_tokens=40, stop=tuple("abcdefghijklmnopqrstuvwxyz")))
+        in_circles = RepetitionDetection(max_pattern_size=1, min_count=2)
+        await finish(engine, [2, 4], SamplingParams(seed=1, max_tokens=100, repetition_detection=in_circles))
         async with engine.open_stream([1, 2, 3], SamplingParams(max_tokens=40)) as left:
             await left.__anext__()
         await engine.embed([1, 2, 3], PoolingParams())

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trio_llm.engine.text import OutputText
+from trio_llm.messages import RepetitionDetection
 
 # Byte-level tokens: pieces of a text that may end in the middle of a character.
 texts = st.text(alphabet="abé€🎈", min_size=1, max_size=30)
@@ -61,3 +62,24 @@ def test_text_of_the_first_tokens_is_no_stop_string() -> None:
     assert shown(tokens, [], ("ab",), min_tokens=2) == ("ab", 4, "ab")
     assert shown(tokens, [5], ("ab",), min_tokens=2) == ("ab", 4, "ab")
     assert shown([b"x", b"ab", b"ab"], [], ("ab",), min_tokens=2) == ("xab", 3, "ab")
+
+
+def test_a_stop_string_may_begin_in_the_first_tokens() -> None:
+    """What counts is where a stop string is complete: text of the first min_tokens tokens can begin it, as in vLLM."""
+    assert shown([b"x", b"a", b"b"], [], ("ab",), min_tokens=2) == ("x", 3, "ab")
+    assert shown([b"x", b"a", b"b"], [3], ("ab",), min_tokens=2) == ("x", 3, "ab")
+    assert shown([b"a", b"a", b"a"], [], ("aa",), min_tokens=2) == ("a", 3, "aa")
+
+
+def test_output_in_circles_ends() -> None:
+    """Tokens after the last repetition are not taken, whatever the groups; before min_tokens repetitions are let be."""
+    wanted = RepetitionDetection(max_pattern_size=2, min_count=2)
+    for group in (1, 9):
+        for min_tokens, expected in ((0, 4), (5, 7)):
+            output = OutputText(
+                lambda ids: "".join("abc"[i] for i in ids), (), repetition=wanted, min_tokens=min_tokens
+            )
+            tokens, taken = [0, 1, 0, 1, 2, 0, 0, 1], 0
+            while not output.repeats:
+                taken += output.add(tokens[taken : taken + group])[1]
+            assert taken == output.num_tokens == expected

@@ -23,8 +23,11 @@ class StopStrings:
         self._states = [0] * len(self._patterns)
         self._held = ""
 
-    def add(self, text: str) -> tuple[str, str | None]:
-        """Take more text; return what may be shown and the stop string that ended it, after which nothing is added."""
+    def add(self, text: str, *, may_end: bool = True) -> tuple[str, str | None]:
+        """Take more text; return what may be shown and the stop string that ended it, after which nothing is added.
+
+        Text that may not end it can still begin a stop string that later text completes.
+        """
         buffer = self._held + text
         for end, character in enumerate(text, start=len(self._held) + 1):
             for index, (pattern, failure) in enumerate(self._patterns):
@@ -32,6 +35,8 @@ class StopStrings:
                 while state and pattern[state] != character:
                     state = failure[state - 1]
                 state += pattern[state] == character
+                if state == len(pattern) and not may_end:
+                    state = failure[state - 1]
                 if state == len(pattern):
                     self._held = ""
                     return buffer[: end if self._include else end - state], pattern

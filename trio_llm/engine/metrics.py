@@ -30,7 +30,7 @@ _TOKEN_S = (
 )  # fmt: skip
 _OWN_S = (0.0001, 0.00025, *_FAST_S, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
 _STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-_REASONS = ("stop", "length", "abort", "error")
+_REASONS = ("stop", "length", "repetition", "abort", "error")
 _REJECTIONS = ("overloaded", "draining")
 
 

@@ -35,7 +35,8 @@ class Delta:
     Attributes:
         logprobs: One entry per id in `token_ids`; None when the request did not ask.
         finish_reason: None except on the last delta, of which there is exactly one.
-        stop_reason: The stop string or stop token id that ended the request; None for end of sequence or length.
+        stop_reason: The stop string or stop token id that ended the request, or "repetition_detected"; None for end
+            of sequence or length.
         usage: Only on the last delta.
     """
 
@@ -93,6 +94,7 @@ class Stream:
             params.stop,
             include_stop=params.include_stop_str_in_output,
             min_tokens=params.min_tokens,
+            repetition=params.repetition_detection,
         )
         self._last: Finished | Failed | None = None
         self._ended = False
@@ -167,26 +169,36 @@ class Stream:
         # The token that ended the request is reported; its text is not part of the answer.
         hides_last = finished is not None and finished.reason == "stop" and not self._params.include_stop_str_in_output
         hidden = token_ids[-1:] if hides_last else []
-        text, taken = self._text.add(token_ids[: len(token_ids) - len(hidden)])
-        if finished is not None and self._text.matched is None:
-            text += self._text.end(hidden)
-            taken = len(token_ids)
-        matched = self._text.matched
-        if not taken and finished is None:
+        visible = len(token_ids) - len(hidden)
+        text, taken = self._text.add(token_ids[:visible])
+        runs = finished is None
+        if taken < visible:
+            finished = None  # What the engine produced after the end of the text is nobody's.
+        if self._text.matched is None and (finished is not None or self._text.repeats):
+            text += self._text.end(hidden if finished is not None else ())
+            taken = taken if finished is None else len(token_ids)
+        reason, stop_reason = self._why_ended(finished)
+        if not taken and reason is None:
             return None
-        reason: FinishReason | None = None
-        if finished is not None or matched is not None:
-            reason = "stop" if matched is not None or finished is None else finished.reason
+        if reason is not None:
             self._ended = True
-            self._mailbox.close("stop" if finished is None else None)
+            self._mailbox.close(reason if runs else None)
         return Delta(
             text=text,
             token_ids=tuple(token_ids[:taken]),
             logprobs=None if self._params.logprobs is None else tuple(logprobs[:taken]),
             finish_reason=reason,
-            stop_reason=matched if finished is None or matched is not None else finished.stop_token_id,
+            stop_reason=stop_reason,
             usage=self._usage() if reason is not None else None,
         )
+
+    def _why_ended(self, finished: Finished | None) -> tuple[FinishReason | None, int | str | None]:
+        """Return finish and stop reason; what the text says goes before what the engine says of the same token."""
+        if self._text.matched is not None:
+            return "stop", self._text.matched
+        if finished is not None:
+            return finished.reason, finished.stop_token_id
+        return ("repetition", "repetition_detected") if self._text.repeats else (None, None)
 
     def _usage(self) -> Usage:
         return Usage(len(self.prompt_token_ids), self._text.num_tokens, self.cached_tokens)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from trio_llm.core.detokenizer import Detokenizer
+from trio_llm.core.repetition import RepetitionDetector
 from trio_llm.core.stop import StopStrings
+from trio_llm.messages import RepetitionDetection
 
 
 class OutputText:
@@ -14,6 +16,7 @@ class OutputText:
     Attributes:
         num_tokens: Tokens added so far.
         matched: The stop string that ended the output; nothing may be added after it.
+        repeats: The output goes in circles; nothing may be added after that either.
     """
 
     def __init__(
@@ -24,38 +27,43 @@ class OutputText:
         *,
         include_stop: bool = False,
         min_tokens: int = 0,
+        repetition: RepetitionDetection | None = None,
     ) -> None:
         self.num_tokens = 0
         self.matched: str | None = None
+        self.repeats = False
         self._detokenizer = Detokenizer(decode, prompt_token_ids)
         self._stop = StopStrings(stop, include=include_stop) if stop else None
+        self._repetition = RepetitionDetector(repetition) if repetition is not None else None
         self._min_tokens = min_tokens
 
     def add(self, token_ids: Sequence[int]) -> tuple[str, int]:
-        """Add tokens; return what may be shown now and how many were taken: fewer where a stop string ended it."""
-        if self._stop is None:
+        """Add tokens; return what may be shown now and how many were taken: fewer where their text or they ended it."""
+        if self._stop is None and self._repetition is None:
             self.num_tokens += len(token_ids)
             return self._detokenizer.add(token_ids), len(token_ids)
         shown: list[str] = []
         for taken, token_id in enumerate(token_ids, start=1):
             self.num_tokens += 1
-            text = self._detokenizer.add((token_id,))
-            # Text of the first min_tokens tokens can neither be nor begin a stop string.
-            shown.append(text if self.num_tokens <= self._min_tokens else self._match(text))
-            if self.matched is not None:
+            # Text of the first min_tokens tokens completes no stop string, but it may begin one.
+            may_end = self.num_tokens > self._min_tokens
+            shown.append(self._match(self._detokenizer.add((token_id,)), may_end=may_end))
+            if self._repetition is not None:
+                self.repeats = self._repetition.add(token_id) and self.num_tokens >= self._min_tokens
+            if self.matched is not None or self.repeats:
                 return "".join(shown), taken
         return "".join(shown), len(token_ids)
 
     def end(self, hidden_token_ids: Sequence[int] = ()) -> str:
         """Return what was held back; `hidden_token_ids` count as produced but have no text (a stop token)."""
         self.num_tokens += len(hidden_token_ids)
-        text = self._match(self._detokenizer.finish())
+        text = self._match(self._detokenizer.finish(), may_end=self.num_tokens > self._min_tokens)
         if self._stop is not None and self.matched is None:
             text += self._stop.finish()
         return text
 
-    def _match(self, text: str) -> str:
+    def _match(self, text: str, *, may_end: bool) -> str:
         if self._stop is None or not text:
             return text
-        text, self.matched = self._stop.add(text)
+        text, self.matched = self._stop.add(text, may_end=may_end)
         return text

@@ -45,4 +45,4 @@ def warn(text: str) -> None:
 
 
 def _printable(name: str) -> str:
-    return "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "?" for c in name[:64])
+    return "".join(c if c.isascii() and (c.isalnum() or c in "._-[]") else "?" for c in name[:64])

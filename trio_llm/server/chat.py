@@ -18,7 +18,7 @@ from trio_llm.server.generation import Caller, Head, answer, submit
 from trio_llm.server.logprobs import TokenNames
 from trio_llm.server.parsing.message import MessageStyle
 from trio_llm.server.parsing.tools import MARKERS
-from trio_llm.server.prompts import bad_word_ids
+from trio_llm.server.prompts import bad_word_ids, shown_prompts
 from trio_llm.server.requests import ChatBody
 from trio_llm.server.sampling import check_max_tokens, sampling_params
 from trio_llm.server.services import Services
@@ -44,11 +44,12 @@ class OpenChat:
 
 async def chat(services: Services, body: ChatBody, caller: Caller) -> Response | dict[str, Any]:
     """Answer a checked body."""
-    head = Head.make("chatcmpl", services.check_model(body.model))
+    head = Head.make("chatcmpl", services.check_model(body.model), body.request_id)
     opened = await open_chat(services, body, caller)
     names = TokenNames(services.tokenizer, as_ids=body.return_tokens_as_token_ids is True)
     echo = flatten(body.messages[-1], "")["content"] if body.echo else ""
-    form = ChatFormat(head, body, opened.streams, names, opened.style, echo)
+    prompt = await shown_prompts(services, body, [opened.streams[0].prompt_token_ids])
+    form = ChatFormat(head, body, opened.streams, names, opened.style, echo, *prompt)
     return await answer(caller, body, opened.streams, form)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trio_llm.engine import Delta, Stream
@@ -28,12 +28,14 @@ class ChatFormat:
         names: TokenNames,
         style: MessageStyle,
         echo: str,
+        prompt: Mapping[str, Any],
     ) -> None:
         self._head = head
         self._body = body
         self._streams = streams
         self._names = names
         self._echo = echo
+        self._prompt = prompt
         self._parsers = [MessageParser(style) for _ in streams]
         self._begun = [False] * len(streams)
         self._counter = UsageCounter(streams, len(streams))
@@ -49,9 +51,7 @@ class ChatFormat:
         whole = {**self._head.chunk(_KIND, choices), "usage": self._counter.usage()}
         if self._body.prompt_logprobs is not None:
             whole["prompt_logprobs"] = prompt_logprobs(self._names, self._streams[0].prompt_logprobs or ())
-        if self._body.return_token_ids:
-            whole["prompt_token_ids"] = self._streams[0].prompt_token_ids
-        return whole
+        return {**whole, **self._prompt}
 
     def chunks(self, index: int, delta: Delta) -> Sequence[dict[str, Any]]:
         """Return the chunks for what stream `index` produced."""
@@ -78,10 +78,8 @@ class ChatFormat:
         return self._usage.last_chunks(self._head, _CHUNK_KIND)
 
     def _opening(self, index: int) -> dict[str, Any]:
-        opening = self._head.chunk(_CHUNK_KIND, [_choice(index, "delta", {"role": "assistant", "content": self._echo})])
-        if self._body.return_token_ids:
-            opening["prompt_token_ids"] = self._streams[0].prompt_token_ids
-        return opening
+        opening = _choice(index, "delta", {"role": "assistant", "content": self._echo})
+        return {**self._head.chunk(_CHUNK_KIND, [opening]), **self._prompt}
 
     def _choice(self, index: int, key: str, content: dict[str, Any], delta: Delta) -> dict[str, Any]:
         choice = _choice(index, key, content)

@@ -52,6 +52,7 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool,
         continue_final_message: bool,
         variables: Mapping[str, Any],
@@ -63,6 +64,7 @@ class ChatTemplate:
         Args:
             messages: With "role", "content" (text) and what else the template knows.
             tools: What the model may call, as OpenAI defines tools; None for none.
+            documents: What the model may look things up in; None for nothing.
             add_generation_prompt: End with the opening of the assistant's turn.
             continue_final_message: End inside the last message instead of after it.
             variables: Further ones for the template.
@@ -84,7 +86,7 @@ class ChatTemplate:
         text = self._run(
             messages=masked,
             tools=None if tools is None else masking.hide(list(tools)),
-            documents=None,
+            documents=None if documents is None else masking.hide(list(documents)),
             add_generation_prompt=add_generation_prompt,
             **self._tokens,
             **masking.hide(dict(variables)),

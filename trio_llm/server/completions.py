@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -14,7 +14,7 @@ from trio_llm.errors import InvalidRequestError
 from trio_llm.server.body import read_body
 from trio_llm.server.generation import Caller, Head, StreamUsage, UsageCounter, answer, submit
 from trio_llm.server.logprobs import CompletionLogprobs, TokenNames, prompt_logprobs
-from trio_llm.server.prompts import bad_word_ids, completion_prompts, token_texts
+from trio_llm.server.prompts import bad_word_ids, completion_prompts, shown_prompts, token_texts
 from trio_llm.server.requests import CompletionBody
 from trio_llm.server.sampling import check_max_tokens, sampling_params
 from trio_llm.server.services import Services
@@ -36,7 +36,7 @@ def register(app: QuartTrio, services: Services) -> None:
 
 async def complete(services: Services, body: CompletionBody, caller: Caller) -> Response | dict[str, Any]:
     """Answer a checked body."""
-    head = Head.make("cmpl", services.check_model(body.model))
+    head = Head.make("cmpl", services.check_model(body.model), body.request_id)
     max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     check_max_tokens("max_tokens", body.max_tokens, services.engine.info)
     if max_tokens == 0 and not body.echo:
@@ -59,19 +59,32 @@ async def complete(services: Services, body: CompletionBody, caller: Caller) -> 
     if isinstance(body.prompt, str) and body.echo and body.truncate_prompt_tokens is None:
         echoes = [body.prompt]
     names = TokenNames(services.tokenizer, as_ids=body.return_tokens_as_token_ids is True)
-    choices = [_Choice(index, body, stream, names, echoes[index // params.n]) for index, stream in enumerate(streams)]
+    shown = await shown_prompts(services, body, prompts)
+    choices = [
+        _Choice(index, body, stream, names, echoes[index // params.n], shown[index // params.n])
+        for index, stream in enumerate(streams)
+    ]
     return await answer(caller, body, streams, _Format(head, body, choices, UsageCounter(streams, params.n)))
 
 
 class _Choice:
     """One sample: its prompt's echo comes with its first words."""
 
-    def __init__(self, index: int, body: CompletionBody, stream: Stream, names: TokenNames, echo: str) -> None:
+    def __init__(
+        self,
+        index: int,
+        body: CompletionBody,
+        stream: Stream,
+        names: TokenNames,
+        echo: str,
+        prompt: Mapping[str, Any],
+    ) -> None:
         self._index = index
         self._body = body
         self._stream = stream
         self._names = names
         self._echo = echo
+        self._prompt = prompt
         self._logprobs = CompletionLogprobs(names)
         self._begun = False
 
@@ -86,8 +99,8 @@ class _Choice:
         }
         if self._body.return_token_ids:
             choice["token_ids"] = delta.token_ids
-            if not self._begun:
-                choice["prompt_token_ids"] = self._stream.prompt_token_ids
+        if not self._begun:
+            choice |= self._prompt
         if self._body.prompt_logprobs is not None:
             choice["prompt_logprobs"] = prompt_logprobs(self._names, self._stream.prompt_logprobs or ())
         self._begun = True

@@ -51,11 +51,14 @@ async def chat_prompt(
             "add_generation_prompt and continue_final_message exclude each other.", param="continue_final_message"
         )
     variables = _variables(services, body)
+    if body.documents is not None and not services.knows_variable("documents"):
+        raise InvalidRequestError("This model's chat template knows no documents.", param="documents")
 
     def render() -> list[tuple[str, bool]]:
         return template.render(
             messages,
             tools=tools,
+            documents=body.documents,
             add_generation_prompt=not continues and body.add_generation_prompt is not False,
             continue_final_message=continues,
             variables=variables,
@@ -105,7 +108,7 @@ def flatten(message: Message, path: str) -> dict[str, Any]:
         ]
     if message.reasoning and not message.reasoning_content:
         flat["reasoning_content"] = message.reasoning
-    flat.setdefault("content", "")
+    flat.setdefault("content", flat.pop("refusal", ""))
     return flat
 
 

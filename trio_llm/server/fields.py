@@ -11,7 +11,6 @@ from functools import cache
 from typing import Any, TypeAlias, cast
 
 import attrs
-import msgspec
 from msgspec import Struct, inspect
 
 NotSupported: TypeAlias = Mapping[str, Sequence[Any]]
@@ -77,17 +76,17 @@ def _walk(info: inspect.Type) -> _Walk | None:
     structs = [option for option in options if isinstance(option, inspect.StructType)]
     lists = [option.item_type for option in options if isinstance(option, inspect.ListType)]
     objects = _objects_walk(structs) if structs else None
-    items = next((walk for item in lists if (walk := _walk(item)) is not None), None)
+    items = next((found for item in lists if (found := _walk(item)) is not None), None)
     if objects is None and items is None:
         return None
 
     def walk(value: Any) -> Sequence[Stray]:
         if items is not None and isinstance(value, list):
-            found: list[Stray] = []
+            strays: list[Stray] = []
             for index, item in enumerate(cast("list[Any]", value)):
                 if inner := items(item):
-                    found += [stray.below(f"[{index}]") for stray in inner]
-            return found
+                    strays += [stray.below(f"[{index}]") for stray in inner]
+            return strays
         return objects(value) if objects is not None and isinstance(value, dict) else ()
 
     return walk

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, Self, cast
 
 import attrs
 from quart import Response, g, request
@@ -24,15 +24,15 @@ FINGERPRINT = f"trio-llm-{trio_llm.__version__}"
 
 @attrs.frozen
 class Head:
-    """What is the same in every chunk of an answer. The id is ours: a client's own is echoed, never used as a key."""
+    """What is the same in every chunk of an answer. The id is for clients alone: nothing here is found by it."""
 
     id: str
     created: int
     model: str
 
     @classmethod
-    def make(cls, prefix: str, model: str) -> Head:
-        return cls(f"{prefix}-{secrets.token_hex(12)}", int(time.time()), model)
+    def make(cls, prefix: str, model: str, request_id: str | None = None) -> Head:
+        return cls(f"{prefix}-{request_id or secrets.token_hex(12)}", int(time.time()), model)
 
     def chunk(self, kind: str, choices: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return the frame of an answer or chunk."""
@@ -147,6 +147,37 @@ async def submit(
     )
 
 
+class _Paced:
+    """A stream in larger pieces: after the first, a delta has at least `interval` tokens or is the last one."""
+
+    def __init__(self, stream: Stream, interval: int) -> None:
+        self._stream = stream
+        self._interval = interval
+        self._wanted = 1
+        self._error: Exception | None = None
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Delta:
+        """Wait for enough. Raises what the stream raises, after what came before that."""
+        if self._error is not None:
+            raise self._error
+        deltas: list[Delta] = []
+        try:
+            while sum(len(delta.token_ids) for delta in deltas) < self._wanted:
+                deltas.append(await anext(self._stream))
+        except StopAsyncIteration:
+            if not deltas:
+                raise
+        except Exception as error:
+            if not deltas:
+                raise
+            self._error = error
+        self._wanted = self._interval
+        return Delta.joined(deltas)
+
+
 async def answer(
     caller: Caller, body: GenerationBody, streams: Sequence[Stream], form: AnswerFormat
 ) -> Response | dict[str, Any]:
@@ -154,7 +185,8 @@ async def answer(
     if not body.stream:
         # One after the other: the engine waits for no reader, and what is not read yet is merged.
         return form.answer([await stream.collect() for stream in streams])
-    feed = sse.DeltaFeed(streams, caller.lifetime)
+    interval = body.stream_interval or 1
+    feed = sse.DeltaFeed(streams if interval == 1 else [_Paced(one, interval) for one in streams], caller.lifetime)
     first = await feed.next()
     return Response(sse.event_stream(feed, first, form), headers=sse.HEADERS)
 

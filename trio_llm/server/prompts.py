@@ -123,3 +123,18 @@ def _refuse_length(services: Services, what: str, count: str) -> NoReturn:
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """Return prompt ids as the text that a client would have sent for them."""
     return tokenizer.decode(ids, skip_special_tokens=False)
+
+
+async def shown_prompts(
+    services: Services, body: GenerationBody, prompts: Sequence[Sequence[int]]
+) -> list[dict[str, Any]]:
+    """Return what the answer tells of each prompt: its ids and its text as the model sees it, where asked for."""
+    shown: list[dict[str, Any]] = [{"prompt_token_ids": ids} if body.return_token_ids else {} for ids in prompts]
+    if body.return_prompt_text:
+
+        def decode() -> list[str]:
+            return [token_texts(services.tokenizer, ids) for ids in prompts]
+
+        texts = await run(services, decode, chars=sum(map(len, prompts)))
+        shown = [{**fields, "prompt_text": text} for fields, text in zip(shown, texts, strict=True)]
+    return shown

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -96,7 +96,6 @@ class GenerationBody(Struct, kw_only=True):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: Annotated[int, Meta(ge=-1)] | None = None
-    logprob_token_ids: Annotated[list[int], Meta(min_length=1, max_length=128)] | None = None
     repetition_detection: RepetitionDetection | None = None
     echo: bool | None = None
     stream: bool | None = None
@@ -210,9 +209,7 @@ class ChatBody(GenerationBody, kw_only=True):
     parallel_tool_calls: bool | None = None
     reasoning_effort: Effort | None = None
     include_reasoning: bool | None = None
-    thinking_token_budget: Annotated[int, Meta(ge=0)] | None = None
     documents: Annotated[list[dict[str, Any]], Meta(min_length=1)] | None = None
-    chat_template: str | None = None
 
 
 # Fields that clients know from elsewhere and that would change the answer: refused by name rather than ignored,
@@ -242,6 +239,7 @@ _NOT_SUPPORTED: NotSupported = {
     "prompt_cache_options": (),
     "prompt_cache_retention": ("in_memory",),
     "prompt_embeds": (),
+    "logprob_token_ids": (),
     "mm_processor_kwargs": ({},),
     "media_io_kwargs": ({},),
     "kv_transfer_params": (),
@@ -273,7 +271,7 @@ def _given(value: Mapping[str, Any]) -> dict[str, Any]:
     return {name: item for name, item in value.items() if item is not None}
 
 
-def _checked_strays(given: Mapping[str, Any], kind: type[Struct]) -> list[Stray]:
+def _checked_strays(given: Mapping[str, Any], kind: type[Struct]) -> Sequence[Stray]:
     """Refuse the first field that asks for what is not supported; return those that nobody knows."""
     strays = stray_fields(given, kind, _not_supported(kind))
     for stray in strays:

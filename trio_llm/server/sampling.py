@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from trio_llm.errors import InvalidRequestError
-from trio_llm.messages import ModelInfo, SamplingParams
+from trio_llm.messages import ModelInfo, RepetitionDetection, SamplingParams
+from trio_llm.server import requests
 from trio_llm.server.requests import GenerationBody
 
 _MAX_STOP_STRINGS = 4
@@ -63,6 +64,7 @@ def sampling_params(
         bad_words_token_ids=bad_words,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        repetition_detection=_repetition(body.repetition_detection),
     )
 
 
@@ -75,6 +77,8 @@ def _check_together(body: GenerationBody, max_tokens: int | None) -> None:
         )
     if body.stream_options is not None and not body.stream:
         raise InvalidRequestError("Stream options can only be defined when `stream=True`.", param="stream_options")
+    if body.stream_interval not in (None, 1) and not body.stream:
+        raise InvalidRequestError("stream_interval needs `stream=True`.", param="stream_interval")
     if body.prompt_logprobs is not None and body.stream:
         raise InvalidRequestError("prompt_logprobs are not available when `stream=True`.", param="prompt_logprobs")
 
@@ -93,6 +97,20 @@ def _stop(stop: str | list[str] | None) -> tuple[str, ...]:
         if not 1 <= len(string.encode()) <= _MAX_STOP_BYTES:
             raise InvalidRequestError(f"A stop string has 1 to {_MAX_STOP_BYTES} bytes.", param="stop")
     return strings
+
+
+def _repetition(wanted: requests.RepetitionDetection | None) -> RepetitionDetection | None:
+    if wanted is None:
+        return None
+    least = max(wanted.min_pattern_size or 0, 1)
+    if least > wanted.max_pattern_size:
+        where = "repetition_detection.min_pattern_size"
+        raise InvalidRequestError(
+            f"{where} = {least} is not allowed: at most max_pattern_size, {wanted.max_pattern_size}.", param=where
+        )
+    return RepetitionDetection(
+        max_pattern_size=wanted.max_pattern_size, min_count=wanted.min_count, min_pattern_size=least
+    )
 
 
 def _logit_bias(biases: Mapping[str, float]) -> dict[int, float]:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import msgspec
 import trio
 
-from trio_llm.engine import Delta, Stream
+from trio_llm.engine import Delta
 from trio_llm.server.edge import Lifetime
 from trio_llm.server.errors import HttpError, error_object, to_http_error
 
@@ -43,7 +43,7 @@ class ChunkFormat(Protocol):
 class DeltaFeed:
     """The deltas of one request's streams, merged in the order in which they come."""
 
-    def __init__(self, streams: Sequence[Stream], lifetime: Lifetime) -> None:
+    def __init__(self, streams: Sequence[AsyncIterator[Delta]], lifetime: Lifetime) -> None:
         self._only = streams[0] if len(streams) == 1 else None
         self._error: Exception | None = None
         if self._only is None:
@@ -85,7 +85,9 @@ class DeltaFeed:
         return good
 
 
-async def _pump(index: int, stream: Stream, send: trio.MemorySendChannel[tuple[int, Delta | Exception]]) -> None:
+async def _pump(
+    index: int, stream: AsyncIterator[Delta], send: trio.MemorySendChannel[tuple[int, Delta | Exception]]
+) -> None:
     with send:
         try:
             async for delta in stream:

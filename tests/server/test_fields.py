@@ -1,0 +1,82 @@
+"""Fields that nobody knows: named wherever they stand, with the path by which a client finds them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.server.helpers import ask
+from tests.server.stub import StubRunner, open_stub
+from trio_llm.config import Config
+from trio_llm.errors import InvalidRequestError
+from trio_llm.server.app import create_app
+from trio_llm.server.fields import stray_fields
+from trio_llm.server.messages_body import MessagesBody
+from trio_llm.server.requests import ChatBody, CompletionBody, check_body
+from trio_llm.server.responses_body import ResponsesBody
+
+HI = {"role": "user", "content": "hi"}
+FUNCTION = {"name": "f", "parameters": {"type": "object", "anything": {"goes": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "paths"),
+    [
+        (ChatBody, {"messages": [HI]}, []),
+        (ChatBody, {"messages": [HI], "foo": 1, "bar": None}, ["foo"]),
+        (ChatBody, {"messages": [HI, {**HI, "foo": 1, "bar": None}]}, ["messages[1].foo"]),
+        (ChatBody, {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "foo": 1}]}]},
+         ["messages[0].content[0].foo"]),
+        (ChatBody, {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "foo": 1}}]}]},
+         ["messages[0].tool_calls[0].function.foo"]),
+        (ChatBody, {"messages": [HI], "tools": [{"function": {**FUNCTION, "foo": 1}, "bar": 2}]},
+         ["tools[0].bar", "tools[0].function.foo"]),
+        (ChatBody, {"messages": [HI], "tool_choice": {"type": "function", "function": {"name": "f", "foo": 1}}},
+         ["tool_choice.function.foo"]),
+        (ChatBody, {"messages": [HI], "response_format": {"type": "json_schema", "json_schema": {
+            "name": "x", "schema": {"anything": 1}, "foo": 1}}}, ["response_format.json_schema.foo"]),
+        (CompletionBody, {"prompt": "x", "stream": True, "stream_options": {"include_usage": True, "foo": 1}},
+         ["stream_options.foo"]),
+        (CompletionBody, {"prompt": "x", "structured_outputs": {"choice": ["a"], "foo": 1}},
+         ["structured_outputs.foo"]),
+        (MessagesBody, {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "foo": 1}]}]},
+         ["messages[0].content[0].foo"]),
+        (MessagesBody, {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x",
+            "content": [{"type": "text", "text": "a", "foo": 1}], "text": "not here"}]}]},
+         ["messages[0].content[0].text", "messages[0].content[0].content[0].foo"]),
+        (ResponsesBody, {"input": [{"role": "user", "content": [{"type": "input_text", "text": "a", "foo": 1}]}]},
+         ["input[0].content[0].foo"]),
+    ],
+)  # fmt: skip
+def test_the_path_of_an_unknown_field(kind: Any, body: dict[str, Any], paths: list[str]) -> None:
+    """Every object of a body is looked at, whichever of several types it is of; what is free stays free."""
+    assert [stray.path for stray in stray_fields(body, kind, {})] == paths
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({"messages": [{"role": "assistant", "content": "x", "audio": {"id": "a"}}]}, "messages[0].audio"),
+        ({"messages": [{"role": "assistant", "function_call": {"name": "f"}}]}, "messages[0].function_call"),
+        ({"structured_outputs": {"choice": ["a"], "whitespace_pattern": " "}}, "structured_outputs.whitespace_pattern"),
+        ({"structured_outputs": {"choice": ["a"], "disable_additional_properties": True}},
+         "structured_outputs.disable_additional_properties"),
+    ],
+)  # fmt: skip
+def test_what_is_known_and_not_built_is_refused_inside_too(fields: dict[str, Any], path: str) -> None:
+    """A nested field that would change the answer is refused by its path; with the value of none it passes."""
+    with pytest.raises(InvalidRequestError) as caught:
+        check_body({"messages": [HI], **fields}, ChatBody)
+    assert caught.value.param == path
+    neutral = {"role": "assistant", "content": "x", "audio": None, "annotations": []}
+    assert stray_fields({"messages": [neutral]}, ChatBody, {}) == ()
+
+
+async def test_the_client_is_told_of_the_path() -> None:
+    """The Warning header names the path of a nested field."""
+    async with open_stub(StubRunner()) as engine:
+        body = {"messages": [{**HI, "foo": 1}], "max_tokens": 1}
+        answer = await ask(create_app(engine, Config()), "POST", "/v1/chat/completions", body)
+    assert answer.status == 200
+    assert answer.headers["warning"] == '299 trio-llm "Ignored unknown fields: messages[0].foo"'
