@@ -98,9 +98,13 @@ class Matcher:
         self._matcher.unsafe_compute_mask_ptr(address, num_bytes)
         return self._matcher.get_error() or None
 
-    def consume(self, token_ids: Sequence[int]) -> None:
-        """Advance past tokens that were sampled under this matcher's masks."""
-        self._matcher.consume_tokens(list(token_ids))
+    def consume(self, token_ids: Sequence[int]) -> int:
+        """Advance past tokens up to the first that may not come; return how many that were."""
+        return self._matcher.try_consume_tokens(list(token_ids))
+
+    def rollback(self, num_tokens: int) -> None:
+        """Go back to where it was before the last tokens that it consumed."""
+        self._matcher.rollback(num_tokens)
 
 
 class Grammar:

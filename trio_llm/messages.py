@@ -27,8 +27,12 @@ class GrammarMatcher(Protocol):
         """Write which tokens may come next, a bit per id, little-endian; return why it cannot, or None."""
         ...
 
-    def consume(self, token_ids: Sequence[int], /) -> None:
-        """Advance past tokens of the output."""
+    def consume(self, token_ids: Sequence[int], /) -> int:
+        """Advance past tokens of the output, up to the first that may not come; return how many that were."""
+        ...
+
+    def rollback(self, num_tokens: int, /) -> None:
+        """Go back to where it was before the last `num_tokens` that it consumed."""
         ...
 
 

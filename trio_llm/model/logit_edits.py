@@ -9,7 +9,7 @@ Letters: R rows, V vocabulary, K edited entries.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import attrs
 import numpy as np
@@ -32,13 +32,15 @@ class TokenHistory:
             admission.token_ids[admission.num_prompt_tokens :],
         )
         self.output: list[int] = []
-        self._length = len(prompt)
+        self._num_prompt = len(prompt)
         self._index: dict[int, int] = {}
         self._ids = np.zeros(64, np.int64)
         self._counts = np.zeros(64, np.float32)
         for token_id in prompt:
             self._slot(token_id)
-        self.learn(len(prompt), output)
+        self._num_prompt_ids = len(self._index)
+        for token_id in output:
+            self.append(token_id)
 
     def _slot(self, token_id: int) -> int:
         """Return where the token is counted, making room when it is new."""
@@ -49,13 +51,29 @@ class TokenHistory:
         self._ids[slot] = token_id
         return slot
 
-    def learn(self, start: int, token_ids: Sequence[int]) -> None:
-        """Append what is new among the tokens at `start` onwards."""
-        assert start <= self._length, "a token between was never told"
-        for token_id in token_ids[self._length - start :]:
-            self._counts[self._slot(token_id)] += 1
-            self.output.append(token_id)
-            self._length += 1
+    def append(self, token_id: int) -> None:
+        """Add a token to the output."""
+        self._counts[self._slot(token_id)] += 1
+        self.output.append(token_id)
+
+    def cut(self, length: int) -> None:
+        """Forget the output beyond so many tokens of prompt and output."""
+        while self._num_prompt + len(self.output) > length and self.output:
+            token_id = self.output.pop()
+            slot = self._index[token_id]
+            self._counts[slot] -= 1
+            if not self._counts[slot] and slot >= self._num_prompt_ids:
+                # Tokens that came after its first place are gone already, so its slot is the last one.
+                del self._index[token_id]
+
+    def learn(self, start: int, token_ids: Sequence[int]) -> int:
+        """Let `token_ids` stand at `start` onwards, and nothing after them; return how much of the output stayed."""
+        assert start <= self._num_prompt + len(self.output), "a token between was never told"
+        self.cut(max(start, self._num_prompt))
+        kept = len(self.output)
+        for token_id in token_ids[max(0, self._num_prompt - start) :]:
+            self.append(token_id)
+        return kept
 
     @property
     def ids(self) -> _Ids:
@@ -75,12 +93,18 @@ class GrammarState:
         self._matcher = matcher
         self._num_consumed = 0
 
+    def rewind(self, num_output: int) -> None:
+        """Go back to where it was after so many tokens of output, if it is beyond."""
+        if num_output < self._num_consumed:
+            self._matcher.rollback(self._num_consumed - num_output)
+            self._num_consumed = num_output
+
     def write_mask(self, output: Sequence[int], mask: NDArray[np.int32]) -> None:
         """Write which tokens may follow `output`, a bit each; none where the grammar cannot go on."""
         if len(output) > self._num_consumed:
-            self._matcher.consume(output[self._num_consumed :])
-            self._num_consumed = len(output)
-        if self._matcher.fill(mask.ctypes.data, mask.nbytes) is not None:
+            self._num_consumed += self._matcher.consume(output[self._num_consumed :])
+        # A draft may hold what the grammar forbids. It is turned down one place earlier, whatever is said after it.
+        if self._num_consumed < len(output) or self._matcher.fill(mask.ctypes.data, mask.nbytes) is not None:
             mask.fill(0)
 
 
@@ -127,6 +151,22 @@ class RowEdits:
             history=TokenHistory(admission) if looks_back else None,
             grammar=None if grammar is None else GrammarState(grammar.matcher()),
         )
+
+    def learn(self, start: int, token_ids: Sequence[int]) -> None:
+        """Let `token_ids` stand at `start` onwards, and nothing after them. Telling twice changes nothing."""
+        if self.history is not None:
+            kept = self.history.learn(start, token_ids)
+            if self.grammar is not None:
+                self.grammar.rewind(kept)
+
+    def suppose(self, token_id: int) -> None:
+        """Go on as if this were the next token."""
+        if self.history is not None:
+            self.history.append(token_id)
+
+    def take_back(self, position: int) -> None:
+        """Forget what was supposed at `position` and after it."""
+        self.learn(position, ())
 
     @property
     def penalised(self) -> bool:
@@ -188,37 +228,53 @@ class LogitEdits:
             flat[self.seen] = seen - frequency * counts - presence * (counts > 0)
 
 
-def _concatenate(parts: Iterable[_Ids]) -> _Ids:
-    return np.concatenate([_NO_IDS, *parts])
+class EditCollector:
+    """Lays the edits of a step's rows end to end, each as it stands when it is added."""
 
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._allowed: list[tuple[int, _Ids]] = []
+        self._bound: list[int] = []
+        self._grammar_masks: list[NDArray[np.int32]] = []
+        self._masked: list[_Ids] = []
+        self._biased: list[_Ids] = []
+        self._bias: list[NDArray[np.float32]] = []
+        self._seen: list[_Ids] = []
+        self._penalties: list[NDArray[np.float32]] = []
 
-def collect_edits(asked: Sequence[tuple[int, RowEdits, int]], vocab_size: int, device: torch.device) -> LogitEdits:
-    """Lay the edits of some rows end to end.
+    def add(self, row: int, edits: RowEdits, position: int) -> None:
+        """Add what is done to row `row` of the logits, from which the token at `position` is sampled."""
+        first = row * self._vocab_size
+        if edits.allowed is not None:
+            self._allowed.append((row, edits.allowed))
+        self._masked.append(first + edits.masked(position))
+        self._biased.append(first + edits.bias_ids)
+        self._bias.append(edits.bias)
+        history = edits.history
+        if history is None:
+            return
+        if edits.grammar is not None:
+            mask = np.zeros((self._vocab_size + 31) // 32, np.int32)
+            edits.grammar.write_mask(history.output, mask)
+            self._bound.append(row)
+            self._grammar_masks.append(mask)
+        if edits.penalised:
+            factors = np.array([edits.repetition, edits.presence, edits.frequency], np.float32)
+            self._seen.append(first + history.ids)
+            self._penalties.append(np.stack([history.counts, *np.broadcast_to(factors, (len(history.ids), 3)).T]))
 
-    Args:
-        asked: (row of the logits, its edits, position of the token to be sampled).
-    """
+    def finish(self, device: torch.device) -> LogitEdits:
+        def to_device(array: NDArray[np.generic]) -> Tensor:
+            return torch.from_numpy(array).to(device, non_blocking=True)
 
-    def to_device(array: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
-
-    bound = [(row, edits.grammar, edits.history) for row, edits, _ in asked if edits.grammar and edits.history]
-    masks = np.zeros((len(bound), (vocab_size + 31) // 32), np.int32)
-    for (_, grammar, history), mask in zip(bound, masks, strict=True):
-        grammar.write_mask(history.output, mask)
-    penalised = [(row, edits, edits.history) for row, edits, _ in asked if edits.penalised and edits.history]
-    penalties = [
-        np.stack([history.counts, *np.broadcast_to(factors, (len(history.ids), 3)).T])
-        for _, edits, history in penalised
-        for factors in [np.array([edits.repetition, edits.presence, edits.frequency], np.float32)]
-    ]
-    return LogitEdits(
-        allowed=tuple((row, to_device(edits.allowed)) for row, edits, _ in asked if edits.allowed is not None),
-        bound=to_device(np.array([row for row, _, _ in bound], np.int64)),
-        grammar_masks=to_device(masks),
-        masked=to_device(_concatenate(row * vocab_size + edits.masked(position) for row, edits, position in asked)),
-        biased=to_device(_concatenate(row * vocab_size + edits.bias_ids for row, edits, _ in asked)),
-        bias=to_device(np.concatenate([edits.bias for _, edits, _ in asked])),
-        seen=to_device(_concatenate(row * vocab_size + history.ids for row, _, history in penalised)),
-        penalties=to_device(np.concatenate([np.zeros((4, 0), np.float32), *penalties], axis=1)),
-    )
+        no_mask = np.zeros((0, (self._vocab_size + 31) // 32), np.int32)
+        return LogitEdits(
+            allowed=tuple((row, to_device(ids)) for row, ids in self._allowed),
+            bound=to_device(np.array(self._bound, np.int64)),
+            grammar_masks=to_device(np.stack(self._grammar_masks) if self._grammar_masks else no_mask),
+            masked=to_device(np.concatenate([_NO_IDS, *self._masked])),
+            biased=to_device(np.concatenate([_NO_IDS, *self._biased])),
+            bias=to_device(np.concatenate([np.zeros(0, np.float32), *self._bias])),
+            seen=to_device(np.concatenate([_NO_IDS, *self._seen])),
+            penalties=to_device(np.concatenate([np.zeros((4, 0), np.float32), *self._penalties], axis=1)),
+        )

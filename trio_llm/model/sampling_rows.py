@@ -21,7 +21,7 @@ from torch import Tensor
 
 from trio_llm.messages import Admission, SamplingParams
 from trio_llm.model.counter_rng import row_keys
-from trio_llm.model.logit_edits import LogitEdits, RowEdits, TokenHistory, collect_edits
+from trio_llm.model.logit_edits import EditCollector, LogitEdits, RowEdits
 
 # What a row needs beyond argmax.
 RANDOM, FILTERED, EDITED, LOGPROBS = 1, 2, 4, 8
@@ -67,7 +67,7 @@ class SamplingRows:
         self._seeds = np.zeros(num_rows, np.uint64)
         self._num_logprobs = np.zeros(num_rows, np.int32)
         self._edits: dict[int, RowEdits] = {}
-        self._histories: dict[int, TokenHistory] = {}
+        self._looking_back: set[int] = set()
 
     def admit(self, row: int, admission: Admission, params: SamplingParams) -> None:
         """Fill a row. Admitting the same sequence again starts it afresh."""
@@ -88,38 +88,69 @@ class SamplingRows:
             flags |= EDITED
             self._edits[row] = edits
             if edits.history is not None:
-                self._histories[row] = edits.history
+                self._looking_back.add(row)
         self._flags[row] = flags
 
     def forget(self, row: int) -> None:
         self._edits.pop(row, None)
-        self._histories.pop(row, None)
+        self._looking_back.discard(row)
         self._flags[row] = 0
 
     @property
     def history_rows(self) -> AbstractSet[int]:
-        """Rows that must be told of their output tokens, because penalties or bad words look back at them."""
-        return self._histories.keys()
+        """Rows that must be told of their output: penalties, bad words or a grammar look back at it."""
+        return self._looking_back
 
     def learn(self, row: int, start: int, token_ids: Sequence[int]) -> None:
-        """Tell a row of `history_rows` that `token_ids` stand at `start` onwards. Telling twice changes nothing."""
-        self._histories[row].learn(start, token_ids)
+        """Tell a row of `history_rows` that `token_ids` stand at `start` onwards, and nothing after them."""
+        self._edits[row].learn(start, token_ids)
 
-    def select(self, rows: NDArray[np.intp], positions: NDArray[np.int64]) -> SamplingBatch:
-        """Gather what sampling needs.
+    def select(
+        self, rows: NDArray[np.intp], positions: NDArray[np.int64], drafts: Sequence[Sequence[int]] | None = None
+    ) -> SamplingBatch:
+        """Gather what sampling needs, for one row of logits per sequence and one more after each of its drafts.
 
         Args:
             rows: [R].
-            positions: [R], the position in its sequence of the token about to be sampled.
+            positions: [R], the position in its sequence of the token about to be sampled, or of the first draft.
+            drafts: R times, the tokens that are supposed to stand at `positions` onwards; None for none at all.
         """
-        flags = self._flags[rows]
+        first = np.arange(len(rows))
+        if drafts is not None:
+            counts = np.array([len(draft) + 1 for draft in drafts])
+            first = counts.cumsum() - counts
+            depths = np.arange(counts.sum()) - np.repeat(first, counts)
+            all_rows, all_positions = np.repeat(rows, counts), np.repeat(positions, counts) + depths
+        else:
+            all_rows, all_positions = rows, positions
+        flags = self._flags[all_rows]
         union = int(np.bitwise_or.reduce(flags, initial=0))
         params = keys = edits = None
         if union & RANDOM:
-            params = torch.from_numpy(self._params[rows]).to(self.device, non_blocking=True)
-            packed = row_keys(self._seeds[rows], positions)
+            params = torch.from_numpy(self._params[all_rows]).to(self.device, non_blocking=True)
+            packed = row_keys(self._seeds[all_rows], all_positions)
             keys = torch.from_numpy(packed).to(self.device, non_blocking=True)
         if union & EDITED:
-            asked = [(int(i), self._edits[int(rows[i])], int(positions[i])) for i in np.flatnonzero(flags & EDITED)]
-            edits = collect_edits(asked, self.vocab_size, self.device)
-        return SamplingBatch(flags, union, params, keys, edits, self._num_logprobs[rows])
+            edits = self._edits_of(rows, positions, first, drafts or ((),) * len(rows))
+        return SamplingBatch(flags, union, params, keys, edits, self._num_logprobs[all_rows])
+
+    def _edits_of(
+        self,
+        rows: NDArray[np.intp],
+        positions: NDArray[np.int64],
+        first: NDArray[np.intp],
+        drafts: Sequence[Sequence[int]],
+    ) -> LogitEdits:
+        """Collect the edits of all logits, those of each sequence from `first` on; a draft sees the ones before it."""
+        collector = EditCollector(self.vocab_size)
+        for row, position, at, draft in zip(rows.tolist(), positions.tolist(), first.tolist(), drafts, strict=True):
+            edits = self._edits.get(row)
+            if edits is None:
+                continue
+            collector.add(at, edits, position)
+            for depth, token_id in enumerate(draft, start=1):
+                edits.suppose(token_id)
+                collector.add(at + depth, edits, position + depth)
+            if draft:
+                edits.take_back(position)
+        return collector.finish(self.device)
