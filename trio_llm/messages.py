@@ -268,6 +268,11 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
+# Operation, what it ran on (cuda: a kernel of this project, cublas, reference), why not a kernel ("" where one did),
+# and how often. Few different ones: they depend on the model, not on requests.
+KernelCall = tuple[str, str, str, int]
+
+
 @attrs.frozen
 class StepResult:
     """What a step produced. Columns are aligned with the plan's rows.
@@ -280,6 +285,7 @@ class StepResult:
         failed: request_id -> why this row alone failed (for example logits that are not finite).
         seconds: Time in the model and the sampler, measured by the runner.
         expert_tokens: Tokens that each expert was given, added up over the layers; None for a model without experts.
+        kernel_calls: What operations ran on since the result before; None where nothing is counted (on a CPU).
     """
 
     step: int
@@ -290,6 +296,7 @@ class StepResult:
     failed: Mapping[int, str] = attrs.field(factory=dict[int, str])
     seconds: float = 0.0
     expert_tokens: tuple[int, ...] | None = None
+    kernel_calls: tuple[KernelCall, ...] | None = None
 
 
 # --- scheduler -> client -----------------------------------------------------------------------------------------
@@ -366,7 +373,7 @@ class StepStats:
         num_prefill_tokens: Tokens computed in rows that were not decodes; after a preemption some for the second time.
         num_generated_tokens: Tokens that were sampled and kept.
         num_running, num_waiting: Sequences after the step.
-        expert_tokens: As in StepResult.
+        expert_tokens, kernel_calls: As in StepResult.
         num_held: Of those waiting, how many wait for another sample of their prompt to compute it.
     """
 
@@ -382,6 +389,7 @@ class StepStats:
     blocks: BlockStats
     expert_tokens: tuple[int, ...] | None = None
     num_held: int = 0
+    kernel_calls: tuple[KernelCall, ...] | None = None
 
 
 @attrs.frozen

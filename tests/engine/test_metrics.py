@@ -154,6 +154,32 @@ async def test_expert_load_is_exported_per_expert() -> None:
     assert tokens == [20, 20, 0, None]
 
 
+class GpuStub(StubRunner):
+    """Runs one operation on a kernel twice a step, and on the reference while a prompt is computed."""
+
+    def step(self, plan: StepPlan) -> StepResult:
+        slow = (("linear", "reference", "24 inputs", 1),) if max(plan.counts) > 1 else ()
+        return attrs.evolve(super().step(plan), kernel_calls=(("linear", "cuda", "", 2), *slow))
+
+
+async def test_what_operations_ran_on_is_exported() -> None:
+    """Calls add up by operation, implementation and reason, those of a step's retried halves included."""
+    runner = GpuStub(hook=lambda plan: 1 / 0 if 50 in plan.token_ids else None)
+    async with open_stub(runner, enable_prefix_caching=False) as engine:
+        bad = engine.open_stream([50, 50], SamplingParams(temperature=0))
+        await finish(engine, range(10), SamplingParams(temperature=0, max_tokens=4))
+        with pytest.raises(RequestFailedError):
+            await bad.collect()
+        await engine.render_metrics()
+        calls = {
+            labels: engine.registry.get_sample_value(
+                "trio_llm:kernel_dispatch_total", {**LABELS, **dict(zip(("op", "impl", "reason"), labels, strict=True))}
+            )
+            for labels in (("linear", "cuda", ""), ("linear", "reference", "24 inputs"))
+        }
+    assert list(calls.values()) == [8, 1]
+
+
 async def test_bytes_are_exported_per_group() -> None:
     """Each KV group's gauge is the bytes of the blocks that sequences own in it, and back at 0 afterwards."""
     seen: list[tuple[float | None, ...]] = []

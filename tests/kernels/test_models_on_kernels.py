@@ -16,8 +16,11 @@ from tests.model import families
 from tests.model.golden import make_golden
 from tests.model.paged import Paged, load
 from tests.model.test_reduced_precision import errors
+from trio_llm.config import EngineConfig
 from trio_llm.errors import ConfigError, UnsupportedError
-from trio_llm.model import ops, ops_torch
+from trio_llm.model import dispatch, ops, ops_torch
+from trio_llm.model.dispatch import Dispatch, dispatching
+from trio_llm.model.load import load_runner
 
 SHAPE = {"head_dim": 64, "hidden_size": 64, "num_hidden_layers": 2}
 MODELS: dict[str, Any] = {
@@ -37,17 +40,18 @@ CASES = [
 
 
 @pytest.fixture
-def on_kernels(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
-    """Treat CPU tensors as a GPU's, and simulate the GPU."""
-    monkeypatch.setattr(ops, "_on_gpu", lambda x: True)
-    monkeypatch.setattr(ops, "dispatched", type(ops.dispatched)())
-    with using(SimulatedLauncher()):
-        yield
+def on_kernels(monkeypatch: pytest.MonkeyPatch) -> Generator[Dispatch]:
+    """Treat CPU tensors as a GPU's, simulate the GPU, and tell what ran where."""
+    monkeypatch.setattr(dispatch, "_on_gpu", lambda x: x.is_cpu)
+    monkeypatch.setattr(dispatch, "_said", set())
+    counting = Dispatch()
+    with using(SimulatedLauncher()), dispatching(counting):
+        yield counting
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES, ids=str)
 def test_models_match_transformers(
-    name: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_kernels: None
+    name: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_kernels: Dispatch
 ) -> None:
     """Ragged chunks and decodes give the oracle's logits within what bfloat16 costs, and nothing fell back."""
     monkeypatch.setitem(families.FAMILIES, "on-kernels", MODELS[name])
@@ -64,15 +68,15 @@ def test_models_match_transformers(
         assert kl < 0.03
     else:
         assert rms < 0.12 and kl < 0.006
-    fell_back = {op: reason for op, implementation, reason in ops.dispatched if implementation == "reference"}
-    assert fell_back.keys() <= {"linear", "gated_linear"} and all("rows" in reason for reason in fell_back.values())
-    used = {op for op, implementation, _ in ops.dispatched if implementation == "cuda"}
+    assert {implementation for _, implementation, _ in on_kernels.calls} == {"cuda", "cublas"}
+    used = {op for op, implementation, _ in on_kernels.calls if implementation == "cuda"}
     own = {"gemma4": {"rms_norm", "gated_linear"}, "mixtral": {"route", "moe", "add_rms_norm"}}
     assert used >= {"linear", "write_kv", "paged_attention"} | own.get(name, {"gated_linear", "add_rms_norm"})
+    assert ("quantize_rows" in used) == ("quantization" in settings)
 
 
-def test_a_fallback_is_said_once_and_counted(on_kernels: None, caplog: pytest.LogCaptureFixture) -> None:
-    """What no kernel takes runs on the reference; the log says so once, the counter every time."""
+def test_a_fallback_is_said_once_and_counted(on_kernels: Dispatch, caplog: pytest.LogCaptureFixture) -> None:
+    """What no kernel takes runs on the reference; the log says so once, the counter every time until it is read."""
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             out = ops.act_and_mul(torch.ones(1, 32), "silu")
@@ -80,27 +84,46 @@ def test_a_fallback_is_said_once_and_counted(on_kernels: None, caplog: pytest.Lo
     assert [r.message for r in caplog.records] == [
         "no kernel does act_and_mul with dtype torch.float32: the torch reference runs"
     ]
-    assert ops.dispatched == {("act_and_mul", "reference", "dtype torch.float32"): 3}
+    assert on_kernels.take() == (("act_and_mul", "reference", "dtype torch.float32", 3),)
+    assert on_kernels.take() is None
 
 
-def test_modes(on_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`reference` uses no kernel, `cuda` refuses what none takes, and another word is refused by name."""
+def test_a_replay_counts_what_was_captured(on_kernels: Dispatch) -> None:
+    """Calls made under another dispatch count there alone, and once more with every replay."""
+    captured = Dispatch()
+    with dispatching(captured):
+        ops.rms_norm(torch.ones(1, 32, dtype=torch.bfloat16), None, 1e-6)
+    assert on_kernels.take() is None
+    for _ in range(3):
+        on_kernels.add(captured)
+    assert on_kernels.take() == (("rms_norm", "cuda", "", 3),)
+
+
+def test_modes(on_kernels: Dispatch) -> None:
+    """`reference` uses no kernel; `cuda` refuses what would fall back, and takes cuBLAS for many rows."""
     x = torch.ones(1, 32, dtype=torch.bfloat16)
-    monkeypatch.setenv("TRIO_LLM_KERNELS", "reference")
-    ops.rms_norm(x, None, 1e-6)
-    assert ops.dispatched == {}
-    monkeypatch.setenv("TRIO_LLM_KERNELS", "cuda")
-    ops.rms_norm(x, None, 1e-6)
-    assert ops.dispatched == {("rms_norm", "cuda", ""): 1}
-    with pytest.raises(UnsupportedError, match=r"act_and_mul with dtype torch\.float32"):
-        ops.act_and_mul(x.float(), "silu")
+    with dispatching(Dispatch("reference")) as reference:
+        ops.rms_norm(x, None, 1e-6)
+    assert reference.calls == {}
+    with dispatching(Dispatch("cuda")) as strict:
+        ops.rms_norm(x, None, 1e-6)
+        ops.linear(x.expand(20, -1), ops.Dense(x))
+        with pytest.raises(UnsupportedError, match=r"act_and_mul with dtype torch\.float32"):
+            ops.act_and_mul(x.float(), "silu")
+    assert strict.calls == {("rms_norm", "cuda", ""): 1, ("linear", "cublas", "many rows"): 1}
+
+
+def test_another_mode_is_refused_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A word that is none of the modes is one line that names the variable and what it may be."""
+    monkeypatch.delenv("TRIO_LLM_KERNELS", raising=False)
+    assert Dispatch.from_environment().mode == "auto"
     monkeypatch.setenv("TRIO_LLM_KERNELS", "gpu")
     with pytest.raises(ConfigError, match="TRIO_LLM_KERNELS = 'gpu': one of auto, cuda, reference"):
-        ops.rms_norm(x, None, 1e-6)
+        load_runner(EngineConfig(model="nowhere"))
 
 
-def test_a_cpu_needs_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_needs_no_kernels() -> None:
     """On a CPU the reference runs, and nothing is counted."""
-    monkeypatch.setattr(ops, "dispatched", type(ops.dispatched)())
-    ops.rms_norm(torch.ones(1, 32, dtype=torch.bfloat16), None, 1e-6)
-    assert ops.dispatched == {}
+    with dispatching(Dispatch()) as counting:
+        ops.rms_norm(torch.ones(1, 32, dtype=torch.bfloat16), None, 1e-6)
+    assert counting.calls == {}

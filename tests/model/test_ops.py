@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from trio_llm.model import ops, ops_torch
-from trio_llm.model.weights import quantize_rows
+from trio_llm.model.ops_torch import quantize_rows
 
 
 @pytest.fixture(autouse=True)

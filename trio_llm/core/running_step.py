@@ -67,4 +67,5 @@ class RunningStep:
             self.grant.stats,
             result.expert_tokens,
             queues.num_held,
+            result.kernel_calls,
         )

@@ -155,6 +155,12 @@ class Metrics:
             registry=self.registry,
         )
         self._by_expert: list[Counter] = []  # as many as the model has; the first step tells
+        self._kernel_calls = Counter(
+            "trio_llm:kernel_dispatch",
+            "Operations on a GPU by what ran them: cuda (own kernels), cublas, or reference (slow) and why.",
+            [*self._labels, "op", "impl", "reason"],
+            registry=self.registry,
+        )
         used = self._gauges("trio_llm:kv_cache_used_bytes", "Bytes of KV blocks that sequences own.", "group")
         self._used_bytes = [used(str(group)) for group in range(num_groups)]
 
@@ -195,6 +201,8 @@ class Metrics:
         self._model_s.observe(stats.seconds)
         if stats.expert_tokens is not None:
             self._record_experts(stats.expert_tokens)
+        for op, impl, reason, calls in stats.kernel_calls or ():
+            self._kernel_calls.labels(**self._labels, op=op, impl=impl, reason=reason).inc(calls)
         if report.own_s is not None:
             self._own_s.observe(report.own_s)
         for seconds in report.first_token_s:

@@ -81,6 +81,7 @@ def _joined(plan: StepPlan, parts: Sequence[StepResult]) -> StepResult:
         failed=_merged(part.failed for part in parts) or {},
         seconds=sum(part.seconds for part in parts),
         expert_tokens=_summed(part.expert_tokens for part in parts),
+        kernel_calls=tuple(call for part in parts for call in part.kernel_calls or ()) or None,
     )
 
 

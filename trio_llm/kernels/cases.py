@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cuda_kernels import act, gemv, kv_write, moe, norm, quant, sample
 from trio_llm.kernels.attention import Attention
-from trio_llm.model import counter_rng, ops_torch, weights
+from trio_llm.model import counter_rng, ops_torch
 
 EPS = 1e-6
 # Largest error allowed, as a part of the largest value: twice the rounding of the stored type, and room for sums.
@@ -99,7 +99,7 @@ def _elementwise(device: torch.device, dtype: torch.dtype, scale: int) -> Iterat
         return q, scales
 
     yield Check("quant.cu", f"quantize_rows {dtype}", lambda: quantised(quant.quantize_rows),
-                lambda: quantised(weights.quantize_rows))  # fmt: skip
+                lambda: quantised(ops_torch.quantize_rows))  # fmt: skip
 
 
 def _linear(device: torch.device, dtype: torch.dtype, scale: int) -> Iterator[Check]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import attrs
 from torch import Tensor
 
-from trio_llm.messages import StepPlan, StepResult, TokenLogprobs
+from trio_llm.messages import KernelCall, StepPlan, StepResult, TokenLogprobs
 from trio_llm.model.device import Mark
 from trio_llm.model.sampler import FAILURES, Sampled
 
@@ -23,6 +23,7 @@ class Launched:
         sampled: Of the rows that stand at `sampled_at` in the batch, R of them; None if none sampled.
         experts: Tokens that each expert was given; None without experts.
         failed: Rows that failed when the step was launched.
+        calls: What its operations ran on.
     """
 
     plan: StepPlan
@@ -32,6 +33,7 @@ class Launched:
     prompt_logprobs: dict[int, tuple[TokenLogprobs | None, ...]] | None
     embeddings: dict[int, tuple[float, ...]] | None
     failed: dict[int, str]
+    calls: tuple[KernelCall, ...] | None
     began: Mark
     done: Mark
 
@@ -48,6 +50,7 @@ class Launched:
             failed,
             self.done.seconds_since(self.began),
             None if self.experts is None else tuple(self.experts.tolist()),
+            self.calls,
         )
 
     def _token_ids(self, failed: dict[int, str]) -> tuple[tuple[int, ...], ...]:

@@ -16,6 +16,7 @@ from trio_llm.config import EngineConfig
 from trio_llm.errors import ConfigError, UnsupportedError
 from trio_llm.messages import ModelInfo, Progress
 from trio_llm.model.device import Cpu
+from trio_llm.model.dispatch import Dispatch, dispatching
 from trio_llm.model.loader import ModelPlan, inspect_model, load_model
 from trio_llm.model.memory import available_bytes, control_groups, make_budget
 from trio_llm.model.runner import Runner
@@ -39,8 +40,9 @@ def load_runner(config: EngineConfig, report: Callable[[Progress], None] | None 
     Raises:
         CheckpointError: The model's files are damaged or do not fit together.
         UnsupportedError: Something that is not built yet, by name.
-        ConfigError: Settings that do not fit the model or the machine.
+        ConfigError: Settings that do not fit the model or the machine; a TRIO_LLM_KERNELS that is no mode.
     """
+    dispatch = Dispatch.from_environment()
     device = _device(config)
     plan = inspect_model(config)
     info = _info(plan, config)
@@ -49,9 +51,11 @@ def load_runner(config: EngineConfig, report: Callable[[Progress], None] | None 
     _limit_threads(plan.weight_bytes)
     for tower, count in plan.skipped.items():
         _log.info("%s: left out %d tensors of %s: only the language model is served", plan.directory.name, count, tower)
-    loaded = load_model(config, plan.dtype, device.torch_device, report)
+    with dispatching(dispatch):
+        loaded = load_model(config, plan.dtype, device.torch_device, report)
     _return_freed_memory()
-    return Runner(loaded.model, loaded.kv_layout, info, budget, max_batch_size=config.max_batch_size, device=device)
+    size = config.max_batch_size
+    return Runner(loaded.model, loaded.kv_layout, info, budget, max_batch_size=size, device=device, dispatch=dispatch)
 
 
 def _device(config: EngineConfig) -> Cpu:

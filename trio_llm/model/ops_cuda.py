@@ -4,26 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from cuda_kernels import act, gemv, kv_write, norm, paged_attn
+from cuda_kernels import act, gemv, kv_write, norm, paged_attn, quant
 from cuda_kernels import moe as experts_on_gpu
+from trio_llm.model import ops, ops_torch
 from trio_llm.model.attention import AttentionBatch
 from trio_llm.model.kv_cache import AttentionSpec, LayerKV
 from trio_llm.model.ops_torch import Activation, Dense, Experts, Int8, Matrix, rope_angles
 from trio_llm.model.rope import Rope
 
+# The reason of a call that this module takes, but not to a kernel of ours.
+FOR_CUBLAS = "many rows"
+_WIDENED_ELEMENTS = 64 * 2**20  # weights widened at a time: 128 MiB (guessed)
+
 
 def linear(x: Tensor, matrix: Matrix) -> Tensor:
     """See `ops_torch.linear`."""
+    if len(x) > gemv.MAX_ROWS:
+        return ops_torch.linear(x, matrix) if isinstance(matrix, Dense) else _widened_linear(x, matrix)
     scale = matrix.scale if isinstance(matrix, Int8) else None
     return gemv.linear(x, matrix.weight, scale=scale, bias=matrix.bias)
 
 
 def gated_linear(x: Tensor, gate_up: Matrix, kind: Activation) -> Tensor:
     """See `ops.gated_linear`."""
+    if len(x) > gemv.MAX_ROWS:
+        return ops.act_and_mul(ops.linear(x, gate_up), kind)
     scale = gate_up.scale if isinstance(gate_up, Int8) else None
     return gemv.linear(x, gate_up.weight, scale=scale, bias=gate_up.bias, activation=kind)
+
+
+def _widened_linear(x: Tensor, matrix: Int8) -> Tensor:
+    """Multiply by cuBLAS, the weights widened a part at a time; the scales come after, as sums are wider."""
+    rows = max(1, _WIDENED_ELEMENTS // x.shape[1])
+    parts = zip(matrix.weight.split(rows), matrix.scale.split(rows), strict=True)
+    out = [F.linear(x, weight.to(x.dtype)).mul_(scale) for weight, scale in parts]
+    joined = out[0] if len(out) == 1 else torch.cat(out, dim=-1)
+    return joined if matrix.bias is None else joined.add_(matrix.bias)
 
 
 rms_norm = norm.rms_norm
@@ -61,6 +81,7 @@ def paged_attention(q: Tensor, batch: AttentionBatch, kv: LayerKV, spec: Attenti
 
 
 route = experts_on_gpu.route
+quantize_rows = quant.quantize_rows
 
 
 def moe(x: Tensor, weights: Tensor, ids: Tensor, experts: Experts, kind: Activation) -> Tensor:
@@ -72,9 +93,9 @@ def _block_size(batch: AttentionBatch, kv: LayerKV) -> int:
     return batch.layout.groups[kv.group].block_size
 
 
-def _gemv(x: Tensor, matrix: Matrix) -> str | None:
-    if isinstance(matrix, Dense) and len(x) > gemv.MAX_ROWS:
-        return "many rows (cuBLAS is faster)"
+def _linear(x: Tensor, matrix: Matrix) -> str | None:
+    if len(x) > gemv.MAX_ROWS:
+        return FOR_CUBLAS
     return gemv.supports(x, matrix.weight)
 
 
@@ -84,8 +105,8 @@ def _moe(x: Tensor, experts: Experts) -> str | None:
 
 # Operation -> why these arguments are not for its kernel; None where they are.
 WHY_NOT: Mapping[str, Callable[..., str | None]] = {
-    "linear": _gemv,
-    "gated_linear": _gemv,
+    "linear": _linear,
+    "gated_linear": _linear,
     "rms_norm": norm.supports,
     "add_rms_norm": norm.supports,
     "act_and_mul": act.supports,
@@ -93,4 +114,5 @@ WHY_NOT: Mapping[str, Callable[..., str | None]] = {
     "paged_attention": lambda q, batch, kv: paged_attn.supports(q, kv.k, _block_size(batch, kv)),
     "route": experts_on_gpu.supports_route,
     "moe": _moe,
+    "quantize_rows": quant.supports,
 }

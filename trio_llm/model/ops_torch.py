@@ -20,6 +20,7 @@ from trio_llm.model.rope import Rope
 Activation = Literal["silu", "gelu_tanh"]
 INT8_MAX = 127
 INT8_KERNEL_MULTIPLE = 32
+QUANTIZE_ELEMENTS = 16 * 1024 * 1024  # quantised at a time: 64 MiB of float32 (guessed)
 EXPAND_ELEMENTS = 4 * 1024 * 1024  # weights expanded at a time: 16 MiB of float32 (guessed)
 # From so many rows on expanding weights costs less than it saves. Measured with 6144 x 1024 on a core without bfloat16
 # arithmetic, in ms, as they are or expanded: 16 rows 10 or 12, 32 rows 18 or 14; int8 32 rows 10 or 14, 128 51 or 25.
@@ -87,6 +88,19 @@ def _expanded_linear(x: Tensor, weight: Tensor) -> Tensor:
     x = x.to(_gemm_dtype(x.dtype) if x.device.type == "cpu" else x.dtype)
     rows = max(1, EXPAND_ELEMENTS // weight.shape[1])
     return torch.cat([F.linear(x, part.to(x.dtype)) for part in weight.split(rows)], dim=-1)
+
+
+def quantize_rows(dense: Tensor, weight: Tensor, scale: Tensor) -> None:
+    """Write dense [N, K] into weight [N, K] int8 and scale [N].
+
+    The scale is rounded to its own dtype first: rounding it later would bend a whole channel by up to
+    0.4 % in bfloat16.
+    """
+    rows = max(1, QUANTIZE_ELEMENTS // dense.shape[1])
+    for source, target, factor in zip(dense.split(rows), weight.split(rows), scale.split(rows), strict=True):
+        values = source.float()
+        factor.copy_((values.abs().amax(1) / INT8_MAX).clamp_min(torch.finfo(scale.dtype).tiny))
+        target.copy_((values / factor.float()[:, None]).round().clamp(-INT8_MAX, INT8_MAX))
 
 
 @cache

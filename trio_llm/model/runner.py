@@ -20,6 +20,7 @@ from torch import Tensor
 
 from trio_llm.messages import UNKNOWN, Admission, ModelInfo, PoolingParams, StepPlan, StepResult, TokenLogprobs
 from trio_llm.model.device import Cpu
+from trio_llm.model.dispatch import Dispatch, dispatching
 from trio_llm.model.input_batch import Input, InputRows
 from trio_llm.model.kv_cache import KVCache, KVLayout
 from trio_llm.model.launched import Launched
@@ -49,9 +50,10 @@ class Runner:
         *,
         max_batch_size: int,
         device: Cpu,
+        dispatch: Dispatch,
     ) -> None:
         self.info, self.budget = info, budget
-        self._model, self._device = model, device
+        self._model, self._device, self._dispatch = model, device, dispatch
         where = device.torch_device
         self._kv = KVCache(layout, info.num_kv_blocks, where)
         self._rows = InputRows(max_batch_size, layout, where)
@@ -72,6 +74,10 @@ class Runner:
 
         That function queues nothing and may be called on any thread.
         """
+        with dispatching(self._dispatch):
+            return self._launch(plan).collect
+
+    def _launch(self, plan: StepPlan) -> Launched:
         self._apply(plan)
         batch = self._rows.prepare(plan)
         began = self._device.mark()
@@ -87,9 +93,10 @@ class Runner:
         done = self._device.mark()
         if sampled is not None:
             self._recent.tell(batch.rows[at], sampled.token_ids, done)
+        calls = self._dispatch.take()
         return Launched(
-            plan, at.tolist(), sampled, experts, prompt_logprobs, embeddings, failed, began=began, done=done
-        ).collect
+            plan, at.tolist(), sampled, experts, prompt_logprobs, embeddings, failed, calls, began=began, done=done
+        )
 
     def _apply(self, plan: StepPlan) -> None:
         self._recent.begin(plan.step)

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from trio_llm.errors import CheckpointError
+from trio_llm.model import ops
 from trio_llm.model.ops import Dense, Int8, Matrix
 
-INT8_MAX = 127
-QUANTIZE_ELEMENTS = 16 * 1024 * 1024  # quantised at a time: 64 MiB of float32 (guessed)
 DUMMY_STD = 0.02  # Hugging Face's initializer_range
 
 
@@ -130,7 +129,7 @@ class Weights:
         dense = torch.empty(shape[1:], dtype=self.dtype, device=self.device)
         for i in range(count):
             fill(dense, i)
-            quantize_rows(dense, weight[i], scale[i])
+            ops.quantize_rows(dense, weight[i], scale[i])
         return Int8(self._keep(weight), self._keep(scale))
 
     def _fill(self, out: Tensor, name: str) -> None:
@@ -151,19 +150,6 @@ class Weights:
     def _keep(self, tensor: Tensor) -> Tensor:
         self.tally.nbytes += tensor.nbytes
         return tensor
-
-
-def quantize_rows(dense: Tensor, weight: Tensor, scale: Tensor) -> None:
-    """Write dense [N, K] into weight [N, K] int8 and scale [N].
-
-    The scale is rounded to its own dtype first: rounding it later would bend a whole channel by up to
-    0.4 % in bfloat16.
-    """
-    rows = max(1, QUANTIZE_ELEMENTS // dense.shape[1])
-    for source, target, factor in zip(dense.split(rows), weight.split(rows), scale.split(rows), strict=True):
-        values = source.float()
-        factor.copy_((values.abs().amax(1) / INT8_MAX).clamp_min(torch.finfo(scale.dtype).tiny))
-        target.copy_((values / factor.float()[:, None]).round().clamp(-INT8_MAX, INT8_MAX))
 
 
 class RandomSource:
