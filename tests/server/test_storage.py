@@ -59,6 +59,12 @@ def put(files: FileStore, data: bytes = b"hello\n", **kwargs) -> str:
         return writer.commit().id
 
 
+def contents(files: FileStore, file_id: str) -> bytes:
+    """Read a file back."""
+    with files.open(file_id) as file:
+        return file.read()
+
+
 def new_batch(batches: BatchStore, input_file_id: str, **kwargs) -> str:
     """Accept a batch and return its id."""
     return batches.create(
@@ -86,7 +92,7 @@ def test_a_file_reads_back_what_was_written(files: FileStore) -> None:
     file_id = put(files, b"x" * 3_000_000)
     stored = files.get(file_id)
     assert stored is not None and stored.bytes == 3_000_000 and stored.purpose == "batch"
-    assert b"".join(files.read_chunks(file_id)) == b"x" * 3_000_000
+    assert contents(files, file_id) == b"x" * 3_000_000
     assert stored.to_openai()["object"] == "file" and "owner" not in stored.to_openai()
 
 
@@ -207,8 +213,8 @@ def test_a_batch_from_first_line_to_output_file(files: FileStore, batches: Batch
     assert batch["request_counts"] == {"total": 4, "completed": 3, "failed": 1}
     assert batch["usage"]["input_tokens"] == 6 and batch["usage"]["output_tokens"] == 2
     assert batch["usage"]["input_tokens_details"] == {"cached_tokens": 1}
-    assert b"".join(files.read_chunks(batch["output_file_id"])) == b'{"n":0}\n{"n":2}\n{"n":3}\n'
-    assert b"".join(files.read_chunks(batch["error_file_id"])) == b'{"n":1}\n'
+    assert contents(files, batch["output_file_id"]) == b'{"n":0}\n{"n":2}\n{"n":3}\n'
+    assert contents(files, batch["error_file_id"]) == b'{"n":1}\n'
 
 
 def test_the_first_answer_to_a_line_stands(batches: BatchStore, files: FileStore) -> None:
@@ -220,7 +226,7 @@ def test_the_first_answer_to_a_line_stands(batches: BatchStore, files: FileStore
     batches.finish(batch_id, "completed", unanswered)
     batch = batches.get(batch_id)
     assert batch["request_counts"] == {"total": 1, "completed": 1, "failed": 0}
-    assert b"".join(files.read_chunks(batch["output_file_id"])) == b"first\n"
+    assert contents(files, batch["output_file_id"]) == b"first\n"
 
 
 @pytest.mark.parametrize("status", ["expired", "cancelled"])
@@ -235,7 +241,7 @@ def test_lines_never_answered_go_to_the_error_file(batches: BatchStore, files: F
     batch = batches.get(batch_id)
     assert batch["status"] == status and batch[f"{status}_at"] is not None
     assert batch["request_counts"] == {"total": 3, "completed": 1, "failed": 2}
-    errors = [json.loads(line) for line in b"".join(files.read_chunks(batch["error_file_id"])).splitlines()]
+    errors = [json.loads(line) for line in contents(files, batch["error_file_id"]).splitlines()]
     assert [error["custom_id"] for error in errors] == ["c0", "c2"]
 
 
@@ -292,7 +298,7 @@ module.Transaction.__exit__ = lambda self, *exc: chance() or real_exit(self, *ex
 with Database(directory) as database:
     files = FileStore(database, lambda: 5.0)
     batches = BatchStore(database, files, lambda: 5.0)
-    for batch_id in batches.unfinished():
+    for batch_id, _ in batches.unfinished():
         if batches.row(batch_id)["status"] == "validating":
             batches.add_lines(batch_id, [PendingLine(i, f"c{i}", 0, 0) for i in range(int(sys.argv[3]))])
         done = -1
@@ -337,9 +343,7 @@ def test_a_batch_killed_anywhere_loses_and_doubles_nothing(tmp_path: Path) -> No
             batch = BatchStore(database, files, lambda: 5.0).get(batch_id)
             assert batch["status"] == "completed"
             assert batch["request_counts"] == {"total": NUM_LINES, "completed": NUM_LINES - 1, "failed": 1}
-            output = [
-                json.loads(line)["line"] for line in b"".join(files.read_chunks(batch["output_file_id"])).splitlines()
-            ]
+            output = [json.loads(line)["line"] for line in contents(files, batch["output_file_id"]).splitlines()]
             assert output == [line for line in range(NUM_LINES) if line != 3]
             assert len(list(database.files.iterdir())) == 3
         shutil.rmtree(directory)

@@ -95,7 +95,8 @@ def create_app(
     app.config["BODY_TIMEOUT"] = BODY_TIMEOUT_S
     app.config["MAX_CONTENT_LENGTH"] = config.server.max_body_bytes
     metrics = HttpMetrics(auth_enabled=bool(keys))
-    _guard(app, config, clock)
+    limits = Limits(config.auth, clock)
+    _guard(app, limits)
     _finish_responses(app, metrics)
     app.register_error_handler(Exception, _error_response)
     admin.register(app, app.services, metrics.registry)
@@ -106,7 +107,7 @@ def create_app(
     messages.register(app, app.services)
     embeddings.register(app, app.services)
     tokenization.register(app, app.services)
-    batch_service.register(app, app.services)
+    batch_service.register(app, app.services, limits)
     tracing.register(app, app.services)
     openapi.register(app)
     app.asgi_app = Edge(app=app.asgi_app, max_body_bytes=config.server.max_body_bytes)
@@ -134,9 +135,8 @@ def _load_template(config: Config, tokenizer: Tokenizer) -> ChatTemplate | None:
         return None
 
 
-def _guard(app: ServerApp, config: Config, clock: Callable[[], float]) -> None:
+def _guard(app: ServerApp, limits: Limits) -> None:
     """Check key and rate before anything else, also on paths that do not exist."""
-    limits = Limits(config.auth, clock)
     keys = app.services.keys
 
     @app.before_request

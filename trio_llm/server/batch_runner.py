@@ -1,8 +1,8 @@
 """Works off batches: every line of an input file through the same engine as live requests, behind them in the queue.
 
-One task per batch and one at a time per server, oldest first; within it so many lines at once. What is answered is
-committed in groups before anybody can see it. Stopping the server at any instant, in order or not, only leaves lines
-pending; the next start goes on with them.
+A task per batch, and one that gives them the engine's places, in turn; a line is read when it has its place, so what is
+held of a batch does not grow with it. What is answered is committed in groups before anybody can see it. Stopping the
+server at any instant, in order or not, only leaves lines pending; the next start goes on with them.
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ import json
 import logging
 import secrets
 import sqlite3
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from typing import Any, BinaryIO, cast
+from typing import Any
 
+import attrs
 import msgspec
 import trio
 
 from trio_llm.errors import DrainingError, EngineDeadError, OverloadedError
+from trio_llm.server.batch_input import InputLines, InvalidInputError
+from trio_llm.server.batch_turns import Turns
 from trio_llm.server.disk import Disk
 from trio_llm.server.errors import error_object, to_http_error
 from trio_llm.server.storage.batches import LineError, LineRecord, PendingLine, read_line
 
 logger = logging.getLogger(__name__)
 
-MAX_LINES = 50_000
-MAX_LINE_BYTES = 2 * 1024 * 1024
-_MAX_REPORTED_ERRORS = 100
-_MAX_CUSTOM_ID_CHARS = 512
-_READ_AHEAD = 64
+_BATCHES_PER_OWNER = 8
 _COMMIT_GROUP = 256
 _DISK_RETRY_S = 30.0
 
@@ -38,22 +38,56 @@ Execute = Callable[[str, Mapping[str, Any], str], Awaitable[Mapping[str, Any]]]
 """(endpoint, request body, owner) -> the answer's body; raises what the endpoint raises."""
 
 
+@attrs.define(eq=False)
+class _Batch:
+    """A batch whose lines are being answered.
+
+    Attributes:
+        granted: Places it has got and read no line for yet.
+        places: Places it has, of lines that are being answered or committed too.
+        last_line: The last line it has read.
+    """
+
+    id: str
+    owner: str
+    endpoint: str
+    input_file_id: str
+    granted: trio.Semaphore = attrs.field(factory=lambda: trio.Semaphore(0))
+    places: int = 0
+    last_line: int = -1
+
+
 class BatchRunner:
-    """Runs batches until cancelled.
+    """Runs batches until cancelled, or until the engine ends.
 
     Args:
         execute: Answers one request; must be safe to cancel.
-        max_in_flight: Lines at once.
+        max_in_flight: Lines at once, of all batches.
         clock: Unix seconds.
+        wait_s: Says how long an owner's lines must wait, 0 if they need not.
     """
 
-    def __init__(self, disk: Disk, execute: Execute, *, max_in_flight: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        disk: Disk,
+        execute: Execute,
+        *,
+        max_in_flight: int,
+        clock: Callable[[], float],
+        wait_s: Callable[[str], float] = lambda _: 0.0,
+    ) -> None:
         self._disk = disk
         self._execute = execute
         self._max_in_flight = max_in_flight
         self._clock = clock
+        self._wait_s = wait_s
         self._wake = trio.Event()
-        self._current: tuple[str, trio.CancelScope] | None = None
+        self._owners: dict[str, str] = {}
+        self._scopes: dict[str, trio.CancelScope] = {}
+        self._free = max_in_flight
+        self._turns: Turns[_Batch] = Turns()
+        self._changed = trio.lowlevel.ParkingLot()
+        self._end = trio.CancelScope()
 
     def notify(self) -> None:
         """Say that there is a new batch."""
@@ -61,43 +95,58 @@ class BatchRunner:
 
     def interrupt(self, batch_id: str) -> None:
         """Say that a batch was cancelled; its lines in flight end now."""
-        if self._current is not None and self._current[0] == batch_id:
-            self._current[1].cancel()
+        if batch_id in self._scopes:
+            self._scopes[batch_id].cancel()
         self.notify()
 
     async def run(self) -> None:
-        """Work off what there is and wait for more, for ever."""
-        while True:
-            self._wake = trio.Event()
-            disk_failed = False
-            try:
-                for batch_id in await self._disk.run(self._disk.batches.unfinished):
-                    if not await self._work(batch_id):
-                        logger.info("batch %s goes on after the next start", batch_id)
-                        return
-            except* (sqlite3.Error, OSError) as errors:
-                disk_failed = True
-                logger.error("the disk fails; batches go on in %s s", _DISK_RETRY_S, exc_info=errors)
-            if disk_failed:
-                await trio.sleep(_DISK_RETRY_S)
-            else:
-                await self._wake.wait()
+        """Work off what there is and wait for more, until the engine ends."""
+        with self._end:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._give_places)
+                while True:
+                    self._wake = trio.Event()
+                    for batch_id, owner in await self._unfinished():
+                        # What more of this owner's would get, these would lose.
+                        active = Counter(self._owners.values())[owner]
+                        if batch_id not in self._owners and active < _BATCHES_PER_OWNER:
+                            self._owners[batch_id] = owner
+                            nursery.start_soon(self._work, batch_id)
+                    await self._wake.wait()
+        logger.info("the engine has ended; batches go on after the next start")
 
-    async def _work(self, batch_id: str) -> bool:
-        """Bring a batch to its end; False if the engine ended first."""
+    async def _unfinished(self) -> list[tuple[str, str]]:
+        while True:
+            try:
+                return await self._disk.run(self._disk.batches.unfinished)
+            except (sqlite3.Error, OSError) as error:
+                await _disk_failed("what to do", error)
+
+    async def _work(self, batch_id: str) -> None:
+        """Bring a batch to its end, however often the disk fails meanwhile."""
+        while batch_id in self._owners:
+            try:
+                await self._bring_to_end(batch_id)
+                logger.info("batch %s has ended", batch_id)
+                del self._owners[batch_id]
+            except* (sqlite3.Error, OSError) as errors:
+                await _disk_failed(f"batch {batch_id}", errors)
+        self.notify()
+
+    async def _bring_to_end(self, batch_id: str) -> None:
         batches = self._disk.batches
         row = await self._disk.run(batches.row, batch_id)
         if row["status"] == "validating" and not await self._validate(batch_id, row["input_file_id"], row["endpoint"]):
-            return True
-        engine_ended = False
+            return
+        batch = _Batch(batch_id, row["owner"], row["endpoint"], row["input_file_id"])
         expires_in = row["expires_at"] - self._clock()
         with trio.CancelScope() as interrupted, trio.move_on_after(max(0.0, expires_in)) as expired:
-            self._current = (batch_id, interrupted)
-            if (await self._disk.run(batches.row, batch_id))["status"] != "cancelling":
-                engine_ended = await self._answer_lines(batch_id, row)
-        self._current = None
-        if engine_ended:
-            return False
+            self._scopes[batch_id] = interrupted
+            try:
+                if (await self._disk.run(batches.row, batch_id))["status"] != "cancelling":
+                    await self._answer_lines(batch)
+            finally:
+                del self._scopes[batch_id]
         status = (await self._disk.run(batches.row, batch_id))["status"]
         if status == "cancelling":
             await self._disk.run(batches.finish, batch_id, "cancelled", _unanswered("batch_cancelled"))
@@ -105,10 +154,6 @@ class BatchRunner:
             await self._disk.run(batches.finish, batch_id, "expired", _unanswered("batch_expired"))
         else:
             await self._disk.run(batches.finish, batch_id, "completed", _unanswered("batch_incomplete"))
-        logger.info("batch %s has ended", batch_id)
-        return True
-
-    # --- validation ---------------------------------------------------------------------------------------------
 
     async def _validate(self, batch_id: str, file_id: str, endpoint: str) -> bool:
         """Make the batch's work list, or fail the batch with the reasons."""
@@ -116,12 +161,10 @@ class BatchRunner:
         def work() -> bool:
             try:
                 with self._disk.files.open(file_id) as file:
-                    lines = _Validation(file, endpoint)
-                    total = self._disk.batches.add_lines(batch_id, lines)
-            except OSError:
-                lines = None
+                    total = self._disk.batches.add_lines(batch_id, InputLines(file, endpoint))
+            except FileNotFoundError:
                 errors = [LineError("missing_file", "The input file no longer exists.", param="input_file_id")]
-            except _InvalidFileError as error:
+            except InvalidInputError as error:
                 errors = error.errors
             else:
                 if total:
@@ -132,57 +175,99 @@ class BatchRunner:
 
         return await self._disk.run(work)
 
+    # --- places in the engine -----------------------------------------------------------------------------------
+
+    async def _give_places(self) -> None:
+        """Give places away as they become free, and as owners may go on that had to wait."""
+        while True:
+            while self._free and (batch := self._turns.next(lambda owner: self._wait_s(owner) <= 0)) is not None:
+                self._free -= 1
+                batch.places += 1
+                batch.granted.release()
+            with trio.move_on_after(self._next_change_s()):
+                await self._changed.park()
+
+    def _next_change_s(self) -> float:
+        """Return after how long somebody may go on who must wait now."""
+        waits = [wait_s for owner in self._turns.owners if (wait_s := self._wait_s(owner)) > 0]
+        return min(waits, default=float("inf")) if self._free else float("inf")
+
+    def _give_back(self, batch: _Batch, places: int) -> None:
+        batch.places -= places
+        self._free += places
+        self._changed.unpark_all()
+
+    async def _next_lines(self, batch: _Batch) -> tuple[list[tuple[PendingLine, bytes]], bool]:
+        """Wait for places; return a line for each, and whether there are no more lines."""
+        await batch.granted.acquire()
+        count = 1
+        with suppress(trio.WouldBlock):
+            while True:
+                batch.granted.acquire_nowait()
+                count += 1
+
+        def read() -> list[tuple[PendingLine, bytes]]:
+            lines = self._disk.batches.pending(batch.id, after_line=batch.last_line, limit=count)
+            with self._disk.files.open(batch.input_file_id) as file:
+                return [(line, read_line(file, line)) for line in lines]
+
+        lines = await self._disk.run(read)
+        if lines:
+            batch.last_line = lines[-1][0].line
+        if exhausted := len(lines) < count:
+            self._turns.remove(batch.owner, batch)
+            self._give_back(batch, count - len(lines))
+        return lines, exhausted
+
     # --- answering ----------------------------------------------------------------------------------------------
 
-    async def _answer_lines(self, batch_id: str, row: sqlite3.Row) -> bool:
-        """Answer every pending line; True if the engine ended first. Cancelling it loses nothing that was answered."""
-        room = trio.Semaphore(self._max_in_flight)
+    async def _answer_lines(self, batch: _Batch) -> None:
+        """Answer every pending line. Cancelling it loses nothing that was answered."""
         send, receive = trio.open_memory_channel[LineRecord](self._max_in_flight)
-        engine_ended = False
 
         async def answer(line: PendingLine, text: bytes, records: trio.MemorySendChannel[LineRecord]) -> None:
-            nonlocal engine_ended
             with records:
                 try:
-                    records.send_nowait(await answer_line(self._execute, line, text, row["endpoint"], row["owner"]))
+                    records.send_nowait(await answer_line(self._execute, line, text, batch.endpoint, batch.owner))
                 except (DrainingError, EngineDeadError):
-                    engine_ended = True
-                    nursery.cancel_scope.cancel()
+                    self._end.cancel()
 
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._commit, batch_id, receive, room)
-            with send, self._disk.files.open(row["input_file_id"]) as file:
-                after = -1
-                while lines := await self._disk.run(self._next_lines, batch_id, after, file):
-                    for line, text in lines:
-                        await room.acquire()
-                        nursery.start_soon(answer, line, text, send.clone())
-                    after = lines[-1][0].line
-        return engine_ended
+        self._turns.add(batch.owner, batch)
+        self._changed.unpark_all()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._commit, batch, receive)
+                with send:
+                    exhausted = False
+                    while not exhausted:
+                        lines, exhausted = await self._next_lines(batch)
+                        for line, text in lines:
+                            nursery.start_soon(answer, line, text, send.clone())
+        finally:
+            self._turns.remove(batch.owner, batch)
+            self._give_back(batch, batch.places)
 
-    async def _commit(
-        self, batch_id: str, records: trio.MemoryReceiveChannel[LineRecord], room: trio.Semaphore
-    ) -> None:
+    async def _commit(self, batch: _Batch, records: trio.MemoryReceiveChannel[LineRecord]) -> None:
         """Commit answers as they come, as many at once as have come."""
         group: list[LineRecord] = []
         with records:
             try:
                 async for record in records:
                     group = [record, *_queued(records)]
-                    await self._disk.run(self._disk.batches.record, batch_id, group)
-                    for _ in group:
-                        room.release()
+                    await self._disk.run(self._disk.batches.record, batch.id, group)
+                    self._give_back(batch, len(group))
                     group = []
             finally:
                 # What was answered counts, also where the batch is cancelled or the server stops; recording twice
                 # changes nothing.
                 if group := [*group, *_queued(records)]:
                     with trio.CancelScope(shield=True):
-                        await self._disk.run(self._disk.batches.record, batch_id, group)
+                        await self._disk.run(self._disk.batches.record, batch.id, group)
 
-    def _next_lines(self, batch_id: str, after: int, file: BinaryIO) -> list[tuple[PendingLine, bytes]]:
-        lines = self._disk.batches.pending(batch_id, after_line=after, limit=_READ_AHEAD)
-        return [(line, read_line(file, line)) for line in lines]
+
+async def _disk_failed(what: str, error: BaseException) -> None:
+    logger.error("the disk fails; %s goes on in %s s", what, _DISK_RETRY_S, exc_info=error)
+    await trio.sleep(_DISK_RETRY_S)
 
 
 async def answer_line(execute: Execute, line: PendingLine, text: bytes, endpoint: str, owner: str) -> LineRecord:
@@ -245,91 +330,3 @@ def _unanswered(code: str) -> Callable[[PendingLine], bytes]:
         )
 
     return record
-
-
-class _InvalidFileError(Exception):
-    """The input file is not a batch."""
-
-    def __init__(self, errors: list[LineError]) -> None:
-        super().__init__()
-        self.errors = errors
-
-
-class _Validation:
-    """Reads an input file line by line and yields the work list; never holds more than a line.
-
-    Raises:
-        _InvalidFileError: At the end, with what is wrong; at once when there is too much of it.
-    """
-
-    def __init__(self, file: BinaryIO, endpoint: str) -> None:
-        self._file = file
-        self._endpoint = endpoint
-        self._errors: list[LineError] = []
-        self._custom_ids: set[str] = set()
-
-    def __iter__(self) -> Iterator[PendingLine]:
-        position = count = 0
-        for number in range(1, MAX_LINES * 2):
-            text = self._file.readline(MAX_LINE_BYTES + 1)
-            if not text:
-                break
-            start, position = position, position + len(text)
-            if not text.strip():
-                continue
-            count += 1
-            if count > MAX_LINES:
-                self._errors.append(LineError("too_many_lines", f"A batch has at most {MAX_LINES} requests."))
-                break
-            custom_id = self._check(number, text)
-            if custom_id is not None and not self._errors:
-                yield PendingLine(number - 1, custom_id, start, len(text))
-            if len(self._errors) >= _MAX_REPORTED_ERRORS or len(text) > MAX_LINE_BYTES:
-                break
-        if self._errors:
-            raise _InvalidFileError(self._errors)
-
-    def _check(self, number: int, text: bytes) -> str | None:
-        """Return the line's custom_id, or note what is wrong with it."""
-
-        def wrong(code: str, message: str, param: str | None = None) -> None:
-            self._errors.append(LineError(code, message, number, param))
-
-        if len(text) > MAX_LINE_BYTES:
-            return wrong("line_too_long", f"Line {number} is longer than {MAX_LINE_BYTES} bytes.")
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            return wrong("invalid_json_line", f"Invalid request on line {number}: it is not valid JSON.")
-        if not isinstance(line, dict):
-            return wrong("invalid_request", f"Invalid request on line {number}: it is not a JSON object.")
-        request = cast("dict[str, Any]", line)
-        custom_id = request.get("custom_id")
-        if (
-            not isinstance(custom_id, str)
-            or not 0 < len(custom_id) <= _MAX_CUSTOM_ID_CHARS
-            or not _is_unicode(custom_id)
-        ):
-            return wrong(
-                "invalid_request", f"Line {number} has no custom_id (a string that is not empty).", "custom_id"
-            )
-        if custom_id in self._custom_ids:
-            return wrong("duplicate_custom_id", f"The custom_id of line {number} was used before.", "custom_id")
-        self._custom_ids.add(custom_id)
-        if request.get("method") != "POST":
-            return wrong("invalid_method", f"Line {number}: the method must be POST.", "method")
-        if request.get("url") != self._endpoint:
-            return wrong("mismatched_url", f"Line {number}: the url must be {self._endpoint}, the batch's.", "url")
-        if not isinstance(request.get("body"), dict):
-            return wrong("invalid_request", f"Line {number}: the body must be a JSON object.", "body")
-        if request["body"].get("stream"):
-            return wrong("invalid_request", f"Line {number}: a batch cannot stream.", "body.stream")
-        return custom_id
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -20,21 +20,22 @@ from trio_llm.server.disk import Disk
 from trio_llm.server.edge import Lifetime
 from trio_llm.server.embeddings import EmbeddingBody, embed
 from trio_llm.server.generation import Caller
+from trio_llm.server.limits import Limits
 from trio_llm.server.requests import ChatBody, CompletionBody, check_body
 from trio_llm.server.services import Services
 
 
-def register(app: QuartTrio, services: Services) -> None:
-    """Add the endpoints, and run batches while the app serves."""
+def register(app: QuartTrio, services: Services, limits: Limits) -> None:
+    """Add the endpoints, and run batches while the app serves. What lines cost is charged to their owner."""
     config = services.config
     disk = Disk(config.server.data_dir)
 
     async def execute(endpoint: str, body: Mapping[str, Any], owner: str) -> Mapping[str, Any]:
-        return await execute_line(services, endpoint, body, owner)
+        return await execute_line(services, endpoint, body, owner, limits)
 
     # Half the rows are left to live requests: they come first in the queue, but a row that runs is not taken away.
     in_flight = max(1, config.engine.max_batch_size // 2)
-    runner = BatchRunner(disk, execute, max_in_flight=in_flight, clock=time.time)
+    runner = BatchRunner(disk, execute, max_in_flight=in_flight, clock=time.time, wait_s=limits.wait_s)
     files.register(app, disk, config.server.max_file_bytes)
     batches.register(app, disk, runner)
     # A scope of its own: the app's nursery also holds the task that tells the server that all has ended.
@@ -62,13 +63,18 @@ def register(app: QuartTrio, services: Services) -> None:
             await disk.run(disk.close)
 
 
-async def execute_line(services: Services, endpoint: str, body: Mapping[str, Any], owner: str) -> Mapping[str, Any]:
+async def execute_line(
+    services: Services, endpoint: str, body: Mapping[str, Any], owner: str, limits: Limits | None = None
+) -> Mapping[str, Any]:
     """Answer one line of a batch as the endpoint would answer a request."""
     if body.get("stream"):
         raise InvalidRequestError("A batch cannot stream.", param="stream")
     outcome: Any = None
     async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
-        caller = Caller(lifetime=Lifetime(nursery, stack), key_id=owner or None, warn=lambda _: None, background=True)
+        lifetime = Lifetime(nursery, stack)
+        if limits is not None:  # Also what a line has cost that failed, or was cancelled.
+            stack.callback(lambda: limits.charge(owner, sum(lifetime.num_tokens)))
+        caller = Caller(lifetime=lifetime, key_id=owner or None, warn=lambda _: None, background=True)
         try:
             outcome = await _call(services, endpoint, body, caller)
         except Exception as error:  # noqa: BLE001 - raised below: out of a nursery it would be a group of one

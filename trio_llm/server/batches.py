@@ -11,7 +11,8 @@ from quart import Response
 from quart_trio import QuartTrio
 
 from trio_llm.errors import InvalidRequestError
-from trio_llm.server.batch_runner import MAX_LINES, BatchRunner
+from trio_llm.server.batch_input import MAX_LINES
+from trio_llm.server.batch_runner import BatchRunner
 from trio_llm.server.body import read_body
 from trio_llm.server.disk import Disk
 from trio_llm.server.errors import HttpError

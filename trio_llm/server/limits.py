@@ -1,7 +1,8 @@
 """How often and how much a caller may ask: a bucket of requests and one of tokens for each key or peer.
 
 A request takes one from the first before anything else happens. What it costs in tokens is known when it is over, so
-the second is charged then and may go below zero; the next request waits until it is above again.
+the second is charged then and may go below zero; the next request waits until it is above again. So do the lines of
+batches, which were accepted when the batch was.
 """
 
 from __future__ import annotations
@@ -35,16 +36,21 @@ class Limits:
             headers.update(_told(self._tokens, tokens, "tokens"))
             if not tokens.allowed:
                 raise _refusal(tokens, f"Too many tokens: at most {self._tokens.capacity} in a window.")
-            lifetime.stack.callback(self._charge, name, lifetime)
+            lifetime.stack.callback(lambda: self.charge(name, sum(lifetime.num_tokens)))
         if self._requests is not None:
             verdict = self._requests.take(name)
             headers.update(_told(self._requests, verdict, "requests"))
             if not verdict.allowed:
                 raise _refusal(verdict, f"Too many requests: at most {self._requests.capacity} at once.")
 
-    def _charge(self, name: str, lifetime: Lifetime) -> None:
-        assert self._tokens is not None
-        self._tokens.charge(name, sum(lifetime.num_tokens))
+    def charge(self, name: str, num_tokens: int) -> None:
+        """Take tokens that were spent."""
+        if self._tokens is not None:
+            self._tokens.charge(name, num_tokens)
+
+    def wait_s(self, name: str) -> float:
+        """Return how long nothing may be spent, in seconds; 0 if something may."""
+        return 0.0 if self._tokens is None else self._tokens.look(name).retry_after_s
 
 
 def _told(limiter: RateLimiter, verdict: Verdict, what: str) -> dict[str, str]:

@@ -135,10 +135,10 @@ class BatchStore:
 
     # --- what the batch runner does ------------------------------------------------------------------------------
 
-    def unfinished(self) -> list[str]:
-        """Return the ids of all batches that still need work, oldest first: the runner's queue after a restart."""
-        rows = self._connection.execute(f"SELECT id FROM batches WHERE status NOT IN {ENDED} ORDER BY rowid")
-        return [row["id"] for row in rows]
+    def unfinished(self) -> list[tuple[str, str]]:
+        """Return id and owner of all batches that still need work, oldest first: the runner's queue after a restart."""
+        rows = self._connection.execute(f"SELECT id, owner FROM batches WHERE status NOT IN {ENDED} ORDER BY rowid")
+        return [(row["id"], row["owner"]) for row in rows]
 
     def row(self, batch_id: str) -> sqlite3.Row:
         """Return everything stored of a batch, whoever owns it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self
 
@@ -117,11 +117,6 @@ class FileStore:
     def open(self, file_id: str) -> BinaryIO:
         """Open a file for reading, never through a link that somebody put in its place."""
         return os.fdopen(os.open(self.path(file_id), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb")
-
-    def read_chunks(self, file_id: str, chunk_bytes: int = 1 << 20) -> Iterator[bytes]:
-        with self.open(file_id) as file:
-            while chunk := file.read(chunk_bytes):
-                yield chunk
 
     def _expired(self, row: sqlite3.Row) -> bool:
         return row["expires_at"] is not None and row["expires_at"] <= self._clock()
