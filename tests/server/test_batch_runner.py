@@ -75,7 +75,7 @@ async def echo(endpoint: str, body, owner: str):
 
 async def ended(bench: Bench, batch_id: str, poll_s: float = 0) -> dict:
     """Wait until a batch has ended."""
-    while (row := await bench.disk.run(bench.batches.row, batch_id))["status"] not in ENDED:
+    while (row := await bench.disk.run(bench.batches.row, batch_id))["status"] not in ENDED:  # noqa: ASYNC110 - no event tells of the disk
         await trio.sleep(poll_s)
     batch = bench.batches.get(batch_id, row["owner"])
     assert batch is not None

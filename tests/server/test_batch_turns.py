@@ -90,12 +90,15 @@ async def test_owners_and_their_batches_alternate(bench: Bench) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(runner.run)
             await trio.testing.wait_all_tasks_blocked()
-            assert order == ["a1"]
+            assert len(order) == 1
             everybody.set()
             for batch_id in batch_ids:
                 await ended(bench, batch_id)
             nursery.cancel_scope.cancel()
-    assert order[1:61] == ["a2", "b1", "a1", "b1"] * 15 or order[1:61] == ["b1", "a2", "b1", "a1"] * 15
+    shared = order[1:61]
+    assert {tuple(tag[0] for tag in shared[at : at + 2]) for at in range(0, 60, 2)} in ({("a", "b")}, {("b", "a")})
+    first_owners = [tag for tag in shared if tag[0] == "a"]
+    assert first_owners in (["a1", "a2"] * 15, ["a2", "a1"] * 15)
     assert [order.count(tag) for tag in ("a1", "a2", "b1")] == [40, 40, 40]
 
 
@@ -204,10 +207,10 @@ async def test_a_batch_without_its_file_delays_no_other(bench: Bench, autojump_c
         nursery.start_soon(runner.run)
         await held.wait()
         bench.files.path(bench.batches.row(lost)["input_file_id"]).unlink()
-        while bench.batches.row(other)["status"] != "completed":
+        while bench.batches.row(other)["status"] != "completed":  # noqa: ASYNC110 - no event tells of the disk
             await trio.sleep(1)
         assert trio.current_time() - start_s < 100
-        while bench.batches.row(lost)["status"] != "expired":
+        while bench.batches.row(lost)["status"] != "expired":  # noqa: ASYNC110
             await trio.sleep(60)
         nursery.cancel_scope.cancel()
     counts = bench.batches.get(lost)["request_counts"]
