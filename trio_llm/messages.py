@@ -14,8 +14,8 @@ import attrs
 
 FinishReason = Literal["stop", "length", "repetition", "abort"]
 
-# In the place of a token id in a plan: the token that the step planned directly before sampled for this sequence.
 UNKNOWN = -1
+"""Stands in a StepPlan for the token that the step planned directly before it samples for the same sequence."""
 
 # --- what a request asks for -------------------------------------------------------------------------------------
 
@@ -136,13 +136,18 @@ class Admit:
 class BlockAsk:
     """What a step needs of the KV pool. Handled in this order: released, admits, running rows, waiting.
 
+    Steps run in the order of their plans, each after the one before it has ended. So blocks may change hands although
+    a planned step still reads or writes them for their last owner: whoever gets them comes later.
+
     Attributes:
         released: Sequences that ended; they leave the manager.
         released_computed: Per released sequence, tokens whose KV was really computed; -1 where it failed, so that
             nothing it wrote may be shared.
         request_ids: Every running sequence, in the order they are to be served.
-        computed: Per running row, tokens whose KV was really computed.
-        ends: Per running row, the position up to which it would compute in this step; the budget may cut it.
+        computed: Per running row, tokens whose KV was really computed: the steps in flight are not counted.
+        starts: Per running row, where it goes on; the steps in flight compute what lies between.
+        ends: Per running row, the position up to which it would compute in this step; the budget may cut it. Where it
+            equals the start, the sequence has no row in this step.
         new_token_ids: Per running row, tokens sampled since the last ask.
         preempt_order: The same sequences in policy order; when blocks run out the last one goes first.
         waiting: Candidates in policy order. The first that cannot have its blocks stops admission.
@@ -156,6 +161,7 @@ class BlockAsk:
     admits: tuple[Admit, ...]
     request_ids: tuple[int, ...]
     computed: tuple[int, ...]
+    starts: tuple[int, ...]
     ends: tuple[int, ...]
     new_token_ids: tuple[tuple[int, ...], ...]
     preempt_order: tuple[int, ...]
@@ -231,10 +237,12 @@ class StepPlan:
 
     Attributes:
         request_ids: The rows, in batch order; at most one row per sequence.
-        starts: Position of the row's first token; everything before it is in the KV cache.
+        starts: Position of the row's first token; everything before it is in the KV cache once the steps planned
+            earlier have run.
         counts: Tokens the row computes.
-        token_ids: Flat over the rows, sum(counts) long; UNKNOWN where a row begins with what the step before sampled.
-        samples: True where the row's last token is the last one known, so that a token is sampled after it
+        token_ids: Flat over the rows, sum(counts) long. A row of one token may be UNKNOWN: its result means nothing
+            where the step before sampled nothing for it, or its end.
+        samples: True where the row's last token is the last one there is, so that a token is sampled after it
             (for a pooling row: where its vector is complete).
         new_blocks: Per row, per KV group: (index in the block table, block ids to write from there on).
             An empty tuple where a row has none. Block 0 is the null block: never written, never read.

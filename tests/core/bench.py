@@ -37,13 +37,14 @@ class Bench:
         eos: Sequence[int] = (0,),
         policy: str = "fcfs",
         threshold: int = 0,
+        depth: int = 1,
     ) -> None:
         self.blocks = BlockManager(
             num_blocks=num_blocks,
             groups=groups,
             enable_prefix_caching=caching,
             secret=b"key",
-            max_step_tokens=min(threshold or max_num_batched_tokens, max_num_batched_tokens),
+            max_step_tokens=depth * min(threshold or max_num_batched_tokens, max_num_batched_tokens),
         )
         self.scheduler = Scheduler(
             max_num_batched_tokens=max_num_batched_tokens,

@@ -3,15 +3,20 @@
 A slot of the KV cache holds the position, the token and a hash of everything up to it. The next token is a hash of
 what is read back through the block tables of the plan, which it checks slot by slot: a wrong block, a stale byte, a
 wrong window or position, another tenant's prefix, or a slot read before it was written fails at once.
+
+Like a device it does what it is given in order, and if it is told to be late only when somebody waits for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import attrs
 
 from trio_llm.messages import (
+    UNKNOWN,
     KVGroup,
     PoolingParams,
     SamplingParams,
@@ -80,29 +85,75 @@ class HashRunner:
 
     Args:
         salts: request_id -> salt, which a real runner never hears of; here it proves that tenants never share.
+        late: Run a plan only when its result is waited for, instead of at once.
+
+    Attributes:
+        on_write: Called with each block that a row writes, when it does.
     """
 
-    def __init__(self, groups: Sequence[KVGroup], num_blocks: int, vocab_size: int, salts: dict[int, bytes]) -> None:
+    def __init__(
+        self,
+        groups: Sequence[KVGroup],
+        num_blocks: int,
+        vocab_size: int,
+        salts: dict[int, bytes],
+        *,
+        late: bool = False,
+    ) -> None:
         self.groups = groups
         self.vocab_size = vocab_size
         self.salts = salts
         size = max(group.block_size for group in groups)
         self.slots: list[list[tuple[int, int, int] | None]] = [[None] * size for _ in range(num_blocks)]
         self.known: dict[int, _Known] = {}
-        self.poisoned = 0
+        self.on_write: Callable[[int], None] = lambda block: None
+        self._late = late
+        self._queue = deque[Callable[[], object]]()
+        # What the last two steps sampled, as a runner keeps it on its device; the plan's step says when to turn over.
+        self._step = 0
+        self._sampled: dict[int, int] = {}
+        self._sampled_before: dict[int, int] = {}
 
     def poison(self, block: int) -> None:
-        """Make a block unreadable."""
+        """Make a block unreadable, after all that was launched so far."""
+        self._enqueue(partial(self._poison, block))
+
+    def _poison(self, block: int) -> None:
         self.slots[block] = [None] * len(self.slots[block])
-        self.poisoned += 1
+
+    def _enqueue(self, work: Callable[[], object]) -> None:
+        self._queue.append(work)
+        if not self._late:
+            self._run_queue()
+
+    def _run_queue(self, end: list[StepResult] | None = None) -> None:
+        """Run what was launched, all of it or until there is a result."""
+        while self._queue and not end:
+            self._queue.popleft()()
 
     def chain_at_end(self, block: int, group: int) -> int | None:
         """Return the hash of all tokens up to a block's end, None if some slot of it holds nothing."""
         slots = self.slots[block][: self.groups[group].block_size]
         return None if any(slot is None for slot in slots) else slots[-1][2]
 
+    def launch(self, plan: StepPlan, failed: Sequence[int] = ()) -> Callable[[], StepResult]:
+        """Queue a plan; return what waits for its result."""
+        result: list[StepResult] = []
+
+        def wait() -> StepResult:
+            self._run_queue(result)
+            return result[0]
+
+        self._enqueue(lambda: result.append(self._run(plan, failed)))
+        return wait
+
     def step(self, plan: StepPlan, failed: Sequence[int] = ()) -> StepResult:
         """Apply a plan and run its rows; those in `failed` yield an error."""
+        return self.launch(plan, failed)()
+
+    def _run(self, plan: StepPlan, failed: Sequence[int]) -> StepResult:
+        if plan.step != self._step:
+            self._step, self._sampled_before, self._sampled = plan.step, self._sampled, {}
         self._learn(plan)
         results: list[tuple[int, ...]] = []
         prompt_logprobs: dict[int, tuple[TokenLogprobs | None, ...]] = {}
@@ -112,6 +163,8 @@ class HashRunner:
             known = self.known[request_id]
             tokens = plan.token_ids[at : at + count]
             at += count
+            if UNKNOWN in tokens:
+                tokens = self._look_up(request_id, known, start, tokens)
             assert tuple(known.tokens[start : start + count]) == tokens, "the plan feeds other tokens than were known"
             assert plan.samples[row] == (start + count == len(known.tokens))
             sampled = self._run_row(known, start, tokens)
@@ -128,6 +181,7 @@ class HashRunner:
                 results.append(())
             else:
                 known.tokens.append(sampled)
+                self._sampled[request_id] = sampled
                 results.append((sampled,))
         assert at == len(plan.token_ids)
         errors = {request_id: "made to fail" for request_id in failed if request_id in plan.request_ids}
@@ -138,6 +192,14 @@ class HashRunner:
             embeddings=embeddings or None,
             failed=errors,
         )
+
+    def _look_up(self, request_id: int, known: _Known, start: int, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the token that the step before sampled, or any where it sampled none: the row failed in it."""
+        assert tokens == (UNKNOWN,), "more is unknown than one token"
+        token = self._sampled_before.get(request_id, 0)
+        if start == len(known.tokens):
+            known.tokens.append(token)
+        return (token,)
 
     def _learn(self, plan: StepPlan) -> None:
         for request_id in plan.dropped:
@@ -159,7 +221,7 @@ class HashRunner:
                 table[at:] = blocks
                 for index in range(at, len(table)):
                     if index * self.groups[group].block_size >= start:
-                        self.poison(table[index])
+                        self._poison(table[index])
 
     def _run_row(self, known: _Known, start: int, tokens: Sequence[int]) -> int:
         """Write the row's KV, then read back all that its last query sees, and hash it."""
@@ -169,6 +231,7 @@ class HashRunner:
             for group, table in zip(self.groups, known.tables, strict=True):
                 block = table[position // group.block_size]
                 assert block != 0, "the null block is written"
+                self.on_write(block)
                 self.slots[block][position % group.block_size] = (position, token, chain)
         end = start + len(tokens)
         total = 0

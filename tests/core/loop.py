@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import attrs
@@ -25,6 +26,7 @@ from trio_llm.messages import (
     SamplingParams,
     Started,
     StepPlan,
+    StepResult,
     StepStats,
     Tokens,
 )
@@ -59,7 +61,13 @@ class Client:
 
 
 class Loop:
-    """Scheduler, block manager and hash model, stepped by hand."""
+    """Scheduler, block manager and hash model, stepped by hand.
+
+    Args:
+        depth: Steps in flight; each is committed when the one after it was planned.
+        late: The model runs a plan only when its result is waited for: everything that the core does meanwhile comes
+            before it.
+    """
 
     def __init__(
         self,
@@ -73,10 +81,16 @@ class Loop:
         policy: str = "fcfs",
         threshold: int = 0,
         eos: Sequence[int] = EOS,
+        depth: int = 1,
+        late: bool = False,
     ) -> None:
         chunk = min(threshold or budget, budget)
         self.blocks = BlockManager(
-            num_blocks=num_blocks, groups=groups, enable_prefix_caching=caching, secret=b"key", max_step_tokens=chunk
+            num_blocks=num_blocks,
+            groups=groups,
+            enable_prefix_caching=caching,
+            secret=b"key",
+            max_step_tokens=chunk * depth,
         )
         self.max_model_len = min(max_model_len, self.blocks.max_tokens())
         self.scheduler = Scheduler(
@@ -88,9 +102,12 @@ class Loop:
             long_prefill_token_threshold=threshold,
         )
         self.groups, self.budget, self.max_batch_size, self.eos, self.chunk = groups, budget, max_batch_size, eos, chunk
+        self.depth = depth
+        self.in_flight = deque[tuple[StepPlan, Callable[[], StepResult]]]()
         self.clients: dict[int, Client] = {}
         self.salts: dict[int, bytes] = {}
-        self.runner = HashRunner(groups, num_blocks, VOCAB, self.salts)
+        self.runner = HashRunner(groups, num_blocks, VOCAB, self.salts, late=late)
+        self.runner.on_write = self._check_write
         self.plans: list[StepPlan] = []
         self.grants: list[BlockGrant] = []
         self.stats: list[StepStats] = []
@@ -128,16 +145,32 @@ class Loop:
         before_plan: Callable[[], None] | None = None,
         in_flight: Callable[[], None] | None = None,
     ) -> StepPlan | None:
-        """Do one step; the callbacks run between ask and plan, and while the runner would have it."""
+        """Plan a step and commit the oldest one, unless there is room for another or nothing was planned.
+
+        The callbacks run between ask and plan, and before the commit. Return what was planned.
+        """
+        plan = self._launch(failed, before_plan)
+        if self.in_flight and (plan is None or len(self.in_flight) == self.depth):
+            if in_flight:
+                in_flight()
+            self._commit(*self.in_flight.popleft())
+        return plan
+
+    @property
+    def busy(self) -> bool:
+        return self.scheduler.has_work or bool(self.in_flight)
+
+    def _launch(self, failed: Sequence[int], before_plan: Callable[[], None] | None) -> StepPlan | None:
         wanting = self.scheduler.num_running + len(self.scheduler.waiting)
         ask = self.scheduler.ask()
         if ask is None:
+            assert self.in_flight or not wanting, "there is work and nobody asks"
             return None
         self._check_ask(ask)
         grant = self.blocks.reserve(ask)
         self._check_grant(ask, grant)
         self.check_blocks()
-        assert grant.request_ids or not wanting, "there is work and nothing advances"
+        assert grant.request_ids or self.in_flight or not wanting, "there is work and nothing advances"
         if before_plan:
             before_plan()
         plan = self.scheduler.plan(grant)
@@ -146,20 +179,20 @@ class Loop:
             return None
         self.plans.append(plan)
         self._check_writes(plan)
-        result = self.runner.step(plan, failed)
-        if in_flight:
-            in_flight()
-        commit = self.scheduler.commit(result)
+        self.in_flight.append((plan, self.runner.launch(plan, failed)))
+        return plan
+
+    def _commit(self, plan: StepPlan, wait: Callable[[], StepResult]) -> None:
+        commit = self.scheduler.commit(wait())
         for request_id, event in commit.events:
             self._hear(request_id, event)
         self._check_stats(plan, commit.stats)
-        return plan
 
     def run(self, max_steps: int = 3000) -> None:
         """Step until nothing is left to do, then check that nothing is left behind."""
         for _ in range(max_steps):
             self.step()
-            if not self.scheduler.has_work:
+            if not self.busy:
                 self.check_drained()
                 return
         raise AssertionError("it does not come to an end")
@@ -174,8 +207,11 @@ class Loop:
         assert len(ask.request_ids) <= self.max_batch_size
         assert sorted(ask.request_ids) == sorted(ask.preempt_order)
         for sequence in self.scheduler.running:
-            assert sequence.computed < len(sequence.tokens) <= self.max_model_len
-        assert all(sequence.computed == 0 for sequence in self.scheduler.waiting)
+            known = len(sequence.tokens)
+            assert sequence.computed < known <= self.max_model_len
+            assert sequence.computed <= sequence.scheduled <= sequence.target <= min(known + 1, self.max_model_len)
+            assert self.in_flight or (sequence.computed, sequence.target) == (sequence.scheduled, known)
+        assert all(sequence.computed == sequence.scheduled == 0 for sequence in self.scheduler.waiting)
 
     def _check_grant(self, ask: BlockAsk, grant: BlockGrant) -> None:
         self.grants.append(grant)
@@ -236,7 +272,7 @@ class Loop:
                 owned[request_id, group] = owned.get((request_id, group), 0) + 1
         for (request_id, group), count in owned.items():
             length = len(self.scheduler_tokens(request_id))
-            assert count <= max_live_blocks(length, self.groups[group], self.chunk)
+            assert count <= max_live_blocks(length + self.depth - 1, self.groups[group], self.chunk * self.depth)
 
     def _check_meaning(self, state: BlockState) -> None:
         """Check that a key of the prefix cache stands for one sequence of tokens, all of them computed: its owners'."""
@@ -257,6 +293,9 @@ class Loop:
             chain = Chain(b"key", salt, tokens, chunk)
             self._digests[salt, tokens] = chain.block(len(tokens) // chunk - 1, chunk)[0]
         return self._digests[salt, tokens]
+
+    def _check_write(self, block: int) -> None:
+        assert self.blocks._pool.digest(block) is None, "written although prompts can hit it"
 
     def _check_writes(self, plan: StepPlan) -> None:
         states = self.blocks.blocks()
@@ -314,7 +353,7 @@ class Loop:
 
     def check_drained(self) -> None:
         """Check that nothing is left of the requests that ended."""
-        assert not self.scheduler.has_work
+        assert not self.busy
         assert self.scheduler.num_running == self.scheduler.num_waiting == 0
         assert all(state.state != "used" for state in self.blocks.blocks())
         assert "0 sequences" in repr(self.blocks)

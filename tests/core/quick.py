@@ -15,7 +15,8 @@ from typing import Any
 from hypothesis import settings
 
 MODULES = (
-    "test_block_manager", "test_hybrid", "test_scheduler", "test_commit", "test_stop", "test_detokenizer",
+    "test_block_manager", "test_hybrid", "test_scheduler", "test_commit", "test_overlap", "test_stop",
+    "test_detokenizer",
 )  # fmt: skip
 
 
@@ -47,7 +48,7 @@ def traffic() -> None:
     from tests.core.test_oracle import simulate
 
     rng = random.Random(0)
-    for number in range(24):
+    for number in range(32):
         groups = [FULL, SLIDING, HYBRID, TWO_SIZES][number % 4]
         loop = Loop(
             groups,
@@ -56,6 +57,8 @@ def traffic() -> None:
             threshold=rng.choice([0, 4]),
             policy=rng.choice(["fcfs", "priority"]),
             caching=number % 7 != 6,
+            depth=1 + number // 4 % 2,
+            late=number // 8 % 2 == 1,
         )
         simulate(number, loop, num_requests=16, aborts=0.08, failures=0.05)
 

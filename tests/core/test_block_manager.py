@@ -26,7 +26,7 @@ def ask(
     ids, computed, ends = zip(*rows, strict=True) if rows else ((), (), ())
     nothing_new = ((),) * len(ids)
     order = ids if order is None else order
-    return BlockAsk(step, (), (), admits, ids, computed, ends, nothing_new, order, waiting, budget, chunk)
+    return BlockAsk(step, (), (), admits, ids, computed, computed, ends, nothing_new, order, waiting, budget, chunk)
 
 
 def test_a_decode_gets_a_block_when_its_last_one_is_full() -> None:

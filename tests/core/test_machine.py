@@ -30,8 +30,10 @@ class CoreMachine(RuleBasedStateMachine):
         batch=st.integers(1, 6),
         caching=st.booleans(),
         policy=st.sampled_from(["fcfs", "priority"]),
+        depth=st.sampled_from([1, 2]),
+        late=st.booleans(),
     )
-    def begin(self, groups, num_blocks, budget, threshold, batch, caching, policy) -> None:
+    def begin(self, groups, num_blocks, budget, threshold, batch, caching, policy, depth, late) -> None:
         self.loop = Loop(
             groups,
             num_blocks=num_blocks + 8 * (len(groups) - 1),
@@ -40,6 +42,8 @@ class CoreMachine(RuleBasedStateMachine):
             max_batch_size=batch,
             caching=caching,
             policy=policy,
+            depth=depth,
+            late=late,
         )
 
     @rule(

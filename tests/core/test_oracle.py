@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from itertools import product
 
+from tests.core.hash_model import reference
 from tests.core.loop import FULL, HYBRID, SLIDING, TWO_SIZES, VOCAB, Loop, prompt_of
-from trio_llm.messages import PoolingParams, SamplingParams
+from trio_llm.messages import Failed, PoolingParams, SamplingParams
 
+# Steps in flight, and whether the model runs them only when somebody waits; one at a time it makes no difference.
+FLIGHTS = [(1, False), (2, False), (2, True)]
 GROUPS = {"full": FULL, "sliding": SLIDING, "hybrid": HYBRID, "two sizes": TWO_SIZES}
 
 
@@ -17,7 +21,7 @@ def simulate(
     """Drive a loop with seeded random traffic, faults included, until it is drained."""
     rng = random.Random(seed)
     live: list[int] = []
-    while len(loop.clients) < num_requests or loop.scheduler.has_work:
+    while len(loop.clients) < num_requests or loop.busy:
         arriving = min(rng.randrange(3), num_requests - len(loop.clients))
         live.extend([_submit(rng, loop, longest) for _ in range(arriving)])
 
@@ -56,29 +60,51 @@ def _submit(rng: random.Random, loop: Loop, longest: int) -> int:
 
 
 def test_every_combination_gives_the_undisturbed_output() -> None:
-    """Cache, chunk size, batch size, pool size and kinds of attention groups never change a token."""
-    combinations = product(GROUPS.values(), [True, False], [(1, 1), (7, 4), (16, 8), (200, 16)], [11, 64])
-    for number, (groups, caching, (budget, batch), num_blocks) in enumerate(combinations):
+    """Cache, chunk size, batch size, pool size, kinds of attention groups and steps in flight never change a token."""
+    combinations = product(GROUPS.values(), [True, False], [(1, 1), (7, 4), (16, 8), (200, 16)], [11, 64], FLIGHTS)
+    for number, (groups, caching, (budget, batch), num_blocks, (depth, late)) in enumerate(combinations):
         sizes = {"num_blocks": num_blocks + 20 * (len(groups) - 1), "budget": budget, "max_batch_size": batch}
-        loop = Loop(groups, caching=caching, **sizes)
+        loop = Loop(groups, caching=caching, depth=depth, late=late, **sizes)
         simulate(number, loop, num_requests=4 if budget == 1 else 9)
 
 
 def test_pressure_forces_preemption_and_eviction_and_changes_nothing() -> None:
     """With a pool that is always full, sequences are preempted, blocks evicted, and every output is still right."""
     preempted = hits = 0
-    for number, (groups, policy) in enumerate(product(GROUPS.values(), ["fcfs", "priority"])):
-        small = Loop(groups, num_blocks=12 if len(groups) == 1 else 24, policy=policy, threshold=5)
+    for number, (groups, policy, (depth, late)) in enumerate(product(GROUPS.values(), ["fcfs", "priority"], FLIGHTS)):
+        num_blocks = 12 if len(groups) == 1 else 24
+        small = Loop(groups, num_blocks=num_blocks, policy=policy, threshold=5, depth=depth, late=late)
         simulate(number, small, num_requests=25)
         preempted += sum(stats.num_preempted for stats in small.stats)
         hits += sum(stats.blocks.hit_tokens for stats in small.stats)
-    assert preempted > 40
-    assert hits > 50
+    assert preempted > 100
+    assert hits > 200
 
 
 def test_aborts_and_failures_hurt_nobody_else() -> None:
     """Clients that leave at any instant and rows that fail give back all they had; the others' outputs are right."""
-    for number, groups in enumerate(GROUPS.values()):
-        loop = Loop(groups, num_blocks=14 if len(groups) == 1 else 40)
+    for number, (groups, (depth, late)) in enumerate(product(GROUPS.values(), FLIGHTS)):
+        loop = Loop(groups, num_blocks=14 if len(groups) == 1 else 40, depth=depth, late=late)
         simulate(number, loop, num_requests=30, aborts=0.15, failures=0.1)
         assert any(client.aborted for client in loop.clients.values())
+
+
+def test_an_end_at_every_token_and_an_abort_at_every_step_disturb_nobody() -> None:
+    """With two steps in flight, one sequence ends or leaves at each position it can, beside one that goes on."""
+    for number, (at, how) in enumerate(product(range(1, 16), ["stop", "length", "abort", "fail"])):
+        loop = Loop(HYBRID, num_blocks=24, depth=2, late=number % 2 == 0, eos=())
+        prompt = prompt_of(7, seed=number)
+        output = reference(prompt, SamplingParams(max_tokens=16), HYBRID, VOCAB, (), 64)
+        params = SamplingParams(max_tokens=at if how == "length" else 16)
+        if how == "stop":
+            params = SamplingParams(max_tokens=16, stop_token_ids=(output[at - 1],))
+        ender, other = loop.submit(prompt, params), loop.submit(prompt_of(9), SamplingParams(max_tokens=16))
+        for _ in range(at):
+            loop.step()
+        if how == "abort":
+            loop.step(in_flight=partial(loop.abort, ender))
+        elif how == "fail":
+            loop.step([ender])
+        loop.run()
+        assert len(loop.clients[other].output) == 16
+        assert (how == "fail") == any(isinstance(event, Failed) for event in loop.clients[ender].events)

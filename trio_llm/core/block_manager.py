@@ -23,8 +23,8 @@ class BlockManager:
         groups: One block table per sequence and group; block sizes are powers of two.
         enable_prefix_caching: Let prompts share the blocks of those that began alike.
         secret: Key of the prefix digests, one per process, at most 64 bytes.
-        max_step_tokens: Most tokens of one sequence in a step; None where a step may hold a whole sequence.
-            A window group needs so many slots beside its window.
+        max_step_tokens: Most tokens of one sequence in flight, over all steps in flight; None where that may be
+            a whole sequence. A window group needs so many slots beside its window.
     """
 
     def __init__(
@@ -150,21 +150,22 @@ class BlockManager:
     def _serve_running(self, ask: BlockAsk, rows: Rows) -> None:
         holders = self._holders
         victims = list(ask.preempt_order)
-        for request_id, start, end in zip(ask.request_ids, ask.computed, ask.ends, strict=True):
+        for request_id, computed, start, end in zip(ask.request_ids, ask.computed, ask.starts, ask.ends, strict=True):
             if rows.budget == 0:
                 return
-            if rows.preempted and request_id in rows.preempted:
+            if start == end or (rows.preempted and request_id in rows.preempted):
                 continue
             count = min(end - start, rows.budget)
             holder = holders[request_id]
             if start + count <= holder.capacity:
                 rows.add(request_id, start, count, ())
                 continue
-            self._leave_windows(holder, start)
-            if self._make_room(holder, start + count, victims, rows):
+            # What is in flight is yet to be offered to the prefix cache: it must not leave before.
+            self._leave_windows(holder, computed)
+            if self._make_room(ask, holder, start + count, victims, rows):
                 rows.add(request_id, start, count, self._grow(holder, start + count))
 
-    def _make_room(self, holder: Holder, end: int, victims: list[int], rows: Rows) -> bool:
+    def _make_room(self, ask: BlockAsk, holder: Holder, end: int, victims: list[int], rows: Rows) -> bool:
         """Preempt from the end of the policy order until the blocks are there; False if the asker itself had to go."""
         missing = 0
         for group, table in zip(self.groups, holder.tables, strict=True):
@@ -173,6 +174,7 @@ class BlockManager:
             victim = victims.pop()
             rows.preempt(victim)
             self._release_all(self._holders[victim])
+            self._holders[victim].wanted = ask.ends[ask.request_ids.index(victim)]
             if victim == holder.request_id:
                 assert victims, f"sequence {victim} is longer than max_tokens()"
                 return False
@@ -233,7 +235,7 @@ class BlockManager:
         if holder.needs > available:
             return False
         start, hits = self._find_hits(holder)
-        needs = self._needs(holder.num_tokens, start, hits)
+        needs = self._needs(max(holder.num_tokens, holder.wanted), start, hits)
         if needs > available:
             assert needs <= self._pool.total_blocks, f"sequence {holder.request_id} is longer than max_tokens()"
             holder.needs = needs

@@ -29,6 +29,8 @@ class Holder:
         register_at: The number of computed tokens at which there is one more to offer.
         reserved: Blocks that its admission counted on and that it has not taken yet.
         needs: Free blocks it needed when last refused; with fewer there is no use looking again.
+        wanted: Where it was to get when it was preempted, which may be one token beyond those known; with less room it
+            would be preempted again before it gets anywhere.
     """
 
     request_id: int
@@ -42,11 +44,13 @@ class Holder:
     register_at: int = NEVER
     reserved: int = 0
     needs: int = 0
+    wanted: int = 0
     was_admitted: bool = False
 
     def reset(self) -> None:
         """Forget its blocks, which are gone; where it stands is set anew when it is admitted again."""
         self.tables = [[] for _ in self.tables]
+        self.register_at = NEVER
         self.reserved = self.needs = 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterable
 from operator import attrgetter
 
 from trio_llm.core.sequence import Sequence, Status
@@ -29,11 +30,12 @@ class Queues:
     def __contains__(self, request_id: int) -> bool:
         return request_id in self._live
 
-    def __getitem__(self, request_id: int) -> Sequence:
-        return self._live[request_id]
-
     def get(self, request_id: int) -> Sequence | None:
         return self._live.get(request_id)
+
+    def find(self, request_ids: Iterable[int]) -> list[Sequence | None]:
+        """Return the sequences with these ids, None for those that ended; quicker than one by one."""
+        return list(map(self._live.get, request_ids))
 
     def add(self, sequence: Sequence, leader: int | None) -> None:
         """Let a new sequence wait, behind its leader's prompt if that is yet to be computed."""
@@ -53,11 +55,11 @@ class Queues:
         insort(self.running, sequence, key=_by_key)
 
     def preempt(self, sequence: Sequence) -> None:
-        """Move a running sequence to the head of the waiting ones of its priority."""
+        """Let a running sequence start over at the head of the waiting ones of its priority."""
         self._remove_running(sequence)
-        sequence.status = Status.WAITING
-        sequence.num_preemptions += 1
-        insort(self.waiting, sequence, key=_by_waiting_key)
+        again = sequence.restart()
+        self._live[again.request_id] = again
+        insort(self.waiting, again, key=_by_waiting_key)
 
     def remove(self, sequence: Sequence) -> None:
         """Take an ended sequence out, wherever it is."""

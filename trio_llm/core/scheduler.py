@@ -1,11 +1,13 @@
 """Which sequences compute which tokens in a step, and what a step's result means for them.
 
 A pure state machine: `ask -> (BlockManager.reserve) -> plan -> (runner) -> commit`. It knows no blocks, no clock and no
-chance; the same calls in the same order give the same plans.
+chance; the same calls in the same order give the same plans. One more step may be planned while the runner has the one
+before, with tokens in it that are yet to be sampled; commits come in the order of the plans.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence as Seq
 from itertools import compress, repeat
 
@@ -77,7 +79,7 @@ class Scheduler:
         self._num_arrivals = 0
         self._step = 0
         self._asked: BlockAsk | None = None
-        self._in_flight: RunningStep | None = None
+        self._in_flight = deque[RunningStep]()
         self._to_release: list[Sequence] = []
         self._to_drop: list[int] = []
         self._ended: list[int] = []
@@ -112,7 +114,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do something: run a row or hand back blocks."""
+        """Whether a step would do something, now or after those in flight: run a row or hand back blocks."""
         return bool(self._queues.running or self._queues.waiting or self._to_release)
 
     # --- from clients ---------------------------------------------------------------------------------------------
@@ -151,7 +153,7 @@ class Scheduler:
         self._queues.add(Sequence(request_id, prompt, params, salt, key, limits, list(prompt)), leader)
 
     def abort(self, request_id: int) -> None:
-        """End a sequence wherever it is; no event follows, and what a running step computes for it is dropped."""
+        """End a sequence wherever it is; no event follows, and what steps in flight compute for it is dropped."""
         sequence = self._queues.get(request_id)
         if sequence is not None:
             self._end(sequence)
@@ -175,29 +177,37 @@ class Scheduler:
     # --- ask ------------------------------------------------------------------------------------------------------
 
     def ask(self) -> BlockAsk | None:
-        """Say what the next step needs of the KV pool; None if there is nothing to run and nothing to release."""
+        """Say what the next step needs of the KV pool; None if there is nothing to run now and nothing to release.
+
+        One step may be in flight meanwhile, not more: an UNKNOWN token is one of the step before.
+        """
         assert self._asked is None, "the step before has not been planned"
-        assert self._in_flight is None, "the step before has not been committed"
-        if not self.has_work:
-            return None
+        assert len(self._in_flight) <= 1, "two steps are in flight"
         running, most = self._queues.running, self._max_row_tokens
-        decodes = [sequence for sequence in running if len(sequence.tokens) - sequence.computed == 1]
-        prefills = [sequence for sequence in running if len(sequence.tokens) - sequence.computed != 1]
+        decodes = [sequence for sequence in running if sequence.target - sequence.scheduled == 1]
+        prefills = [sequence for sequence in running if sequence.target - sequence.scheduled > 1]
         rows = decodes + prefills
-        ends = [sequence.computed + 1 for sequence in decodes]
-        ends += [min(len(sequence.tokens), sequence.computed + most) for sequence in prefills]
+        ends = [sequence.scheduled + 1 for sequence in decodes]
+        ends += [min(sequence.target, sequence.scheduled + most) for sequence in prefills]
         # Each row costs a token at least; no use asking for more.
-        slots = min(self._max_batch_size - len(rows), self._token_budget - len(decodes))
+        slots = min(self._max_batch_size - len(running), self._token_budget - len(decodes))
         candidates = self._queues.waiting[: max(0, slots)]
+        if not (rows or candidates or self._to_release):
+            return None
+        if len(rows) < len(running):  # The others end with the step in flight.
+            resting = [sequence for sequence in running if sequence.target == sequence.scheduled]
+            rows += resting
+            ends += [sequence.scheduled for sequence in resting]
         released, self._to_release = self._to_release, []
         self._step += 1
         self._asked = BlockAsk(
             self._step,
             tuple([sequence.request_id for sequence in released]),
-            tuple([-1 if sequence.failed else sequence.computed for sequence in released]),
+            tuple([sequence.trusted for sequence in released]),
             self._introduce(candidates),
             tuple([sequence.request_id for sequence in rows]),
             tuple([sequence.computed for sequence in rows]),
+            tuple([sequence.scheduled for sequence in rows]),
             tuple(ends),
             tuple([sequence.unsent for sequence in rows]),
             tuple([sequence.request_id for sequence in running]),
@@ -226,12 +236,14 @@ class Scheduler:
         self._asked = None
         for request_id in grant.preempted:
             self._preempt(request_id)
-        grant = self._without_aborted(grant)
-        if not grant.request_ids:
+        rows = self._queues.find(grant.request_ids)
+        grant = _without_ended(grant, rows)
+        rows = [sequence for sequence in rows if sequence is not None]
+        if not rows:
             return None
-        admissions, started = self._start(grant)
-        rows = [self._queues[request_id] for request_id in grant.request_ids]
-        self._in_flight, token_ids = RunningStep.lay_out(grant, rows, started)
+        admissions, started = self._start(grant, rows)
+        step, token_ids = RunningStep.lay_out(grant, rows, started)
+        self._in_flight.append(step)
         dropped, self._to_drop = tuple(self._to_drop), []
         return StepPlan(
             grant.step,
@@ -241,7 +253,7 @@ class Scheduler:
             grant.starts,
             grant.counts,
             token_ids,
-            tuple(self._in_flight.samples),
+            tuple(step.samples),
             grant.new_blocks,
         )
 
@@ -249,55 +261,38 @@ class Scheduler:
         sequence = self._queues.get(request_id)
         if sequence is None:  # Aborted after the ask.
             return
-        self._queues.preempt(sequence)
         self._drop_from_runner(sequence)
-        sequence.computed = 0
-        sequence.prompt_logprobs = []
+        self._queues.preempt(sequence)
 
-    def _without_aborted(self, grant: BlockGrant) -> BlockGrant:
-        """Take out the rows of sequences that were aborted since the ask; their blocks go back with the next one."""
-        alive = [request_id in self._queues for request_id in grant.request_ids]
-        if all(alive):
-            return grant
-        return attrs.evolve(
-            grant,
-            request_ids=tuple(compress(grant.request_ids, alive)),
-            starts=tuple(compress(grant.starts, alive)),
-            counts=tuple(compress(grant.counts, alive)),
-            new_blocks=tuple(compress(grant.new_blocks, alive)),
-            num_admitted=sum(alive[len(alive) - grant.num_admitted :]),
-        )
-
-    def _start(self, grant: BlockGrant) -> tuple[tuple[Admission, ...], list[Sequence]]:
-        """Let the admitted sequences run; return what the runner must know of them, and who never ran before."""
+    def _start(self, grant: BlockGrant, rows: list[Sequence]) -> tuple[tuple[Admission, ...], list[Sequence]]:
+        """Let the admitted sequences run; return what the runner must know of them, and whose clients know nothing."""
         admissions: list[Admission] = []
         started: list[Sequence] = []
-        first = len(grant.request_ids) - grant.num_admitted
-        for request_id, start in zip(grant.request_ids[first:], grant.starts[first:], strict=True):
-            sequence = self._queues[request_id]
+        first = len(rows) - grant.num_admitted
+        for sequence, start in zip(rows[first:], grant.starts[first:], strict=True):
             self._queues.start(sequence)
             sequence.computed = start
             sequence.known_to_runner = True
             if sequence.cached_tokens is None:
                 sequence.cached_tokens = start
+            if not sequence.announced:
                 started.append(sequence)
             tokens = tuple(sequence.tokens) if len(sequence.tokens) > len(sequence.prompt) else sequence.prompt
-            admissions.append(Admission(request_id, tokens, len(sequence.prompt), sequence.params))
+            admissions.append(Admission(sequence.request_id, tokens, len(sequence.prompt), sequence.params))
         return tuple(admissions), started
 
     # --- commit ---------------------------------------------------------------------------------------------------
 
     def commit(self, result: StepResult) -> Commit:
-        """Advance the sequences of the planned step and say what their clients are to hear."""
-        step = self._in_flight
-        assert step is not None
+        """Advance the sequences of the first step in flight and say what their clients are to hear."""
+        assert self._asked is None, "the step that was asked for has not been planned"
+        step = self._in_flight.popleft()
         assert result.step == step.grant.step
-        self._in_flight = None
-        events: Events = [
-            (sequence.request_id, Started(sequence.cached_tokens or 0))
-            for sequence in step.started
-            if sequence.status is Status.RUNNING
-        ]
+        events: Events = []
+        for sequence in step.started:
+            if sequence.status is Status.RUNNING:
+                sequence.announced = True
+                events.append((sequence.request_id, Started(sequence.cached_tokens or 0)))
         if result.failed:
             self._fail_rows(step, result, events)
         for at in step.prefills:
@@ -349,7 +344,7 @@ class Scheduler:
             (token_id,) = sampled
             num_generated += 1
             sequence.tokens.append(token_id)
-            sequence.unsent = sampled
+            sequence.unsent += sampled
             events.append((sequence.request_id, Tokens(sampled, row_logprobs)))
             limits = sequence.limits
             if token_id in limits.stop_ids or len(sequence.tokens) >= limits.max_len:
@@ -377,3 +372,18 @@ class Scheduler:
         if sequence.known_to_runner:
             sequence.known_to_runner = False
             self._to_drop.append(sequence.request_id)
+
+
+def _without_ended(grant: BlockGrant, rows: list[Sequence | None]) -> BlockGrant:
+    """Take out the rows of sequences that were aborted since the ask; their blocks go back with the next one."""
+    if all(rows):
+        return grant
+    alive = [sequence is not None for sequence in rows]
+    return attrs.evolve(
+        grant,
+        request_ids=tuple(compress(grant.request_ids, alive)),
+        starts=tuple(compress(grant.starts, alive)),
+        counts=tuple(compress(grant.counts, alive)),
+        new_blocks=tuple(compress(grant.new_blocks, alive)),
+        num_admitted=sum(alive[len(alive) - grant.num_admitted :]),
+    )

@@ -23,7 +23,8 @@ class Limits:
     """When a sequence ends by itself.
 
     Attributes:
-        max_len: Tokens, prompt included, at which it ends for length, even before min_len: there is no room.
+        max_len: Tokens, prompt included, at which it ends for length, even before min_len: there is no room. A text to
+            embed ends with its prompt.
         min_len: Tokens it must have before a stop token counts.
         stop_ids: Tokens that end it.
         primary_eos: The stop token that needs no mention in Finished; None where it does not end the sequence.
@@ -40,7 +41,7 @@ class Limits:
     ) -> Limits:
         """Work them out from the parameters of a request and the end-of-sequence ids of a model, primary one first."""
         if isinstance(params, PoolingParams):
-            return cls(max_model_len)
+            return cls(num_prompt_tokens)
         max_len = max_model_len
         if params.max_tokens is not None:
             max_len = min(max_len, num_prompt_tokens + params.max_tokens)
@@ -65,9 +66,12 @@ class Sequence:
         key: (priority, arrival), the place in the policy's order; smaller is earlier; unique.
         limits: When it ends.
         computed: Tokens whose KV is really computed.
+        scheduled: Tokens whose KV is computed once the steps in flight are done.
+        target: Tokens that can be scheduled: those known, and one that a step in flight samples unless it is the last.
         prompt_computed: The whole prompt was computed at least once; followers may go.
         unsent: Tokens sampled since the KV manager last heard of it.
         cached_tokens: Prompt tokens found in the prefix cache at the first admission, None before it.
+        announced: Its client was told that it started.
         failed: What it computed is not to be trusted.
         known_to_blocks, known_to_runner: Who has to be told that it is gone.
         followers: Sequences held until this one's prompt is computed.
@@ -83,9 +87,12 @@ class Sequence:
     tokens: list[int]
     status: Status = Status.WAITING
     computed: int = 0
+    scheduled: int = 0
+    target: int = attrs.field(default=attrs.Factory(lambda self: len(self.tokens), takes_self=True))
     prompt_computed: bool = False
     unsent: tuple[int, ...] = ()
     cached_tokens: int | None = None
+    announced: bool = False
     num_preemptions: int = 0
     failed: bool = False
     known_to_blocks: bool = False
@@ -98,6 +105,22 @@ class Sequence:
         return (
             f"<Sequence {self.request_id} {self.status.value}: prompt {len(self.prompt)} + output {output}, "
             f"{self.computed} computed>"
+        )
+
+    def restart(self) -> Sequence:
+        """Return the sequence as it waits to be computed again; it takes the place of this one, which ends here.
+
+        Steps in flight keep this one, so what they yield for it falls on nobody.
+        """
+        self.status = Status.ENDED
+        return attrs.evolve(
+            self,
+            status=Status.WAITING,
+            computed=0,
+            scheduled=0,
+            target=len(self.tokens),
+            num_preemptions=self.num_preemptions + 1,
+            prompt_logprobs=[],
         )
 
     @property
@@ -118,6 +141,11 @@ class Sequence:
     def read_cache(self) -> bool:
         """Whether KV of others may stand in for computing; not where every position must yield something."""
         return not self.pooling and not self.wants_prompt_logprobs
+
+    @property
+    def trusted(self) -> int:
+        """Of its first tokens, how many the KV manager knows and may let others use; -1 where it failed."""
+        return -1 if self.failed else min(self.computed, len(self.tokens) - len(self.unsent))
 
     @property
     def usage(self) -> Usage:

@@ -33,10 +33,8 @@ def _short(value: object) -> str:
 def ask_table(ask: BlockAsk) -> str:
     """Show what the scheduler wants: running rows first, then who waits."""
     rows: list[tuple[object, ...]] = [
-        (request_id, "running", f"{computed} → {end}", ", ".join(map(str, new)))
-        for request_id, computed, end, new in zip(
-            ask.request_ids, ask.computed, ask.ends, ask.new_token_ids, strict=True
-        )
+        (request_id, "running", f"{start} → {end}", ", ".join(map(str, new)))
+        for request_id, start, end, new in zip(ask.request_ids, ask.starts, ask.ends, ask.new_token_ids, strict=True)
     ]
     rows += [(request_id, "waiting", "", "") for request_id in ask.waiting]
     told = [f"token budget {ask.token_budget}"]
