@@ -133,7 +133,7 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
     ("a decode of the first token", "running_step", "tokens[start] if", "tokens[0] if"),
     ("plan the same tokens again", "running_step", "            sequence.scheduled = end\n", ""),
     ("show the held text", "stop", "shown = len(buffer) - max(self._states, default=0)", "shown = len(buffer)"),
-    ("restart naively", "stop", "state = failure[state - 1]", "state = 0"),
+    ("restart naively", "stop", "!= character:\n                    state = failure[state - 1]", "!= character:\n                    state = 0"),
     ("show half characters", "detokenizer", "        if text.endswith(INVALID):\n            return self._settle()", "        if False:\n            return self._settle()"),
     ("a window without end", "detokenizer", "joined and len(self._context) + len(self._pending) <= MAX_CONTEXT_TOKENS", "joined"),
     ("hold for ever", "detokenizer", "self._settle() if len(self._pending) >= MAX_PENDING_TOKENS else", '"" if True else'),
