@@ -6,62 +6,11 @@ these classes. Precedence: defaults < config.yaml < environment < flags.
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal
+from typing import Literal
 
 import attrs
 
-from trio_llm.errors import ConfigError
-
-
-def setting(
-    default: Any,
-    help: str,
-    *,
-    env: str | None = None,
-    flags: tuple[str, ...] = (),
-    at_least: float | None = None,
-    at_most: float | None = None,
-    power_of_two: bool = False,
-    secret: bool = False,
-) -> Any:
-    """Declare one setting. `flags` are its spellings on the command line, the first one shown.
-
-    A value out of range is a ConfigError wherever it comes from. A secret is never shown, not even by repr.
-    """
-    return attrs.field(
-        default=default,
-        validator=_check_limits,
-        repr=(lambda value: "***" if value else repr(value)) if secret else True,
-        metadata={
-            "help": help,
-            "env": env,
-            "flags": flags,
-            "at_least": at_least,
-            "at_most": at_most,
-            "power_of_two": power_of_two,
-            "secret": secret,
-        },
-    )
-
-
-def _check_limits(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if reason := out_of_range(attribute, value):
-        raise ConfigError(key=attribute.name, value=value, source=type(instance).__name__, allowed=reason)
-
-
-def out_of_range(attribute: attrs.Attribute[Any], value: Any) -> str | None:
-    """Say what a setting's numbers may be, or nothing where this one is fine."""
-    if value is None or not isinstance(value, int | float):
-        return None
-    low, high = attribute.metadata["at_least"], attribute.metadata["at_most"]
-    if not math.isfinite(value):
-        return "must be a finite number"
-    if (low is not None and value < low) or (high is not None and value > high):
-        return f"must be {low} to {high}" if high is not None else f"must be at least {low}"
-    if attribute.metadata["power_of_two"] and int(value).bit_count() != 1:
-        return "must be a power of two"
-    return None
+from trio_llm.setting import setting
 
 
 @attrs.frozen(kw_only=True)
@@ -90,23 +39,10 @@ class ServerConfig:
     shutdown_timeout_s: float = setting(
         30.0, "Seconds that accepted requests get to finish after SIGTERM.", flags=("--shutdown-timeout",), at_least=0
     )
-    max_connections: int = setting(
-        4096, "Open connections; one more is answered 503.", flags=("--max-connections",), at_least=1
-    )
-    max_connections_per_peer: int = setting(
-        1024,
-        "Open connections of one remote address, an IPv6 one by its /64; one more is answered 503. 0 for no limit.",
-        flags=("--max-connections-per-peer",),
-        at_least=0,
-    )
     data_dir: str | None = setting(
         None,
         "Directory for uploaded files and batches; default: trio-llm in $XDG_STATE_HOME or ~/.local/state.",
         flags=("--data-dir",),
-    )
-    max_file_bytes: int = setting(100 * 1024 * 1024, "Largest uploaded file.", flags=("--max-file-bytes",), at_least=1)
-    max_body_bytes: int = setting(
-        2 * 1024 * 1024, "Largest JSON request body.", flags=("--max-body-bytes",), at_least=1
     )
     otlp_traces_endpoint: str | None = setting(
         None,
@@ -242,9 +178,113 @@ class AuthConfig:
 
 
 @attrs.frozen(kw_only=True)
+class LimitsConfig:
+    """How much one client, connection or request may take. Whoever exceeds one is told the number and the flag."""
+
+    max_body_bytes: int = setting(
+        2 * 1024 * 1024,
+        "Bytes of a JSON request body.",
+        env="VLLM_HTTP_MAX_REQUEST_BODY_SIZE",
+        flags=("--max-body-bytes",),
+        at_least=1,
+    )
+    max_file_bytes: int = setting(
+        100 * 1024 * 1024, "Bytes of an uploaded file.", flags=("--max-file-bytes",), at_least=1
+    )
+    max_json_depth: int = setting(
+        32, "Levels of arrays and objects in a body.", flags=("--max-json-depth",), at_least=1, at_most=256
+    )
+    max_json_nodes: int = setting(20_000, "Arrays and objects in a body.", flags=("--max-json-nodes",), at_least=1)
+    max_json_digits: int = setting(
+        20, "Digits of a whole number in a body.", flags=("--max-json-digits",), at_least=1, at_most=4300
+    )
+    max_messages: int = setting(2048, "Messages of a conversation.", flags=("--max-messages",), at_least=1)
+    max_prompts: int = setting(
+        1024,
+        "Prompts of a completion request.",
+        env="VLLM_MAX_COMPLETION_PROMPTS",
+        flags=("--max-prompts",),
+        at_least=1,
+    )
+    max_inputs: int = setting(2048, "Inputs of an embedding request.", flags=("--max-inputs",), at_least=1)
+    max_n: int = setting(128, "Samples of one prompt.", env="VLLM_MAX_N_SEQUENCES", flags=("--max-n",), at_least=1)
+    max_samples: int = setting(
+        1024,
+        "Samples of all prompts of a request, and never more than the engine has places.",
+        flags=("--max-samples",),
+        at_least=1,
+    )
+    max_stop_strings: int = setting(
+        4, "Stop strings of a request.", env="VLLM_MAX_STOP_STRINGS", flags=("--max-stop-strings",), at_least=0
+    )
+    max_stop_bytes: int = setting(256, "Bytes of a stop string.", flags=("--max-stop-bytes",), at_least=1)
+    max_stop_token_ids: int = setting(64, "Stop token ids of a request.", flags=("--max-stop-token-ids",), at_least=0)
+    max_logit_bias: int = setting(1024, "Entries of logit_bias.", flags=("--max-logit-bias",), at_least=0)
+    max_metadata_pairs: int = setting(16, "Pairs of metadata.", flags=("--max-metadata-pairs",), at_least=0)
+    max_metadata_key_chars: int = setting(
+        64, "Characters of a key of metadata.", flags=("--max-metadata-key-chars",), at_least=1
+    )
+    max_metadata_value_chars: int = setting(
+        512, "Characters of a value of metadata.", flags=("--max-metadata-value-chars",), at_least=1
+    )
+    max_header_bytes: int = setting(
+        16 * 1024, "Bytes of a request's target and headers.", flags=("--max-header-bytes",), at_least=256
+    )
+    max_headers: int = setting(100, "Headers of a request.", flags=("--max-headers",), at_least=1)
+    max_connections: int = setting(
+        4096, "Open connections; one more is answered 503.", flags=("--max-connections",), at_least=1
+    )
+    max_connections_per_peer: int = setting(
+        1024,
+        "Open connections of one remote address, an IPv6 one by its /64; one more is answered 503. 0 for no limit.",
+        flags=("--max-connections-per-peer",),
+        at_least=0,
+    )
+    header_timeout_s: float = setting(
+        5.0, "Seconds for a request's headers to arrive.", flags=("--header-timeout",), at_least=0.001
+    )
+    body_timeout_s: float = setting(
+        20.0,
+        "Seconds for a JSON body to arrive, and for each next part of an upload.",
+        flags=("--body-timeout",),
+        at_least=0.001,
+    )
+    keep_alive_timeout_s: float = setting(
+        5.0,
+        "Seconds that a connection may wait for its next request.",
+        env="VLLM_HTTP_TIMEOUT_KEEP_ALIVE",
+        flags=("--keep-alive-timeout",),
+        at_least=0.001,
+    )
+    write_timeout_s: float = setting(
+        30.0,
+        "Seconds that a client may read nothing while there is something to read.",
+        flags=("--write-timeout",),
+        at_least=0.001,
+    )
+    request_timeout_s: float = setting(
+        600.0,
+        "Seconds that a request may take, queue and streaming included; 0 for no limit.",
+        flags=("--request-timeout",),
+        at_least=0,
+    )
+    template_timeout_s: float = setting(
+        5.0,
+        "Seconds for rendering a chat template.",
+        env="VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT",
+        flags=("--template-timeout",),
+        at_least=0.001,
+    )
+    max_template_chars: int = setting(
+        4 * 1024 * 1024, "Characters that a chat template may render.", flags=("--max-template-chars",), at_least=1
+    )
+
+
+@attrs.frozen(kw_only=True)
 class Config:
     """Everything that can be set, by section."""
 
     server: ServerConfig = attrs.field(factory=ServerConfig)
     engine: EngineConfig = attrs.field(factory=EngineConfig)
     auth: AuthConfig = attrs.field(factory=AuthConfig)
+    limits: LimitsConfig = attrs.field(factory=LimitsConfig)

@@ -12,10 +12,9 @@ import trio.testing
 
 from tests.server.helpers import Answer, ask, http, read_response, running
 from tests.server.stub import GatedWorker, StubRunner, open_stub, stub_tokenizer
-from trio_llm.config import AuthConfig, Config, ServerConfig
+from trio_llm.config import AuthConfig, Config, LimitsConfig, ServerConfig
 from trio_llm.engine import Engine
 from trio_llm.errors import ConfigError
-from trio_llm.server import app as app_module
 from trio_llm.server.app import ServerApp, create_app
 
 KEY = "sk-0123456789abcdef"
@@ -78,7 +77,7 @@ async def test_every_refusal_is_an_error_object(
 
 async def test_a_body_too_large_is_a_413_error_object(engine: Engine) -> None:
     """The body limit counts announced and chunked bodies alike and is named in the error."""
-    app = create_app(engine, Config(server=ServerConfig(max_body_bytes=1000)))
+    app = create_app(engine, Config(limits=LimitsConfig(max_body_bytes=1000)))
     async with running(app) as server:
         for framing in ("Content-Length: 2000", "Transfer-Encoding: chunked"):
             stream = await server.connect()
@@ -91,12 +90,12 @@ async def test_a_body_too_large_is_a_413_error_object(engine: Engine) -> None:
 
 
 async def test_a_body_that_drips_times_out(engine: Engine, mock_clock: trio.testing.MockClock) -> None:
-    """L6: a body that does not arrive in BODY_TIMEOUT_S is a 408, and the connection closes."""
+    """L6: a body that does not arrive in time is a 408, and the connection closes."""
     async with running(create_app(engine, Config())) as server:
         stream = await server.connect()
         await stream.send_all(http("POST", "/v1/completions", b"{}", "Content-Type: application/json")[:-1])
         await trio.testing.wait_all_tasks_blocked(0.01)
-        mock_clock.jump(app_module.BODY_TIMEOUT_S + 1)
+        mock_clock.jump(LimitsConfig().body_timeout_s + 1)
         await trio.testing.wait_all_tasks_blocked(0.01)
         mock_clock.jump(5)  # the edge waits so long for the rest before it answers
         status, headers, _ = await read_response(stream)

@@ -9,20 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.server.stub import SPECIAL, TEMPLATE, TOKENIZER
+from trio_llm.config import LimitsConfig
 from trio_llm.errors import CheckpointError, InvalidRequestError
-from trio_llm.server import chat_template as module
 from trio_llm.server.chat_template import ChatTemplate
 
 
-def template(source: str = TEMPLATE) -> ChatTemplate:
+def template(source: str = TEMPLATE, limits: LimitsConfig | None = None) -> ChatTemplate:
     """Compile a template with the stub's control tokens."""
-    return ChatTemplate(source, {"eos_token": SPECIAL[0]}, SPECIAL)
+    return ChatTemplate(source, {"eos_token": SPECIAL[0]}, SPECIAL, limits or LimitsConfig())
 
 
-def render(source: str, messages: list[dict[str, Any]], **options: Any) -> str:
+def render(source: str, messages: list[dict[str, Any]], limits: LimitsConfig | None = None, **options: Any) -> str:
     """Render and join the segments."""
     settings = {"add_generation_prompt": False, "continue_final_message": False, "variables": {}, **options}
-    return "".join(text for text, _ in template(source).render(messages, **settings))
+    return "".join(text for text, _ in template(source, limits).render(messages, **settings))
 
 
 def ids(source: str, messages: list[dict[str, Any]]) -> list[int]:
@@ -135,16 +135,15 @@ def test_hostile_and_failing_templates_are_refusals(source: str) -> None:
         render(source, [turn("x")])
 
 
-def test_output_and_time_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_and_time_are_limited() -> None:
     """A template that goes on for ever is stopped by what it has written, or by how long it took."""
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{{ 'xxxxxxxxxx' }}{% endfor %}{% endfor %}"
-    monkeypatch.setattr(module, "_MAX_CHARS", 1000)
-    with pytest.raises(InvalidRequestError, match="too long"):
-        render(endless, [turn("x")])
-    monkeypatch.setattr(module, "_MAX_CHARS", 10**12)
-    monkeypatch.setattr(module, "MAX_RENDER_S", 0.0)
-    with pytest.raises(InvalidRequestError, match="too long"):
-        render(endless, [turn("x")])
+    for limits, reason in (
+        (LimitsConfig(max_template_chars=1000), r"1000 characters \(--max-template-chars\)"),
+        (LimitsConfig(max_template_chars=10**12, template_timeout_s=0.001), r"0.001 s \(--template-timeout\)"),
+    ):
+        with pytest.raises(InvalidRequestError, match=reason):
+            render(endless, [turn("x")], limits=limits)
 
 
 @pytest.mark.parametrize(

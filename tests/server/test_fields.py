@@ -8,7 +8,7 @@ import pytest
 
 from tests.server.helpers import ask
 from tests.server.stub import StubRunner, open_stub
-from trio_llm.config import Config
+from trio_llm.config import Config, LimitsConfig
 from trio_llm.errors import InvalidRequestError
 from trio_llm.server.app import create_app
 from trio_llm.server.fields import stray_fields
@@ -67,7 +67,7 @@ def test_the_path_of_an_unknown_field(kind: Any, body: dict[str, Any], paths: li
 def test_what_is_known_and_not_built_is_refused_inside_too(fields: dict[str, Any], path: str) -> None:
     """A nested field that would change the answer is refused by its path; with the value of none it passes."""
     with pytest.raises(InvalidRequestError) as caught:
-        check_body({"messages": [HI], **fields}, ChatBody)
+        check_body({"messages": [HI], **fields}, ChatBody, LimitsConfig())
     assert caught.value.param == path
     neutral = {"role": "assistant", "content": "x", "audio": None, "annotations": []}
     assert stray_fields({"messages": [neutral]}, ChatBody, {}) == ()

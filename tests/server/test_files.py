@@ -16,7 +16,7 @@ import trio
 from tests.server.client import use_client
 from tests.server.helpers import Running, http, read_response, running
 from tests.server.stub import StubRunner, open_stub
-from trio_llm.config import AuthConfig, Config, ServerConfig
+from trio_llm.config import AuthConfig, Config, LimitsConfig, ServerConfig
 from trio_llm.server import edge
 from trio_llm.server.app import create_app
 
@@ -27,7 +27,9 @@ MIB = 1024 * 1024
 @asynccontextmanager
 async def serving(directory: Path, **settings: Any) -> AsyncIterator[Running]:
     """Serve with files in a directory."""
-    config = Config(server=ServerConfig(data_dir=str(directory), **settings), auth=AuthConfig(api_keys=KEYS))
+    config = Config(
+        server=ServerConfig(data_dir=str(directory)), limits=LimitsConfig(**settings), auth=AuthConfig(api_keys=KEYS)
+    )
     async with open_stub(StubRunner()) as engine, running(create_app(engine, config)) as server:
         yield server
 
@@ -232,16 +234,14 @@ async def test_a_client_that_leaves_leaves_nothing(
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
-async def test_a_client_that_stops_sending_is_answered(
-    server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_client_that_stops_sending_is_answered(tmp_path: Path) -> None:
     """An upload that stalls is a 408 after its time, and leaves nothing."""
-    monkeypatch.setattr(edge, "_CHUNK_TIMEOUT_S", 0.05)
-    stream = await server.connect()
-    await stream.send_all(head(2 * MIB) + b"x" * 1000)
-    with trio.fail_after(30):
-        assert (await read_response(stream))[0] == 408
-    assert stored(tmp_path) == []
+    async with serving(tmp_path, body_timeout_s=0.05) as server:
+        stream = await server.connect()
+        await stream.send_all(head(2 * MIB) + b"x" * 1000)
+        with trio.fail_after(30):
+            assert (await read_response(stream))[0] == 408
+        assert stored(tmp_path) == []
 
 
 async def test_uploads_are_never_held_whole(tmp_path: Path) -> None:

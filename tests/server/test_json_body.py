@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trio_llm.config import LimitsConfig
 from trio_llm.errors import InvalidRequestError
-from trio_llm.server.json_body import MAX_CONTAINERS, MAX_DEPTH, parse_object
+from trio_llm.server.json_body import parse_object
 from trio_llm.server.requests import ChatBody, CompletionBody, parse_body
 
+LIMITS = LimitsConfig()
 JSON = st.recursive(
     st.none()
     | st.booleans()
@@ -30,7 +32,7 @@ JSON = st.recursive(
 def test_good_json_is_what_json_says(value: dict[str, Any], ascii_only: bool) -> None:
     """Whatever is an object of ordinary values is parsed as the standard library would."""
     text = json.dumps(value, ensure_ascii=ascii_only)
-    assert parse_object(text.encode()) == json.loads(text)
+    assert parse_object(text.encode(), LIMITS) == json.loads(text)
 
 
 @given(
@@ -41,7 +43,7 @@ def test_good_json_is_what_json_says(value: dict[str, Any], ascii_only: bool) ->
 def test_no_bytes_raise_anything_else(data: bytes) -> None:
     """Any bytes are an object or an InvalidRequestError."""
     with contextlib.suppress(InvalidRequestError):
-        assert isinstance(parse_object(data), dict)
+        assert isinstance(parse_object(data, LIMITS), dict)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +51,7 @@ def test_no_bytes_raise_anything_else(data: bytes) -> None:
     [
         (b"[" * 1000, "nested"),  # L7: RecursionError, hence 500
         (b'{"a":' * 100_000, "nested"),
-        (b'{"a":[' + b"[]," * MAX_CONTAINERS + b"1]}", "nested"),
+        (b'{"a":[' + b"[]," * LIMITS.max_json_nodes + b"1]}", "--max-json-nodes"),
         (b'{"a": "\xff"}', "UTF-8"),  # L8: UnicodeDecodeError, hence 500
         ('{"a": "x"}'.encode("utf-16"), "UTF-8"),
         (b"\x1f\x8b\x08\x00", "UTF-8"),
@@ -69,21 +71,21 @@ def test_no_bytes_raise_anything_else(data: bytes) -> None:
 def test_what_is_refused(body: bytes, word: str) -> None:
     """L7-L10: each of these is one clear InvalidRequestError."""
     with pytest.raises(InvalidRequestError, match=re.escape(word)):
-        parse_object(body)
+        parse_object(body, LIMITS)
 
 
 def test_brackets_in_strings_do_not_nest() -> None:
-    """The nesting limit counts structure, not text, and allows exactly MAX_DEPTH."""
-    assert parse_object(b'{"a": "[[[' + b"[" * 100 + b'\\"]"}')["a"].endswith('"]')
-    deepest = b'{"a":' + b"[" * (MAX_DEPTH - 1) + b"]" * (MAX_DEPTH - 1) + b"}"
-    assert parse_object(deepest)
+    """The nesting limit counts structure, not text, and allows exactly LIMITS.max_json_depth."""
+    assert parse_object(b'{"a": "[[[' + b"[" * 100 + b'\\"]"}', LIMITS)["a"].endswith('"]')
+    deepest = b'{"a":' + b"[" * (LIMITS.max_json_depth - 1) + b"]" * (LIMITS.max_json_depth - 1) + b"}"
+    assert parse_object(deepest, LIMITS)
     with pytest.raises(InvalidRequestError):
-        parse_object(deepest.replace(b"[]", b"[[]]"))
+        parse_object(deepest.replace(b"[]", b"[[]]"), LIMITS)
 
 
 def test_pairs_of_surrogates_are_a_character() -> None:
     """A whole surrogate pair in escapes is fine."""
-    assert parse_object(b'{"a": "\\ud83d\\ude00"}') == {"a": "\U0001f600"}
+    assert parse_object(b'{"a": "\\ud83d\\ude00"}', LIMITS) == {"a": "\U0001f600"}
 
 
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
@@ -133,10 +135,10 @@ def test_wrong_values_are_refused_by_name(field: str) -> None:
     for kind, base in ((ChatBody, CHAT), (CompletionBody, COMPLETION)):
         for value in REFUSED[field]:
             with pytest.raises(InvalidRequestError) as caught:
-                parse_body(json.dumps({**base, field: value}).encode(), kind)
+                parse_body(json.dumps({**base, field: value}).encode(), kind, LIMITS)
             assert caught.value.param is not None, (value, caught.value)
             assert caught.value.param.startswith(field), (value, caught.value)
-        body, unknown = parse_body(json.dumps({**base, field: None}).encode(), kind)
+        body, unknown = parse_body(json.dumps({**base, field: None}).encode(), kind, LIMITS)
         assert getattr(body, field) is None
         assert unknown == ()
 
@@ -163,7 +165,7 @@ def test_wrong_values_are_refused_by_name(field: str) -> None:
 def test_paths_name_the_place(kind: Any, body: dict[str, Any], param: str) -> None:
     """The error's param is the path of what is wrong or missing."""
     with pytest.raises(InvalidRequestError) as caught:
-        parse_body(json.dumps(body).encode(), kind)
+        parse_body(json.dumps(body).encode(), kind, LIMITS)
     assert caught.value.param == param
 
 
@@ -191,13 +193,13 @@ def test_paths_name_the_place(kind: Any, body: dict[str, Any], param: str) -> No
 def test_what_is_not_built_is_refused_by_name(field: str, neutral: Any, meant: Any) -> None:
     """A known field that would change the answer and cannot is a 400 naming it; its neutral value passes."""
     with pytest.raises(InvalidRequestError) as caught:
-        parse_body(json.dumps({**CHAT, field: meant}).encode(), ChatBody)
+        parse_body(json.dumps({**CHAT, field: meant}).encode(), ChatBody, LIMITS)
     assert caught.value.param == field
-    _, unknown = parse_body(json.dumps({**CHAT, field: neutral}).encode(), ChatBody)
+    _, unknown = parse_body(json.dumps({**CHAT, field: neutral}).encode(), ChatBody, LIMITS)
     assert unknown == ()
 
 
 def test_unknown_fields_are_reported() -> None:
     """Fields that nobody knows pass, and are handed back by name, those of stream_options too."""
     body = {**CHAT, "foo": 1, "bar": None, "stream_options": {"include_obfuscation": True}}
-    assert parse_body(json.dumps(body).encode(), ChatBody)[1] == ("foo", "stream_options.include_obfuscation")
+    assert parse_body(json.dumps(body).encode(), ChatBody, LIMITS)[1] == ("foo", "stream_options.include_obfuscation")

@@ -12,7 +12,7 @@ import pytest
 
 from tests.server.helpers import ask
 from tests.server.stub import open_stub
-from trio_llm.config import AuthConfig, Config
+from trio_llm.config import AuthConfig, Config, LimitsConfig
 from trio_llm.server.app import ServerApp, create_app
 from trio_llm.server.openapi import OPERATIONS, document
 
@@ -31,13 +31,13 @@ async def test_routes_and_document_are_the_same(app: ServerApp) -> None:
         for rule in app.url_map.iter_rules()
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
     }
-    told = {(method, path) for path, methods in document()["paths"].items() for method in methods}
+    told = {(method, path) for path, methods in document(LimitsConfig())["paths"].items() for method in methods}
     assert told == routes
 
 
 def test_every_field_of_a_body_is_described() -> None:
     """A body's schema has exactly the fields that requests are checked for, with the same ones required."""
-    schemas = document()["components"]["schemas"]
+    schemas = document(LimitsConfig())["components"]["schemas"]
     for operation in OPERATIONS:
         if operation.body is not None:
             fields = msgspec.structs.fields(operation.body)
@@ -48,7 +48,7 @@ def test_every_field_of_a_body_is_described() -> None:
 
 def test_references_lead_somewhere() -> None:
     """Every $ref names a schema of the document, and every operation has a name of its own."""
-    whole = document()
+    whole = document(LimitsConfig())
 
     def references(node: Any) -> set[str]:
         if isinstance(node, dict):
@@ -95,7 +95,7 @@ async def test_the_page_is_whole_and_loads_nothing(app: ServerApp) -> None:
     assert all(link == "openapi.json" or link[1:] in ids for link in links)
     for operation in OPERATIONS:
         assert f"<code>{operation.path}</code>" in text
-    for schema in document()["components"]["schemas"].values():
+    for schema in document(LimitsConfig())["components"]["schemas"].values():
         for field in schema.get("properties", ()):
             assert f"<code>{field}</code>" in text
     assert "default-src 'none'" in answer.headers["content-security-policy"]

@@ -11,8 +11,7 @@ import trio
 
 from tests.server.helpers import ask
 from tests.server.stub import StubRunner, open_stub, stub_tokenizer
-from trio_llm.config import Config
-from trio_llm.server import conversation
+from trio_llm.config import Config, LimitsConfig
 from trio_llm.server.app import ServerApp, create_app
 
 
@@ -88,16 +87,17 @@ async def test_a_conversation_is_rendered_in_a_thread(monkeypatch: pytest.Monkey
     assert threading.current_thread() not in where
 
 
-async def test_a_template_that_never_ends_is_left(monkeypatch: pytest.MonkeyPatch, app: ServerApp) -> None:
+async def test_a_template_that_never_ends_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rendering that does not come back is a 400 after its time; the server goes on without it."""
     release = threading.Event()
-    monkeypatch.setattr(conversation, "MAX_RENDER_S", 0.01)
-    monkeypatch.setattr(app.services.template, "render", lambda *args, **options: release.wait())
-    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
-    answer = await ask(app, "POST", "/v1/chat/completions", body)
+    async with open_stub(StubRunner()) as engine:
+        app = create_app(engine, Config(limits=LimitsConfig(template_timeout_s=0.01)))
+        monkeypatch.setattr(app.services.template, "render", lambda *args, **options: release.wait())
+        body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+        answer = await ask(app, "POST", "/v1/chat/completions", body)
     release.set()
     assert answer.status == 400
-    assert "too long" in answer.json()["error"]["message"]
+    assert "--template-timeout" in answer.json()["error"]["message"]
 
 
 async def test_one_id_for_many_requests_mixes_nothing_up(app: ServerApp) -> None:

@@ -15,9 +15,10 @@ from quart_trio import QuartTrio
 from trio.testing import wait_all_tasks_blocked
 
 from tests.server.helpers import exchange, http, read_response, read_to_end, running
+from trio_llm.config import LimitsConfig
 from trio_llm.server import connection as connection_module
 from trio_llm.server import serve as serve_module
-from trio_llm.server.connection import ConnectionLimits, _detect_dead_peers
+from trio_llm.server.connection import _detect_dead_peers
 from trio_llm.server.edge import LIFETIME, Edge
 
 CHUNK = b"x" * 10_000
@@ -37,7 +38,7 @@ class Probe:
         app.post("/early")(self.early)
         app.post("/endless")(self.endless)
         app.post("/wait")(self.wait)
-        self.edge = Edge(app=app, max_body_bytes=1_000_000)
+        self.edge = Edge(app=app, limits=LimitsConfig(max_body_bytes=1_000_000))
 
     async def hello(self) -> str:
         return "hello"
@@ -273,7 +274,7 @@ async def test_both_framings_are_refused(probe: Probe) -> None:
 
 async def test_responses_let_the_connection_be_reused(probe: Probe) -> None:
     """L5: 50 requests run on one connection, which then closes by itself when it idles; without the edge it stays."""
-    limits = ConnectionLimits(head_timeout_s=0.1)
+    limits = LimitsConfig(keep_alive_timeout_s=0.1)
     async with running(probe.edge, limits=limits) as server:
         stream = await server.connect()
         for _ in range(50):
@@ -376,7 +377,7 @@ async def test_peers_that_vanish_are_looked_for(probe: Probe) -> None:
 async def test_a_client_that_does_not_read_is_dropped(probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
     """L2: a stream nobody reads ends after the write timeout, also where the kernel knows none; hypercorn waits on."""
     monkeypatch.setattr("trio_llm.server.connection._detect_dead_peers", lambda sock, timeout_s: None)
-    async with running(probe.edge, limits=ConnectionLimits(write_timeout_s=0.1)) as server:
+    async with running(probe.edge, limits=LimitsConfig(write_timeout_s=0.1)) as server:
         stream = await server.connect(receive_buffer_bytes=4096)
         await stream.send_all(http("POST", "/endless", b"{}"))
         await probe.cancelled.wait()
@@ -384,7 +385,7 @@ async def test_a_client_that_does_not_read_is_dropped(probe: Probe, monkeypatch:
 
 async def test_a_client_that_does_not_read_cannot_delay_the_end(probe: Probe) -> None:
     """L2: with a stalled stream and a write timeout of minutes, stopping takes the grace and no more."""
-    async with running(probe.edge, graceful_timeout_s=0.05, limits=ConnectionLimits(write_timeout_s=600)) as server:
+    async with running(probe.edge, graceful_timeout_s=0.05, limits=LimitsConfig(write_timeout_s=600)) as server:
         stream = await server.connect(receive_buffer_bytes=4096)
         await stream.send_all(http("POST", "/endless", b"{}"))
         await wait_all_tasks_blocked(0.05)
@@ -395,7 +396,7 @@ async def test_a_client_that_does_not_read_cannot_delay_the_end(probe: Probe) ->
 
 async def test_stopping_lets_requests_end_and_closes_idle_connections(probe: Probe) -> None:
     """After the trigger an idle connection closes at once, new ones are refused, a running request ends well."""
-    limits = ConnectionLimits(head_timeout_s=3600)
+    limits = LimitsConfig(keep_alive_timeout_s=3600)
     async with running(probe.edge, graceful_timeout_s=3600, limits=limits) as server:
         idle, busy = await server.connect(), await server.connect()
         await idle.send_all(http("GET", "/hello"))
@@ -425,7 +426,7 @@ async def test_last_call_comes_when_the_grace_is_over(probe: Probe) -> None:
 
 async def test_one_connection_too_many_is_told_so(probe: Probe) -> None:
     """The connection beyond the cap gets a 503 error object; when one closes, the next is served again."""
-    async with running(probe.edge, max_connections=1) as server:
+    async with running(probe.edge, limits=LimitsConfig(max_connections=1)) as server:
         first = await server.connect()
         await first.send_all(http("GET", "/hello"))
         await read_response(first)
@@ -443,7 +444,7 @@ async def test_one_connection_too_many_is_told_so(probe: Probe) -> None:
 
 async def test_one_remote_peer_has_so_many_connections(probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
     """A peer's connection beyond its cap gets the 503 until one closes; this machine's own are not counted by peer."""
-    async with running(probe.edge, max_connections_per_peer=1) as server:
+    async with running(probe.edge, limits=LimitsConfig(max_connections_per_peer=1)) as server:
 
         async def status() -> tuple[int, trio.SocketStream]:
             stream = await server.connect()
@@ -462,7 +463,7 @@ async def test_one_remote_peer_has_so_many_connections(probe: Probe, monkeypatch
 
 async def test_slow_request_heads_time_out(probe: Probe, mock_clock: trio.testing.MockClock) -> None:
     """The time for a head counts from its connection and not from its last byte: dripping does not help."""
-    async with running(probe.edge, limits=ConnectionLimits(head_timeout_s=5)) as server:
+    async with running(probe.edge, limits=LimitsConfig(header_timeout_s=5)) as server:
         stream = await server.connect()
         for part in (b"GET /hello", b" HTTP/1.1\r\n", b"Host: x\r\n"):
             await stream.send_all(part)
@@ -482,7 +483,7 @@ async def test_streams_are_framed_as_chunks(probe: Probe) -> None:
             await send({"type": "http.response.body", "body": part, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
-    async with running(Edge(app=app, max_body_bytes=1_000_000)) as server:
+    async with running(Edge(app=app, limits=LimitsConfig(max_body_bytes=1_000_000))) as server:
         stream = await server.connect()
         await stream.send_all(http("GET", "/", b"", "Connection: close"))
         _, _, body = (await read_to_end(stream)).partition(b"\r\n\r\n")
@@ -495,7 +496,7 @@ async def test_an_app_that_raises_is_answered_and_does_not_spread() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         raise RuntimeError("secret path /etc")
 
-    async with running(Edge(app=app, max_body_bytes=1_000_000)) as server:
+    async with running(Edge(app=app, limits=LimitsConfig(max_body_bytes=1_000_000))) as server:
         for _ in range(2):
             stream = await server.connect()
             await stream.send_all(http("GET", "/"))
@@ -515,7 +516,7 @@ async def test_an_app_sees_no_more_of_a_body_than_it_may() -> None:
         await send({"type": "http.response.start", "status": 413, "headers": []})
         await send({"type": "http.response.body"})
 
-    async with running(Edge(app=app, max_body_bytes=100_000)) as server:
+    async with running(Edge(app=app, limits=LimitsConfig(max_body_bytes=100_000))) as server:
         stream = await server.connect()
         await stream.send_all(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n")
         for _ in range(100):
@@ -536,7 +537,7 @@ async def test_lifetime_ends_with_the_request_however_it_ends() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    call = exchange(Edge(app=app, max_body_bytes=1_000_000), "POST", "/")
+    call = exchange(Edge(app=app, limits=LimitsConfig(max_body_bytes=1_000_000)), "POST", "/")
     call.disconnect()
     await call.run()
     assert closed.is_set()

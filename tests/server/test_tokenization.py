@@ -58,7 +58,7 @@ async def test_a_conversation_is_counted_as_it_is_answered(app: ServerApp) -> No
         ("/detokenize", {}, "tokens"),
         ("/detokenize", {"tokens": [-1]}, "tokens"),
         ("/detokenize", {"tokens": [2**32]}, "tokens"),
-        ("/detokenize", {"tokens": [2**80]}, "tokens"),
+        ("/detokenize", {"tokens": [2**80]}, None),
         ("/detokenize", {"tokens": ["a"]}, "tokens[0]"),
     ],
 )

@@ -11,6 +11,7 @@ import click
 import trio_llm
 from trio_llm.cli.bench.commands import bench
 from trio_llm.cli.options import SettingsCommand, flags_given, setting_options, settings_of
+from trio_llm.cli.settings import SECTIONS
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -19,7 +20,7 @@ def cli() -> None:
     """Run language models: an OpenAI-compatible server, and the same engine offline."""
 
 
-@cli.command(cls=SettingsCommand, params=setting_options("server", "engine", "auth"))
+@cli.command(cls=SettingsCommand, params=setting_options(*SECTIONS))
 @click.argument("model", required=False)
 @click.option("--print-config", is_flag=True, help="Print every setting and where its value came from, then exit.")
 def serve(config: Path | None, model: str | None, print_config: bool, **options: Any) -> None:
@@ -103,7 +104,7 @@ def run_batch(config: Path | None, input: Path, output: Path, **options: Any) ->
 cli.add_command(bench)
 
 
-@cli.command("check-config", cls=SettingsCommand, params=setting_options("server", "engine", "auth"))
+@cli.command("check-config", cls=SettingsCommand, params=setting_options(*SECTIONS))
 @click.argument("model", required=False)
 def check_config(config: Path | None, model: str | None, **options: Any) -> None:
     """Read the settings as `serve` would and say whether they are good; loads no model."""

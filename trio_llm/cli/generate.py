@@ -11,6 +11,7 @@ import click
 
 from trio_llm.cli.options import engine_settings_given
 from trio_llm.cli.settings import Settings
+from trio_llm.config import LimitsConfig
 from trio_llm.llm import LLM
 from trio_llm.messages import SamplingParams
 from trio_llm.model.hub import resolve_model
@@ -37,17 +38,17 @@ def run(
         raise click.UsageError("There is no prompt: give one as an argument, with --file, or on stdin.")
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p)
     tokenizer = Tokenizer.from_directory(resolve_model(engine.tokenizer or engine.model))
-    prompts = texts if raw or tokenizer.chat_template is None else _questions(tokenizer, texts)
+    prompts = texts if raw or tokenizer.chat_template is None else _questions(tokenizer, texts, settings.config.limits)
     with LLM(**engine_settings_given(settings)) as llm:
         outputs = llm.generate(prompts, params, use_tqdm=len(texts) > 1 and sys.stderr.isatty())
     for text, output in zip(texts, outputs, strict=True):
         click.echo(_as_json(text, output) if as_json else _as_text(text, output, alone=len(texts) == 1))
 
 
-def _questions(tokenizer: Tokenizer, texts: Iterable[str]) -> list[dict[str, list[int]]]:
+def _questions(tokenizer: Tokenizer, texts: Iterable[str], limits: LimitsConfig) -> list[dict[str, list[int]]]:
     """Put each text into the user's turn of the model's chat template."""
     assert tokenizer.chat_template is not None
-    template = ChatTemplate(tokenizer.chat_template, tokenizer.named_special_tokens, tokenizer.special_tokens)
+    template = ChatTemplate(tokenizer.chat_template, tokenizer.named_special_tokens, tokenizer.special_tokens, limits)
     segments = (
         template.render(
             [{"role": "user", "content": text}],

@@ -29,7 +29,12 @@ async def own_server(config: Config, report: Callable[[Progress], None] | None =
         config = attrs.evolve(config, auth=auth, server=attrs.evolve(config.server, data_dir=data_dir))
         async with open_engine(config, report=report) as engine, trio.open_nursery() as nursery:
             listen = partial(
-                serve, create_app(engine, config), host="127.0.0.1", port=0, shutdown_trigger=trio.sleep_forever
+                serve,
+                create_app(engine, config),
+                host="127.0.0.1",
+                port=0,
+                shutdown_trigger=trio.sleep_forever,
+                limits=config.limits,
             )
             urls = await nursery.start(listen)
             yield Api(f"{urls[0]}/v1", key)

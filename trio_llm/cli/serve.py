@@ -33,7 +33,7 @@ def run(settings: Settings) -> int:
     """Serve until told to stop; return the exit code. Raises what the engine or the server died of."""
     config = settings.config
     configure_logging(config.server.log_level, config.server.log_dir)
-    raise_file_limit(config.server.max_connections + _OTHER_FILES)
+    raise_file_limit(config.limits.max_connections + _OTHER_FILES)
     if (warning := open_to_all(config)) is not None:
         _log.warning(warning)
     try:
@@ -123,8 +123,7 @@ class _Process:
                 shutdown_trigger=self._stop.wait,
                 graceful_timeout_s=server.shutdown_timeout_s,
                 last_call=app.last_call,
-                max_connections=server.max_connections,
-                max_connections_per_peer=server.max_connections_per_peer,
+                limits=self.config.limits,
                 task_status=task_status,
             )
         except OSError as error:

@@ -16,10 +16,16 @@ import attrs
 import cattrs
 import yaml
 
-from trio_llm.config import AuthConfig, Config, EngineConfig, ServerConfig, out_of_range
+from trio_llm.config import AuthConfig, Config, EngineConfig, LimitsConfig, ServerConfig
 from trio_llm.errors import ConfigError
+from trio_llm.setting import out_of_range
 
-SECTIONS: Mapping[str, type] = {"server": ServerConfig, "engine": EngineConfig, "auth": AuthConfig}
+SECTIONS: Mapping[str, type] = {
+    "server": ServerConfig,
+    "engine": EngineConfig,
+    "auth": AuthConfig,
+    "limits": LimitsConfig,
+}
 DEFAULT_FILE = Path("config.yaml")
 
 

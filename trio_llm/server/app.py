@@ -30,8 +30,10 @@ from trio_llm.server import (
     tokenization,
     tracing,
 )
+from trio_llm.server.amounts import flag_of
+from trio_llm.server.body import CONFIG, current_config
 from trio_llm.server.chat_template import ChatTemplate
-from trio_llm.server.edge import LIFETIME, Edge, Lifetime
+from trio_llm.server.edge import LIFETIME, Edge, Lifetime, body_too_slow
 from trio_llm.server.errors import HttpError, error_body, to_http_error
 from trio_llm.server.http_metrics import HttpMetrics
 from trio_llm.server.limits import Limits
@@ -40,7 +42,6 @@ from trio_llm.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-BODY_TIMEOUT_S = 20.0
 _MAX_REQUEST_ID_CHARS = 128
 # Open to everybody, key or not.
 _PUBLIC = frozenset({"health", "ping"})
@@ -90,10 +91,7 @@ def create_app(
         shutdown=shutdown,
         keys=keys,
     )
-    app.json.sort_keys = False  # pyright: ignore[reportAttributeAccessIssue]
-    app.config["RESPONSE_TIMEOUT"] = None  # Quart's minute would end a stream in the middle, without a word.
-    app.config["BODY_TIMEOUT"] = BODY_TIMEOUT_S
-    app.config["MAX_CONTENT_LENGTH"] = config.server.max_body_bytes
+    _configure(app, config)
     metrics = HttpMetrics(auth_enabled=bool(keys))
     limits = Limits(config.auth, clock)
     _guard(app, limits)
@@ -109,9 +107,17 @@ def create_app(
     tokenization.register(app, app.services)
     batch_service.register(app, app.services, limits)
     tracing.register(app, app.services)
-    openapi.register(app)
-    app.asgi_app = Edge(app=app.asgi_app, max_body_bytes=config.server.max_body_bytes)
+    openapi.register(app, config.limits)
+    app.asgi_app = Edge(app=app.asgi_app, limits=config.limits)
     return app
+
+
+def _configure(app: ServerApp, config: Config) -> None:
+    app.json.sort_keys = False  # pyright: ignore[reportAttributeAccessIssue]
+    app.config["RESPONSE_TIMEOUT"] = None  # Quart's minute would end a stream in the middle, without a word.
+    app.config["BODY_TIMEOUT"] = config.limits.body_timeout_s
+    app.config["MAX_CONTENT_LENGTH"] = config.limits.max_body_bytes
+    app.config[CONFIG] = config
 
 
 def _load_template(config: Config, tokenizer: Tokenizer) -> ChatTemplate | None:
@@ -126,7 +132,8 @@ def _load_template(config: Config, tokenizer: Tokenizer) -> ChatTemplate | None:
     if source is None:
         return None
     try:
-        return ChatTemplate(source, tokenizer.named_special_tokens, tokenizer.special_tokens)
+        special = tokenizer.named_special_tokens, tokenizer.special_tokens
+        return ChatTemplate(source, *special, config.limits)
     except CheckpointError as error:
         # A model whose template is broken still completes prompts; one that was asked for must work.
         if config.server.chat_template is not None:
@@ -185,6 +192,7 @@ async def _error_response(error: Exception) -> Response:
 
 
 def _from_werkzeug(error: HTTPException) -> HttpError:
+    limits = current_config().limits
     status = error.code or 500
     if status == 404:
         path = request.path[:100]
@@ -193,8 +201,8 @@ def _from_werkzeug(error: HTTPException) -> HttpError:
         allowed = ", ".join(sorted(getattr(error, "valid_methods", None) or ()))
         return HttpError(405, f"{request.method[:16]} is not allowed here, but: {allowed}.", headers={"Allow": allowed})
     if status == 413:
-        limit = request.max_content_length
-        return HttpError(413, f"The request body is too large: at most {limit} bytes (--max-body-bytes).")
+        most, flag = limits.max_body_bytes, flag_of("max_body_bytes")
+        return HttpError(413, f"The request body is too large: at most {most} bytes ({flag}).")
     if status == 408:
-        return HttpError(408, "The request body did not arrive in time.")
+        return body_too_slow(limits)
     return HttpError(status, error.name)

@@ -36,7 +36,7 @@ def register(app: QuartTrio, services: Services, limits: Limits) -> None:
     # Half the rows are left to live requests: they come first in the queue, but a row that runs is not taken away.
     in_flight = max(1, config.engine.max_batch_size // 2)
     runner = BatchRunner(disk, execute, max_in_flight=in_flight, clock=time.time, wait_s=limits.wait_s)
-    files.register(app, disk, config.server.max_file_bytes)
+    files.register(app, disk, config.limits.max_file_bytes)
     batches.register(app, disk, runner)
     # A scope of its own: the app's nursery also holds the task that tells the server that all has ended.
     running, ended = trio.CancelScope(), trio.Event()
@@ -86,10 +86,11 @@ async def execute_line(
 
 
 async def _call(services: Services, endpoint: str, body: Mapping[str, Any], caller: Caller) -> Any:
+    limits = services.config.limits
     match endpoint:
         case "/v1/chat/completions":
-            return await chat(services, check_body(body, ChatBody), caller)
+            return await chat(services, check_body(body, ChatBody, limits), caller)
         case "/v1/completions":
-            return await complete(services, check_body(body, CompletionBody), caller)
+            return await complete(services, check_body(body, CompletionBody, limits), caller)
         case _:
-            return await embed(services, check_body(body, EmbeddingBody), caller)
+            return await embed(services, check_body(body, EmbeddingBody, limits), caller)

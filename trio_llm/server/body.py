@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from msgspec import Struct
-from quart import g, request
+from quart import current_app, g, request
 
+from trio_llm.config import Config
 from trio_llm.server.json_body import check_media_type
 from trio_llm.server.requests import parse_body
 
@@ -16,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 Body = TypeVar("Body", bound=Struct)
 
+CONFIG = "TRIO_LLM"
+"""Where the app's own configuration holds ours."""
 _MAX_NAMED = 10
 
 
@@ -26,9 +29,14 @@ async def read_body(kind: type[Body]) -> Body:
     a `Warning` header and in the log.
     """
     check_media_type(request.headers.get("Content-Type"), request.headers.get("Content-Encoding"))
-    body, unknown = parse_body(cast(bytes, await request.get_data()), kind)
+    body, unknown = parse_body(cast(bytes, await request.get_data()), kind, current_config().limits)
     warn_of_unknown(unknown)
     return body
+
+
+def current_config() -> Config:
+    """Return the configuration that the current app was made with."""
+    return cast(Any, current_app).config[CONFIG]
 
 
 def warn_of_unknown(fields: Sequence[str]) -> None:

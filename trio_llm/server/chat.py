@@ -11,6 +11,7 @@ from quart_trio import QuartTrio
 from trio_llm.engine import Stream
 from trio_llm.errors import InvalidRequestError
 from trio_llm.messages import ModelInfo, SamplingParams
+from trio_llm.server.amounts import check_amounts
 from trio_llm.server.body import read_body
 from trio_llm.server.chat_format import ChatFormat
 from trio_llm.server.conversation import chat_prompt, flatten
@@ -55,6 +56,7 @@ async def chat(services: Services, body: ChatBody, caller: Caller) -> Response |
 
 async def open_chat(services: Services, body: ChatBody, caller: Caller) -> OpenChat:
     """Have a conversation answered; in which API's words the answer is told is its reader's business."""
+    check_amounts(body, services.config.limits)  # One that another API's body became was not counted yet.
     params = sampling_params(
         body,
         info=services.engine.info,

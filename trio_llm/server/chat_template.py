@@ -21,10 +21,10 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+from trio_llm.config import LimitsConfig
 from trio_llm.errors import CheckpointError, InvalidRequestError
+from trio_llm.server.amounts import flag_of
 
-MAX_RENDER_S = 5.0
-_MAX_CHARS = 4 * 1024 * 1024
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "chat_template", "tokenize"})
 
 
@@ -35,14 +35,22 @@ class ChatTemplate:
         source: Jinja, in the dialect of transformers' `chat_template_utils`.
         named_special_tokens: "bos_token" and others, as the template's variables.
         special_tokens: Every literal that the tokenizer reads as a control token.
+        limits: How long a rendering may take, and how long it may be.
     """
 
-    def __init__(self, source: str, named_special_tokens: Mapping[str, str], special_tokens: Iterable[str]) -> None:
+    def __init__(
+        self,
+        source: str,
+        named_special_tokens: Mapping[str, str],
+        special_tokens: Iterable[str],
+        limits: LimitsConfig,
+    ) -> None:
         try:
             self._template = _Environment().from_string(source)
         except jinja2.TemplateError as error:
             raise CheckpointError(f"The chat template cannot be parsed: {error}") from None
         self.source = source
+        self._limits = limits
         self._tokens = dict(named_special_tokens)
         self._mask = _Mask(special_tokens)
         self._knows_developer = "developer" in source
@@ -59,7 +67,7 @@ class ChatTemplate:
     ) -> list[tuple[str, bool]]:
         """Render a conversation as segments of (text, trusted) for `Tokenizer.encode_segments`.
 
-        Blocks for as long as the template takes, at most about MAX_RENDER_S; call it in a thread.
+        Blocks for as long as the template takes, at most about the limit; call it in a thread.
 
         Args:
             messages: With "role", "content" (text) and what else the template knows.
@@ -94,15 +102,17 @@ class ChatTemplate:
         return masking.reveal(_cut(text, masking.end) if continue_final_message else text)
 
     def _run(self, **variables: Any) -> str:
-        deadline = time.monotonic() + MAX_RENDER_S
+        deadline = time.monotonic() + self._limits.template_timeout_s
         pieces: list[str] = []
         chars = 0
         try:
             for piece in self._template.generate(**variables):
                 pieces.append(piece)
                 chars += len(piece)
-                if chars > _MAX_CHARS or time.monotonic() > deadline:
-                    _refuse("it takes too long or its output is too long")
+                if chars > (most := self._limits.max_template_chars):
+                    _refuse(f"its output is too long, more than {most} characters ({flag_of('max_template_chars')})")
+                if time.monotonic() > deadline:
+                    raise too_slow(self._limits)
         except (RecursionError, MemoryError, OverflowError):
             _refuse("it needs too much")
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
@@ -110,8 +120,18 @@ class ChatTemplate:
         return "".join(pieces)
 
 
+def too_slow(limits: LimitsConfig) -> InvalidRequestError:
+    """Return the refusal of a conversation whose rendering takes longer than it may."""
+    return _refusal(f"it takes longer than {limits.template_timeout_s:g} s ({flag_of('template_timeout_s')})")
+
+
+def _refusal(reason: str) -> InvalidRequestError:
+    message = f"The model's chat template refuses this conversation: {reason}."
+    return InvalidRequestError(message, param="messages")
+
+
 def _refuse(reason: str) -> NoReturn:
-    raise InvalidRequestError(f"The model's chat template refuses this conversation: {reason}.", param="messages")
+    raise _refusal(reason)
 
 
 def _cut(text: str, end: str) -> str:

@@ -22,7 +22,6 @@ from trio_llm.server.structured import compile_grammar, output_grammar
 
 _KIND = "text_completion"
 _DEFAULT_MAX_TOKENS = 16
-_MAX_SAMPLES = 256
 
 
 def register(app: QuartTrio, services: Services) -> None:
@@ -52,8 +51,6 @@ async def complete(services: Services, body: CompletionBody, caller: Caller) -> 
     if (source := output_grammar(body.response_format, body.structured_outputs)) is not None:
         params = attrs.evolve(params, grammar=await compile_grammar(services, source))
     prompts = await completion_prompts(services, body.prompt, body)
-    if len(prompts) * params.n > _MAX_SAMPLES:
-        raise InvalidRequestError(f"n times the number of prompts is at most {_MAX_SAMPLES}.", param="n")
     streams = await submit(services, caller, body, prompts, params)
     echoes = [token_texts(services.tokenizer, prompt) if body.echo else "" for prompt in prompts]
     if isinstance(body.prompt, str) and body.echo and body.truncate_prompt_tokens is None:

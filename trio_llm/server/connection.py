@@ -32,6 +32,7 @@ from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.worker_context import EventWrapper, WorkerContext
 from hypercorn.typing import ConnectionState
 
+from trio_llm.config import LimitsConfig
 from trio_llm.server.errors import HttpError, error_body
 
 logger = logging.getLogger(__name__)
@@ -41,19 +42,6 @@ _MAX_PIPELINED_BYTES = 64 * 1024  # Beyond it a client that leaves is noticed on
 _LINGER_S = 2.0
 
 ASGIApp = Callable[[Any, Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Awaitable[None]]
-
-
-@attrs.frozen(kw_only=True)
-class ConnectionLimits:
-    """What one connection may do.
-
-    Attributes:
-        head_timeout_s: Time for a whole request head, counted from the connection or the last response.
-        write_timeout_s: Time a write may wait for a client that does not read.
-    """
-
-    head_timeout_s: float = 5.0
-    write_timeout_s: float = 30.0
 
 
 class _ConnectionOverError(Exception):
@@ -183,7 +171,7 @@ class Connection:
         app: ASGIApp,
         config: Config,
         context: WorkerContext,
-        limits: ConnectionLimits,
+        limits: LimitsConfig,
     ) -> None:
         self._stream = stream
         self._app = app
@@ -194,6 +182,7 @@ class Connection:
         self._reading = trio.CancelScope()
         self._writing = trio.Lock()
         self._idle = True
+        self._head_begun = True  # A new connection waits for its first head no longer than for the rest of one.
         self._over = False
 
     async def run(self) -> None:
@@ -202,7 +191,7 @@ class Connection:
             async with trio.open_nursery() as nursery:
                 self._protocol = self._make_protocol(nursery)
                 with self._reading:
-                    self._set_idle(True)
+                    self._reading.deadline = trio.current_time() + self._limits.header_timeout_s
                     await self._read()
                 await self._protocol.handle(Closed())
         finally:
@@ -238,14 +227,18 @@ class Connection:
 
     def _set_idle(self, idle: bool) -> None:
         self._idle = idle
+        self._head_begun = False
         # One deadline on the reader, not a timer task per request as in hypercorn.
-        self._reading.deadline = trio.current_time() + self._limits.head_timeout_s if idle else float("inf")
+        self._reading.deadline = trio.current_time() + self._limits.keep_alive_timeout_s if idle else float("inf")
 
     # --- reading -------------------------------------------------------------------------------------------------
 
     async def _read(self) -> None:
         try:
             while data := await self._receive():
+                if self._idle and not self._head_begun:
+                    self._head_begun = True  # Time for the rest counts from here: dripping does not help.
+                    self._reading.deadline = trio.current_time() + self._limits.header_timeout_s
                 if not self._over:
                     await self._protocol.handle(RawData(data))
         except _ConnectionOverError:

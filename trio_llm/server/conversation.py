@@ -10,8 +10,9 @@ import attrs
 import msgspec
 import trio
 
+from trio_llm.config import LimitsConfig
 from trio_llm.errors import InvalidRequestError
-from trio_llm.server.chat_template import MAX_RENDER_S
+from trio_llm.server.chat_template import too_slow
 from trio_llm.server.parsing.reasoning import OPEN
 from trio_llm.server.prompts import check_chars, fit, run
 from trio_llm.server.requests import ChatBody, Message
@@ -64,7 +65,7 @@ async def chat_prompt(
             variables=variables,
         )
 
-    segments = await _in_time(render)
+    segments = await _in_time(render, services.config.limits)
 
     def encode() -> list[int]:
         beginning = services.tokenizer.encode("") if body.add_special_tokens else []
@@ -125,8 +126,8 @@ def call_arguments(given: str | dict[str, Any], path: str) -> dict[str, Any]:
     return value  # pyright: ignore[reportUnknownVariableType] - whatever JSON it is
 
 
-async def _in_time(render: Callable[[], T]) -> T:
+async def _in_time(render: Callable[[], T], limits: LimitsConfig) -> T:
     """Give up on a template that loops without output, which only its thread could end."""
-    with trio.move_on_after(2 * MAX_RENDER_S):
+    with trio.move_on_after(2 * limits.template_timeout_s):  # One that writes something ends itself after the time.
         return await trio.to_thread.run_sync(render, abandon_on_cancel=True)
-    raise InvalidRequestError("The model's chat template takes too long on this conversation.", param="messages")
+    raise too_slow(limits)

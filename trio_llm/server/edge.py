@@ -20,6 +20,8 @@ from urllib.parse import urlsplit
 import attrs
 import trio
 
+from trio_llm.config import LimitsConfig
+from trio_llm.server.amounts import flag_of
 from trio_llm.server.connection import ASGIApp
 from trio_llm.server.errors import HttpError, error_body
 
@@ -30,7 +32,6 @@ _UPLOAD = "trio_llm.upload"
 # Bodies of these are not read ahead of the handler: they may be far larger than what anybody wants in memory.
 _UPLOAD_PATHS = frozenset({"/v1/files"})
 _BODY_GRACE_S = 5.0
-_CHUNK_TIMEOUT_S = 20.0
 
 
 @attrs.frozen
@@ -60,12 +61,10 @@ def upload_chunks(scope: Any) -> AsyncIterator[bytes] | None:
 
 @attrs.frozen(kw_only=True)
 class Edge:
-    """Wraps an ASGI app; it is shown little more than `max_body_bytes` of a body, however much is sent."""
+    """Wraps an ASGI app; it is shown little more of a body than it may have, however much is sent."""
 
     app: ASGIApp
-    max_body_bytes: int
-    max_headers: int = 100
-    max_head_bytes: int = 16 * 1024
+    limits: LimitsConfig
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -82,7 +81,7 @@ class Edge:
 
     async def _run(self, scope: Any, receive: Any, send: Any) -> None:
         streams = scope["method"] == "POST" and scope["path"] in _UPLOAD_PATHS
-        exchange = _Exchange(receive, send, max_body_bytes=self.max_body_bytes, streams=streams)
+        exchange = _Exchange(receive, send, self.limits, streams=streams)
         if streams:
             scope[_UPLOAD] = exchange
         try:
@@ -104,8 +103,10 @@ class Edge:
         if names[b"content-length"] and names[b"transfer-encoding"]:
             # Which of the two counts is what request smuggling is about (RFC 9112, 6.1).
             return HttpError(400, "Content-Length and Transfer-Encoding exclude each other.")
-        if names.total() > self.max_headers or head_bytes > self.max_head_bytes:
-            return HttpError(431, f"At most {self.max_headers} headers and {self.max_head_bytes} bytes of them.")
+        if names.total() > (most := self.limits.max_headers):
+            return HttpError(431, f"At most {most} headers ({flag_of('max_headers')}).")
+        if head_bytes > (most := self.limits.max_header_bytes):
+            return HttpError(431, f"At most {most} bytes of target and headers ({flag_of('max_header_bytes')}).")
         if not _has_path(scope["path"]):
             return HttpError(400, "The request target is not a path.")
         return None
@@ -128,10 +129,10 @@ class _Exchange:
         started: The response has begun.
     """
 
-    def __init__(self, receive: Any, send: Any, *, max_body_bytes: int, streams: bool = False) -> None:
+    def __init__(self, receive: Any, send: Any, limits: LimitsConfig, *, streams: bool) -> None:
         self._receive = receive
         self._send = send
-        self._max_body_bytes = max_body_bytes
+        self._limits = limits
         self._body_bytes = 0
         self._body_arrived = trio.Event()
         self._streams = streams
@@ -154,7 +155,7 @@ class _Exchange:
             self._body_arrived.set()
         if message["type"] == "http.request":
             # Quart 0.23 looks at the size of a chunked body when it has all of it: it gets enough to refuse it.
-            message = message if self._body_bytes <= self._max_body_bytes else {**message, "body": b""}
+            message = message if self._body_bytes <= self._limits.max_body_bytes else {**message, "body": b""}
             self._body_bytes += len(message["body"])
         if self._finished and message["type"] == "http.disconnect":
             await trio.sleep_forever()  # The response is complete: the app ends by itself.
@@ -175,10 +176,10 @@ class _Exchange:
         if self._body_arrived.is_set():
             raise StopAsyncIteration
         message = None
-        with trio.move_on_after(_CHUNK_TIMEOUT_S):
+        with trio.move_on_after(self._limits.body_timeout_s):
             message = await self._receive()
         if message is None:
-            raise HttpError(408, "The request body did not arrive in time.", headers={"Connection": "close"})
+            raise body_too_slow(self._limits)
         if message["type"] != "http.request":
             self._gone = True
             self._body_arrived.set()
@@ -197,6 +198,13 @@ class _Exchange:
         if self._body_arrived.is_set():
             return start
         return {**start, "headers": [*start["headers"], (b"connection", b"close")]}
+
+
+def body_too_slow(limits: LimitsConfig) -> HttpError:
+    """Return the refusal of a body that does not come; what still comes of it is no request."""
+    seconds, flag = limits.body_timeout_s, flag_of("body_timeout_s")
+    message = f"The request body did not arrive within {seconds:g} s ({flag})."
+    return HttpError(408, message, headers={"Connection": "close"})
 
 
 async def _respond(send: Any, error: HttpError, path: str) -> None:

@@ -20,7 +20,6 @@ from trio_llm.server.generation import Caller
 from trio_llm.server.prompts import run, split_prompts
 from trio_llm.server.services import Services
 
-_MAX_INPUTS = 2048
 # So many inputs of one request are in the engine at once: the rest waits here, not in the queue everybody shares.
 _INPUTS_AT_ONCE = 32
 
@@ -67,7 +66,8 @@ async def embed(services: Services, body: EmbeddingBody, caller: Caller) -> dict
         salt=services.cache_scope(caller.key_id, None),
         background=caller.background,
     )
-    results = await _embed_all(inputs, embed_one)
+    with caller.deadline.kept():
+        results = await _embed_all(inputs, embed_one)
     encode = _base64 if body.encoding_format == "base64" else list[float]
     prompt_tokens = sum(usage.prompt_tokens for _, usage in results)
     caller.lifetime.num_tokens.append(prompt_tokens)
@@ -88,7 +88,7 @@ async def _inputs(services: Services, body: EmbeddingBody) -> list[list[int]]:
     longest = services.engine.info.max_model_len
     add_special = body.add_special_tokens is not False
     inputs: list[list[int]] = []
-    for item in split_prompts(body.input, "input", _MAX_INPUTS):
+    for item in split_prompts(body.input, "input", services.config.limits.max_inputs, "max_inputs"):
         if isinstance(item, str):
             at_least = services.tokenizer.min_tokens(item)
             if at_least > longest and body.truncate_prompt_tokens is None:

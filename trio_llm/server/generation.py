@@ -14,7 +14,8 @@ import trio_llm
 from trio_llm.engine import Delta, Stream
 from trio_llm.messages import SamplingParams
 from trio_llm.server import sse
-from trio_llm.server.body import warn
+from trio_llm.server.body import current_config, warn
+from trio_llm.server.deadline import Deadline
 from trio_llm.server.edge import LIFETIME, Lifetime
 from trio_llm.server.requests import GenerationBody
 from trio_llm.server.services import Services
@@ -55,17 +56,21 @@ class Caller:
         key_id: Its API key, None without one.
         warn: Tells it something beside the answer; plain characters only.
         background: Its requests wait behind everybody else's.
+        deadline: When it must have its answer.
     """
 
     lifetime: Lifetime
     key_id: str | None
     warn: Callable[[str], None]
     background: bool = False
+    deadline: Deadline = attrs.field(factory=Deadline)
 
     @classmethod
     def current(cls) -> Caller:
         """Return the caller of the current HTTP request."""
-        return cls(lifetime=cast(Any, request.scope)[LIFETIME], key_id=g.get("key_id"), warn=warn)
+        lifetime: Lifetime = cast(Any, request.scope)[LIFETIME]
+        deadline = Deadline.after(lifetime.began_s, current_config().limits.request_timeout_s)
+        return cls(lifetime=lifetime, key_id=g.get("key_id"), warn=warn, deadline=deadline)
 
 
 class UsageCounter:
@@ -184,9 +189,12 @@ async def answer(
     """Answer whole, or as a stream once its first token exists."""
     if not body.stream:
         # One after the other: the engine waits for no reader, and what is not read yet is merged.
-        return form.answer([await stream.collect() for stream in streams])
+        with caller.deadline.kept():
+            deltas = [await stream.collect() for stream in streams]
+        return form.answer(deltas)
     interval = body.stream_interval or 1
-    feed = sse.DeltaFeed(streams if interval == 1 else [_Paced(one, interval) for one in streams], caller.lifetime)
+    paced = streams if interval == 1 else [_Paced(one, interval) for one in streams]
+    feed = sse.DeltaFeed(paced, caller.lifetime, caller.deadline)
     first = await feed.next()
     return Response(sse.event_stream(feed, first, form), headers=sse.HEADERS)
 
@@ -196,7 +204,9 @@ async def typed_answer(
 ) -> Response | dict[str, Any]:
     """Answer in the same way for an API whose events have types."""
     if not streamed:
-        return form.answer([await stream.collect()])
-    feed = sse.DeltaFeed([stream], caller.lifetime)
+        with caller.deadline.kept():
+            delta = await stream.collect()
+        return form.answer([delta])
+    feed = sse.DeltaFeed([stream], caller.lifetime, caller.deadline)
     first = await feed.next()
     return Response(sse.typed_event_stream(feed, first, form), headers=sse.HEADERS)

@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import math
 import re
+from functools import cache
 from typing import Any, NoReturn, TypeVar, cast
 
 import msgspec
 
+from trio_llm.config import LimitsConfig
 from trio_llm.errors import InvalidRequestError
+from trio_llm.server.amounts import too_much
 from trio_llm.server.errors import HttpError
 
 T = TypeVar("T")
 
-MAX_DEPTH = 32
-# A number pulled out of the air: far above 2,048 messages of a few parts each, far below what takes long to walk.
-MAX_CONTAINERS = 20_000
-
-_STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
+_STRING = rb'"(?:[^"\\]++|\\.)*+"?'
+_STRING_OR_BRACKET = re.compile(_STRING + rb"|[\[\]{}]", re.DOTALL)
+_DIGITS_TO_ZERO = bytes.maketrans(b"123456789", b"000000000")
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _AT_PATH = re.compile(r"(?P<what>.*?)(?: - at (?:`key` in )?`\$\.?(?P<path>.*)`)?", re.DOTALL)
 
@@ -35,14 +36,15 @@ def check_media_type(content_type: str | None, content_encoding: str | None) -> 
         raise HttpError(415, "Unsupported Media Type: only 'application/json' is allowed.")
 
 
-def parse_object(body: bytes) -> dict[str, Any]:
+def parse_object(body: bytes, limits: LimitsConfig) -> dict[str, Any]:
     """Parse a JSON object strictly.
 
     Raises:
         InvalidRequestError: Not UTF-8, not JSON, not an object, a duplicate key, NaN or infinity, a number out of
-            range, half a surrogate pair, nested deeper than MAX_DEPTH or holding more than MAX_CONTAINERS containers.
+            range, half a surrogate pair, or more of anything than `limits` allows.
     """
-    _check_nesting(body)
+    _check_nesting(body, limits)
+    _check_digits(body, limits.max_json_digits)
     try:
         text = body.decode()
         value = json.loads(
@@ -53,8 +55,6 @@ def parse_object(body: bytes) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}"
         raise InvalidRequestError(f"The request body is not valid JSON: {error.msg} at {where}.") from None
-    except ValueError:  # Python's own limit on the digits of an integer
-        raise InvalidRequestError("The request body holds a number with too many digits.") from None
     if not isinstance(value, dict):
         raise InvalidRequestError("The request body must be a JSON object.")
     if _SURROGATE_ESCAPE.search(body):
@@ -84,20 +84,34 @@ def _readable(error: str) -> InvalidRequestError:
     return InvalidRequestError(f"Invalid value for '{path}': {what[0].lower()}{what[1:]}.", param=path)
 
 
-def _check_nesting(body: bytes) -> None:
+def _check_nesting(body: bytes, limits: LimitsConfig) -> None:
     depth = containers = 0
     for match in _STRING_OR_BRACKET.finditer(body):
         token = match[0]
         if token in b"[{":
             depth += 1
             containers += 1
-            if depth > MAX_DEPTH or containers > MAX_CONTAINERS:
-                raise InvalidRequestError(
-                    f"The request body is nested too deeply or holds too much: at most {MAX_DEPTH} levels and "
-                    f"{MAX_CONTAINERS} arrays and objects."
-                )
+            if depth > limits.max_json_depth:
+                raise too_much("The request body is nested too deeply", limits.max_json_depth, "max_json_depth")
+            if containers > limits.max_json_nodes:
+                what = "The request body holds too many arrays and objects"
+                raise too_much(what, limits.max_json_nodes, "max_json_nodes")
         elif token in b"]}":
             depth -= 1
+
+
+def _check_digits(body: bytes, most: int) -> None:
+    """Refuse long whole numbers, which cost the square of their length to read."""
+    if body.translate(_DIGITS_TO_ZERO).find(b"0" * (most + 1)) < 0:
+        return
+    for match in _string_or_long_number(most).finditer(body):  # The digits may stand in a string or a fraction.
+        if match[0][:1] != b'"':
+            raise too_much("The request body holds a whole number of too many digits", most, "max_json_digits")
+
+
+@cache
+def _string_or_long_number(digits: int) -> re.Pattern[bytes]:
+    return re.compile(_STRING + rb"|(?<![.0-9])[0-9]{%d,}+(?![.eE])" % (digits + 1), re.DOTALL)
 
 
 def _refuse_constant(name: str) -> NoReturn:

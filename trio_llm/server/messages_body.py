@@ -108,7 +108,7 @@ class CountTokensBody(Struct, kw_only=True):
         "workspace_id": (),
     }
 
-    messages: Annotated[list[Turn], Meta(min_length=1, max_length=2048)]
+    messages: Annotated[list[Turn], Meta(min_length=1)]
     model: str | None = None
     system: str | list[TextBlock] | None = None
     tools: Annotated[list[ToolParam], Meta(max_length=128)] | None = None

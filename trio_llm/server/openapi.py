@@ -16,6 +16,8 @@ from quart import Response
 from quart_trio import QuartTrio
 
 import trio_llm
+from trio_llm.config import LimitsConfig
+from trio_llm.server.amounts import schema_bounds
 from trio_llm.server.batches import BatchBody
 from trio_llm.server.embeddings import EmbeddingBody
 from trio_llm.server.messages_body import CountTokensBody, MessagesBody
@@ -145,9 +147,9 @@ _ANTHROPIC_ERROR = {
 }
 
 
-def register(app: QuartTrio) -> None:
+def register(app: QuartTrio, limits: LimitsConfig) -> None:
     """Add the endpoints."""
-    whole = document()
+    whole = document(limits)
     encoded, shown = msgspec.json.encode(whole), page(whole)
     # The page is text and style: nothing on it may load or run anything.
     policy = "default-src 'none'; style-src 'unsafe-inline'"
@@ -161,10 +163,12 @@ def register(app: QuartTrio) -> None:
         return Response(shown, content_type="text/html; charset=utf-8", headers={"Content-Security-Policy": policy})
 
 
-def document() -> dict[str, Any]:
-    """Return the OpenAPI document."""
+def document(limits: LimitsConfig) -> dict[str, Any]:
+    """Return the OpenAPI document of a server with these limits."""
     kinds = list(dict.fromkeys(operation.body for operation in OPERATIONS if operation.body is not None))
     _, components = msgspec.json.schema_components(kinds, ref_template=_REF)
+    for schema in components.values():
+        _bound(schema.get("properties", {}), schema_bounds(limits))
     paths: dict[str, dict[str, Any]] = {}
     for operation in OPERATIONS:
         paths.setdefault(operation.path, {})[operation.method] = _operation(operation)
@@ -179,6 +183,15 @@ def document() -> dict[str, Any]:
         # A key is needed where the server has any.
         "security": [{}, {"key": []}],
     }
+
+
+def _bound(properties: Mapping[str, Any], bounds: Mapping[str, Mapping[str, Any]]) -> None:
+    """Add the limits that are settings to the fields they are about."""
+    for name in properties.keys() & bounds.keys():
+        for form in properties[name].get("anyOf", [properties[name]]):
+            kind = {"integer": "maximum", "array": "maxItems", "object": "maxProperties"}.get(form.get("type", ""))
+            if kind in bounds[name]:
+                form.update(bounds[name])
 
 
 def _operation(operation: Operation) -> dict[str, Any]:

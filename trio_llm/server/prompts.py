@@ -8,13 +8,13 @@ from typing import Any, NoReturn, TypeVar, cast
 import trio
 
 from trio_llm.errors import InvalidRequestError
+from trio_llm.server.amounts import too_much
 from trio_llm.server.requests import GenerationBody
 from trio_llm.server.services import Services
 from trio_llm.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
-_MAX_PROMPTS = 128
 _MAX_BAD_WORD_TOKENS = 1024
 # About 4 ms of tokenizing at the measured 2 microseconds a character: as long as anybody may hold the event loop.
 _MAX_INLINE_CHARS = 2048
@@ -33,7 +33,7 @@ async def completion_prompts(services: Services, prompt: str | list[Any], body: 
     Raises:
         InvalidRequestError: Not one of these, too many, empty, or too long.
     """
-    items = split_prompts(prompt, "prompt", _MAX_PROMPTS)
+    items = split_prompts(prompt, "prompt", services.config.limits.max_prompts, "max_prompts")
     texts = [item for item in items if isinstance(item, str)]
     for text in texts:
         check_chars(services, text, "prompt", body)
@@ -63,18 +63,20 @@ async def bad_word_ids(services: Services, words: Sequence[str] | None) -> tuple
     return tuple(sequences)
 
 
-def split_prompts(prompt: str | list[Any], what: str, most: int) -> Sequence[str | list[int]]:
+def split_prompts(prompt: str | list[Any], what: str, most: int, setting: str) -> Sequence[str | list[int]]:
     """Return the texts and token id lists in a field that may be one of them or a list of them.
 
     Raises:
-        InvalidRequestError: It is neither, or holds none or more than `most`.
+        InvalidRequestError: It is neither, or holds none or more than `most`, which the named setting says.
     """
     if isinstance(prompt, str):
         return (prompt,)
     if prompt and all(_is_id(item) for item in prompt):
         return (cast("list[int]", prompt),)
-    if not 1 <= len(prompt) <= most:
-        raise InvalidRequestError(f"{what} must hold 1 to {most} prompts, not {len(prompt)}.", param=what)
+    if not prompt:
+        raise InvalidRequestError(f"{what} must hold at least one prompt.", param=what)
+    if len(prompt) > most:
+        raise too_much(f"{what}: {len(prompt)} is too many", most, setting, what)
     for item in prompt:
         if not isinstance(item, str) and not (isinstance(item, list) and all(map(_is_id, cast("list[Any]", item)))):
             raise InvalidRequestError(

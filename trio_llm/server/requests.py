@@ -9,13 +9,13 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
+from trio_llm.config import LimitsConfig
 from trio_llm.errors import InvalidRequestError
+from trio_llm.server.amounts import check_amounts
 from trio_llm.server.fields import NotSupported, Stray, stray_fields
 from trio_llm.server.json_body import convert, parse_object
 
-Metadata = Annotated[
-    dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
-]
+Metadata = dict[str, str]
 CallersName = Annotated[str, Meta(max_length=512)]
 RequestId = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
@@ -82,16 +82,16 @@ class GenerationBody(Struct, kw_only=True):
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=2)] | None = None
-    logit_bias: Annotated[dict[str, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)] | None = None
+    logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
     allowed_token_ids: Annotated[list[int], Meta(min_length=1)] | None = None
     bad_words: Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(max_length=128)] | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
-    n: Annotated[int, Meta(ge=1, le=128)] | None = None
+    n: Annotated[int, Meta(ge=1)] | None = None
     best_of: int | None = None
     max_tokens: Annotated[int, Meta(ge=0)] | None = None
     min_tokens: Annotated[int, Meta(ge=0)] | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: Annotated[list[int], Meta(max_length=64)] | None = None
+    stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -197,7 +197,7 @@ class NamedToolChoice(Struct, kw_only=True):
 class ChatBody(GenerationBody, kw_only=True):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Meta(min_length=1, max_length=2048)]
+    messages: Annotated[list[Message], Meta(min_length=1)]
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=-1)] | None = None
@@ -249,22 +249,28 @@ _NOT_SUPPORTED: NotSupported = {
 Body = TypeVar("Body", bound=Struct)
 
 
-def parse_body(data: bytes, kind: type[Body]) -> tuple[Body, tuple[str, ...]]:
+def parse_body(data: bytes, kind: type[Body], limits: LimitsConfig) -> tuple[Body, tuple[str, ...]]:
     """Parse and check a request body; return it with the paths of fields that nobody here knows.
 
     Raises:
         InvalidRequestError: Not JSON, or a field that is wrong, missing or not supported; names it.
     """
-    given = _given(parse_object(data))
+    given = _given(parse_object(data, limits))
     strays = _checked_strays(given, kind)
-    return convert(given, kind), tuple(stray.path for stray in strays)
+    return _checked(given, kind, limits), tuple(stray.path for stray in strays)
 
 
-def check_body(value: Mapping[str, Any], kind: type[Body]) -> Body:
+def check_body(value: Mapping[str, Any], kind: type[Body], limits: LimitsConfig) -> Body:
     """Check a parsed body. Raises InvalidRequestError, as `parse_body` does."""
     given = _given(value)
     _checked_strays(given, kind)
-    return convert(given, kind)
+    return _checked(given, kind, limits)
+
+
+def _checked(given: Mapping[str, Any], kind: type[Body], limits: LimitsConfig) -> Body:
+    body = convert(given, kind)
+    check_amounts(body, limits)
+    return body
 
 
 def _given(value: Mapping[str, Any]) -> dict[str, Any]:

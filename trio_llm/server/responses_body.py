@@ -103,7 +103,7 @@ class ResponsesBody(Struct, kw_only=True):
         "truncation": ("disabled",),
     }
 
-    input: str | Annotated[list[InputItem], Meta(min_length=1, max_length=2048)]
+    input: str | Annotated[list[InputItem], Meta(min_length=1)]
     model: str | None = None
     instructions: str | None = None
     max_output_tokens: Annotated[int, Meta(ge=1)] | None = None

@@ -11,8 +11,6 @@ from trio_llm.messages import ModelInfo, RepetitionDetection, SamplingParams
 from trio_llm.server import requests
 from trio_llm.server.requests import GenerationBody
 
-_MAX_STOP_STRINGS = 4
-_MAX_STOP_BYTES = 256
 _GREEDY_BELOW = 1e-5
 _MIN_TEMPERATURE = 0.01
 _NAMED = ("presence_penalty", "frequency_penalty", "seed", "min_tokens", "ignore_eos", "include_stop_str_in_output")
@@ -56,7 +54,7 @@ def sampling_params(
         n=body.n or 1,
         temperature=_temperature(body, info.default_sampling),
         max_tokens=max_tokens,
-        stop=_stop(body.stop),
+        stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
         stop_token_ids=tuple(body.stop_token_ids or ()),
         skip_special_tokens=body.skip_special_tokens is not False,
         logit_bias=_logit_bias(body.logit_bias or {}),
@@ -87,16 +85,6 @@ def _temperature(body: GenerationBody, defaults: Mapping[str, float | int]) -> f
     value = body.temperature if body.temperature is not None else float(defaults.get("temperature", 1.0))
     # Between the two, logits overflow half precision; vLLM raises them to the same floor.
     return 0.0 if value < _GREEDY_BELOW else max(value, _MIN_TEMPERATURE)
-
-
-def _stop(stop: str | list[str] | None) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    if len(strings) > _MAX_STOP_STRINGS:
-        raise InvalidRequestError(f"At most {_MAX_STOP_STRINGS} stop strings, not {len(strings)}.", param="stop")
-    for string in strings:
-        if not 1 <= len(string.encode()) <= _MAX_STOP_BYTES:
-            raise InvalidRequestError(f"A stop string has 1 to {_MAX_STOP_BYTES} bytes.", param="stop")
-    return strings
 
 
 def _repetition(wanted: requests.RepetitionDetection | None) -> RepetitionDetection | None:

@@ -18,8 +18,10 @@ from hypercorn.config import Config
 from hypercorn.trio.lifespan import Lifespan
 from hypercorn.trio.worker_context import WorkerContext
 
+from trio_llm.config import LimitsConfig
+from trio_llm.server.amounts import flag_of
 from trio_llm.server.auth import is_loopback, limited_name
-from trio_llm.server.connection import ASGIApp, Connection, ConnectionLimits
+from trio_llm.server.connection import ASGIApp, Connection
 from trio_llm.server.errors import HttpError, error_body
 
 logger = logging.getLogger(__name__)
@@ -37,9 +39,7 @@ async def serve(
     shutdown_trigger: Callable[[], Awaitable[object]],
     graceful_timeout_s: float = 30.0,
     last_call: Callable[[], None] = lambda: None,
-    max_connections: int = 4096,
-    max_connections_per_peer: int = 0,
-    limits: ConnectionLimits | None = None,
+    limits: LimitsConfig | None = None,
     task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve `app` until `shutdown_trigger` returns and the requests under way have ended.
@@ -52,18 +52,17 @@ async def serve(
         graceful_timeout_s: How long requests under way may go on after that.
         last_call: Called when that time is up, a second before the connections are dropped, so that open
             streams can say goodbye.
-        max_connections: One more is answered 503.
-        max_connections_per_peer: The same for one remote address, an IPv6 one by its /64; 0 for no limit.
-        limits: Of each connection.
+        limits: How many connections there may be, and what each of them may do.
         task_status: Started with the URLs it listens on.
 
     Raises:
         OSError: The address cannot be listened on.
     """
-    config = _hypercorn_config()
+    limits = limits or LimitsConfig()
+    config = _hypercorn_config(limits)
     listeners = await trio.open_tcp_listeners(port, host=host, backlog=_BACKLOG)
     lifespan = Lifespan(ASGIWrapper(cast(Any, app)), config, {})
-    server = _Server(app, config, max_connections, max_connections_per_peer, limits or ConnectionLimits())
+    server = _Server(app, config, limits)
     async with trio.open_nursery() as lifespan_nursery:
         await lifespan_nursery.start(lifespan.handle_lifespan)
         await lifespan.wait_for_startup()
@@ -82,13 +81,9 @@ async def serve(
 class _Server:
     """The open connections."""
 
-    def __init__(
-        self, app: ASGIApp, config: Config, max_connections: int, max_per_peer: int, limits: ConnectionLimits
-    ) -> None:
+    def __init__(self, app: ASGIApp, config: Config, limits: LimitsConfig) -> None:
         self._app = app
         self._config = config
-        self._max_connections = max_connections
-        self._max_per_peer = max_per_peer
         self._by_peer = Counter[str]()
         self._limits = limits
         self._context = WorkerContext(None)
@@ -98,10 +93,13 @@ class _Server:
     async def handle(self, stream: trio.SocketStream) -> None:
         """Serve one connection; whatever goes wrong with it is logged and ends here."""
         peer = _remote_peer(stream)
-        if len(self._connections) >= self._max_connections or (
-            peer is not None and 0 < self._max_per_peer <= self._by_peer[peer]
-        ):
-            await _refuse(stream)
+        most, most_of_peer = self._limits.max_connections, self._limits.max_connections_per_peer
+        if len(self._connections) >= most:
+            await _refuse(stream, f"Too many connections: at most {most} ({flag_of('max_connections')}).")
+            return
+        if peer is not None and 0 < most_of_peer <= self._by_peer[peer]:
+            flag = flag_of("max_connections_per_peer")
+            await _refuse(stream, f"Too many connections from your address: at most {most_of_peer} ({flag}).")
             return
         if peer is not None:
             self._by_peer[peer] += 1
@@ -146,8 +144,8 @@ def _remote_peer(stream: trio.SocketStream) -> str | None:
     return None if is_loopback(address) else limited_name(address)
 
 
-async def _refuse(stream: trio.SocketStream) -> None:
-    body = error_body(HttpError(503, "Too many connections."))
+async def _refuse(stream: trio.SocketStream, message: str) -> None:
+    body = error_body(HttpError(503, message))
     head = (
         "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\n"
         f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
@@ -163,8 +161,9 @@ async def _refuse(stream: trio.SocketStream) -> None:
     await trio.aclose_forcefully(stream)
 
 
-def _hypercorn_config() -> Config:
+def _hypercorn_config(limits: LimitsConfig) -> Config:
     config = Config()
+    config.h11_max_incomplete_size = limits.max_header_bytes
     config.include_server_header = False
     config.errorlog = logger
     return config

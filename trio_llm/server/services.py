@@ -11,9 +11,10 @@ import trio
 
 from trio_llm.config import Config
 from trio_llm.engine import Engine, Stream, open_samples
-from trio_llm.errors import ModelNotFoundError
+from trio_llm.errors import InvalidRequestError, ModelNotFoundError
 from trio_llm.grammar import GrammarCompiler
 from trio_llm.messages import SamplingParams
+from trio_llm.server.amounts import too_much
 from trio_llm.server.auth import ApiKeys
 from trio_llm.server.chat_template import ChatTemplate
 from trio_llm.server.edge import Lifetime
@@ -101,6 +102,7 @@ class Services:
         background: bool = False,
     ) -> list[Stream]:
         """Submit every sample of every prompt, sample by sample within a prompt; all end with `lifetime`."""
+        self._check_samples(len(prompts) * params.n)
         streams: list[Stream] = []
         for prompt in prompts:
             samples = open_samples(self.engine, prompt, params, priority=priority, salt=salt, background=background)
@@ -111,6 +113,16 @@ class Services:
         lifetime.stack.callback(self._streams.difference_update, streams)
         lifetime.stack.callback(_count_tokens, lifetime, streams, params.n)
         return streams
+
+    def _check_samples(self, count: int) -> None:
+        """Refuse more samples than a request may have; those beyond the engine's places would never be admitted."""
+        if count > self.config.limits.max_samples:
+            raise too_much(f"{count} samples are too many", self.config.limits.max_samples, "max_samples", "n")
+        if count > self.engine.max_requests:
+            places = "--max-batch-size times one more than --max-waiting-batches"
+            raise InvalidRequestError(
+                f"{count} samples are too many: there are {self.engine.max_requests} places ({places}).", param="n"
+            )
 
     def last_call(self) -> None:
         """End every open stream: the time to drain is over. Its reader gets trio.ClosedResourceError."""

@@ -15,6 +15,7 @@ import msgspec
 import trio
 
 from trio_llm.engine import Delta
+from trio_llm.server.deadline import Deadline
 from trio_llm.server.edge import Lifetime
 from trio_llm.server.errors import HttpError, error_object, to_http_error
 
@@ -43,7 +44,8 @@ class ChunkFormat(Protocol):
 class DeltaFeed:
     """The deltas of one request's streams, merged in the order in which they come."""
 
-    def __init__(self, streams: Sequence[AsyncIterator[Delta]], lifetime: Lifetime) -> None:
+    def __init__(self, streams: Sequence[AsyncIterator[Delta]], lifetime: Lifetime, deadline: Deadline) -> None:
+        self._deadline = deadline
         self._only = streams[0] if len(streams) == 1 else None
         self._error: Exception | None = None
         if self._only is None:
@@ -56,8 +58,13 @@ class DeltaFeed:
         """Wait for something new and return all of it as (stream index, delta); nothing at the end of all streams.
 
         Raises:
+            HttpError: The request's deadline has come.
             Exception: What reading one of the streams raised.
         """
+        with self._deadline.kept():
+            return await self._next()
+
+    async def _next(self) -> list[tuple[int, Delta]]:
         if self._only is not None:
             return [(0, delta)] if (delta := await anext(self._only, None)) is not None else []
         if self._error is not None:

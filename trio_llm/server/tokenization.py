@@ -20,7 +20,7 @@ class TokenizeBody(Struct, kw_only=True):
     """POST /tokenize: a text, or a conversation."""
 
     prompt: str | None = None
-    messages: Annotated[list[Message], Meta(min_length=1, max_length=2048)] | None = None
+    messages: Annotated[list[Message], Meta(min_length=1)] | None = None
     model: str | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
