@@ -287,7 +287,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": 4096}, "max_tokens = 4096"),
     ({"temperature": 1.5}, "temperature"),
-    ({"stop_sequences": list("abcde")}, "stop_sequences: 5 is too many: at most 4"),
+    ({"stop_sequences": list("abcde")}, "stop_sequences: 5 stop strings are too many: at most 4"),
     ({"messages": []}, "messages"),
     ({"messages": [{"role": "user", "content": "x" * 4096}]}, "maximum context length is 2048"),
     ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "messages[0].content[0].type"),

@@ -12,7 +12,7 @@ import trio.testing
 
 from tests.server.helpers import Answer, Exchange, ask, exchange, http, read_to_end, running
 from tests.server.stub import TOKENIZER, GatedWorker, StubRunner, continuation, open_stub
-from trio_llm.config import Config
+from trio_llm.config import Config, LimitsConfig
 from trio_llm.engine import Engine
 from trio_llm.server.app import ServerApp, create_app
 
@@ -40,7 +40,9 @@ async def bench() -> AsyncIterator[Bench]:
     """Return one."""
     runner, worker = StubRunner(), GatedWorker()
     async with open_stub(runner, worker=worker) as engine:
-        yield Bench(create_app(engine, Config()), engine, runner, worker)
+        # Tests move the clock further than any request may take.
+        app = create_app(engine, Config(limits=LimitsConfig(request_timeout_s=0)))
+        yield Bench(app, engine, runner, worker)
 
 
 def start(bench: Bench, nursery: trio.Nursery, path: str = "/v1/completions", body: bytes = BODY) -> Exchange:

@@ -63,7 +63,8 @@ def _at_most(field: str, amount: int, most: int, setting: str, param: str | None
 
 def _check_stop(stop: str | Sequence[str], limits: LimitsConfig) -> None:
     strings = (stop,) if isinstance(stop, str) else stop
-    _at_most("stop", len(strings), limits.max_stop_strings, "max_stop_strings")
+    if len(strings) > (most := limits.max_stop_strings):
+        raise too_much(f"{len(strings)} stop strings are too many", most, "max_stop_strings", "stop")
     for string in strings:
         if not string:
             raise InvalidRequestError("stop strings must not be empty.", param="stop")
