@@ -99,7 +99,7 @@ def test_a_choice_is_one_of_the_options(compiler, tokenizer) -> None:
 )
 def test_grammars_come_in_two_spellings(compiler, tokenizer, text: str) -> None:
     """Lark and GBNF mean the same thing."""
-    compiled = compiler.compile(grammar.lark(text, param="p"))
+    compiled = compiler.compile(grammar.free_grammar(text, param="p"))
     assert {generate(compiled, tokenizer, seed) for seed in range(20)} == {"yes", "no!"}
 
 
@@ -144,10 +144,10 @@ def test_the_cache_is_bounded_and_remembers(compiler) -> None:
         (lambda: grammar.regex("a" * 70_000, param="p"), "too large"),
         (lambda: grammar.choice([], param="p"), "at least one"),
         (lambda: grammar.choice(["a", ""], param="p"), "empty"),
-        (lambda: grammar.lark("", param="p"), "empty"),
-        (lambda: grammar.lark("start: nothing", param="p"), "unknown name"),
-        (lambda: grammar.lark("start: " + "(" * 9_000 + '"a"' + ")" * 9_000, param="p"), "nested"),
-        (lambda: grammar.lark('root ::= "a', param="p"), "p "),
+        (lambda: grammar.free_grammar("", param="p"), "empty"),
+        (lambda: grammar.free_grammar("start: nothing", param="p"), "unknown name"),
+        (lambda: grammar.free_grammar("start: " + "(" * 9_000 + '"a"' + ")" * 9_000, param="p"), "nested"),
+        (lambda: grammar.free_grammar('root ::= "a', param="p"), "p "),
     ],
 )
 def test_bad_and_bombing_grammars_are_refused_by_name(compiler, make, says: str) -> None:

@@ -28,10 +28,15 @@ MAX_SOURCE_BYTES = 64 * 1024
 
 @attrs.frozen
 class GrammarSource:
-    """A grammar as llguidance reads it, and the request field it came from, for error messages."""
+    """A grammar as llguidance reads it, and the request field it came from, for error messages.
+
+    Attributes:
+        forms: The grammars that it was put together from, if it was.
+    """
 
     text: str
     param: str
+    forms: tuple[GrammarSource, ...] = ()
 
 
 def json_schema(schema: Any, *, param: str, any_whitespace: bool = True) -> GrammarSource:
@@ -69,14 +74,35 @@ def choice(options: Sequence[str], *, param: str) -> GrammarSource:
     """Constrain the output to one of several strings."""
     if not options or not all(options):
         raise InvalidRequestError(f"{param} must be a list of at least one string, none of them empty.", param)
-    return lark("start: " + " | ".join(json.dumps(option) for option in options), param=param)
+    return lark(["start: " + " | ".join(json.dumps(option) for option in options)], param=param)
 
 
-def lark(grammar: str, *, param: str) -> GrammarSource:
-    """Constrain the output to a context-free grammar: llguidance's Lark dialect, or GBNF as llama.cpp writes it."""
+def lark(rules: Sequence[str], *, param: str) -> GrammarSource:
+    """Constrain the output to a context-free grammar in llguidance's Lark dialect."""
+    return GrammarSource("\n".join(rules), param)
+
+
+def compose(rules: Sequence[str], forms: Sequence[GrammarSource]) -> GrammarSource:
+    """Put grammars together by Lark rules, which call each of them `@` and its `form_name`."""
+    parts: list[dict[str, Any]] = [{"lark_grammar": "\n".join(rules)}]
+    for index, form in enumerate(forms):
+        first, *others = json.loads(form.text)["grammars"] if form.text[:1] == "{" else [{"lark_grammar": form.text}]
+        parts += [{**first, "name": form_name(index)}, *others]
+    return GrammarSource(json.dumps({"grammars": parts}), forms[-1].param, tuple(forms))
+
+
+def form_name(index: int) -> str:
+    """Return by what name the rules of a composed grammar call one of its parts."""
+    return f"form_{index}"
+
+
+def free_grammar(grammar: str, *, param: str) -> GrammarSource:
+    """Constrain the output to a grammar that a client wrote: Lark as above, or GBNF as llama.cpp writes it."""
     if not grammar.strip():
         raise InvalidRequestError(f"{param} must not be empty.", param)
     _check_size(grammar, param)
+    if grammar.lstrip().startswith("{"):  # The compiler would take it for its own way to write several grammars.
+        raise InvalidRequestError(f"{param} is neither a Lark nor a GBNF grammar.", param)
     if "::=" in grammar:
         from llguidance.gbnf_to_lark import gbnf_to_lark
 
@@ -152,6 +178,8 @@ class GrammarCompiler:
                 return known
         prototype = _matcher()(self._vocabulary, source.text, log_level=0, limits=self._limits)
         if error := prototype.get_error():
+            for form in source.forms:
+                self.compile(form)  # If one of them is to blame, its own field is named.
             raise InvalidRequestError(f"{source.param} cannot be used: {_first_line(error)}", source.param)
         grammar = Grammar(prototype)
         with self._lock:

@@ -26,14 +26,14 @@ TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}
 {% endif %}"""
 
 
-def stub_tokenizer(chat_template: str | None = TEMPLATE) -> Tokenizer:
-    """Return a tokenizer with one token per byte and three control tokens."""
+def stub_tokenizer(chat_template: str | None = TEMPLATE, *more_special: str) -> Tokenizer:
+    """Return a tokenizer with one token per byte and three control tokens, and more at the end of its vocabulary."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
     inner = tokenizers.Tokenizer(models.BPE(vocab, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens([tokenizers.AddedToken(token, special=True) for token in SPECIAL])
+    inner.add_special_tokens([tokenizers.AddedToken(token, special=True) for token in (*SPECIAL, *more_special)])
     return Tokenizer(inner.to_str(), chat_template=chat_template, named_special_tokens={"eos_token": SPECIAL[0]})
 
 
@@ -96,7 +96,7 @@ class StubRunner:
         self.info = ModelInfo(
             name="models/stub",
             architecture="StubForCausalLM",
-            vocab_size=TOKENIZER.vocab_size,
+            vocab_size=(tokenizer or TOKENIZER).vocab_size,
             hidden_size=4,
             max_model_len=max_model_len,
             eos_token_ids=(EOS,),

@@ -10,6 +10,7 @@ import pytest
 
 from tests.server.client import use_client
 from tests.server.helpers import Answer, ask, running
+from tests.server.joined import streamed, whole
 from tests.server.stub import TOKENIZER, StubRunner, open_stub, stub_tokenizer
 from trio_llm.assemble import open_engine
 from trio_llm.config import Config
@@ -146,7 +147,7 @@ async def test_a_strict_tool_binds_free_calls() -> None:
         ({"tools": [{"type": "retrieval"}]}, "tools[0].type"),
         ({"tool_choice": "required", "tools": [function("f", a={"type": "nonsense"})]}, "tools"),
         ({"tool_choice": "required", "tools": [function("f", a={"type": "string", "pattern": "("})]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "tools"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
     ],
 )
 async def test_refusals(fields: dict[str, Any], param: str) -> None:
@@ -164,23 +165,11 @@ async def test_a_model_without_tools_says_so() -> None:
 @pytest.mark.parametrize("reply", [CALL, "Hm. " + CALL + "\n" + ADD_CALL, "Just <tool_call text.", CALL[:40], ""])
 async def test_streamed_is_the_same(reply: str) -> None:
     """The deltas of a stream add up to the message of the whole answer, ids apart, and end once."""
-    whole = (await asked(reply))["choices"][0]
     async with open_stub(StubRunner(reply=reply, max_model_len=2000), WITH_TOOLS) as engine:
-        *chunks, done = (await post(create_app(engine, Config()), stream=True)).events()
-    assert done == "[DONE]"
-    content, calls = "", {}
-    for chunk in chunks:
-        delta = chunk["choices"][0]["delta"]
-        content += delta.get("content") or ""
-        for part in delta.get("tool_calls", ()):
-            call = calls.setdefault(part["index"], {"name": "", "arguments": ""})
-            call["name"] += part["function"].get("name", "")
-            call["arguments"] += part["function"]["arguments"]
-    told = [call["function"] for call in whole["message"].get("tool_calls", [])]
-    assert (content, list(calls.values())) == (whole["message"]["content"] or "", told)
-    assert [c["choices"][0]["finish_reason"] for c in chunks if c["choices"][0]["finish_reason"]] == [
-        whole["finish_reason"]
-    ]
+        app = create_app(engine, Config())
+        (said,) = whole((await post(app)).json())
+        assert streamed((await post(app, stream=True)).events()) == [said]
+    assert len(said.ends) == 1
 
 
 async def test_turns_with_calls_are_rendered() -> None:
@@ -240,19 +229,19 @@ async def test_the_demo_model_calls_tools(demo: Any) -> None:
         auto = create()
         required = create(tool_choice="required")
         named = create(tool_choice={"type": "function", "function": {"name": "get_weather"}})
-        streamed = list(create(stream=True))
+        chunks = list(create(stream=True))
         call = auto.choices[0].message.tool_calls[0]
         result = {"role": "tool", "tool_call_id": call.id, "content": '{"temperature": 21, "sky": "sunny"}'}
         told = create(messages=[question, auto.choices[0].message.model_dump(exclude_none=True), result])
-        return auto, required, named, streamed, told
+        return auto, required, named, chunks, told
 
-    auto, required, named, streamed, told = await use_client(demo, use)
+    auto, required, named, chunks, told = await use_client(demo, use)
     for answer in (auto, required, named):
         (call,) = answer.choices[0].message.tool_calls
         assert call.function.name == "get_weather"
         assert list(json.loads(call.function.arguments)) == ["city"]
     assert auto.choices[0].finish_reason == "tool_calls"
-    parts = [part for chunk in streamed for part in chunk.choices[0].delta.tool_calls or ()]
+    parts = [part for chunk in chunks for part in chunk.choices[0].delta.tool_calls or ()]
     assert parts[0].function.name == "get_weather"
     written = "".join(part.function.arguments or "" for part in parts)
     assert written == auto.choices[0].message.tool_calls[0].function.arguments

@@ -12,12 +12,14 @@ from trio_llm.engine import Stream
 from trio_llm.errors import InvalidRequestError
 from trio_llm.messages import ModelInfo, SamplingParams
 from trio_llm.server.amounts import check_amounts
+from trio_llm.server.answer_grammar import Thinking, answer_grammar
 from trio_llm.server.body import read_body
 from trio_llm.server.chat_format import ChatFormat
 from trio_llm.server.conversation import chat_prompt, flatten
 from trio_llm.server.generation import Caller, Head, answer, submit
 from trio_llm.server.logprobs import TokenNames
 from trio_llm.server.parsing.message import MessageStyle
+from trio_llm.server.parsing.reasoning import CLOSE, OPEN
 from trio_llm.server.parsing.tools import MARKERS
 from trio_llm.server.prompts import bad_word_ids, shown_prompts
 from trio_llm.server.requests import ChatBody
@@ -69,33 +71,26 @@ async def open_chat(services: Services, body: ChatBody, caller: Caller) -> OpenC
     prompt = await chat_prompt(services, body, tools.shown)
     style = MessageStyle(
         thinks=services.thinks,
-        thinking_begun=prompt.thinking_begun,
+        thinking_begun=prompt.thinking == "begun",
         tool_form=tools.form,
         parallel=body.parallel_tool_calls is not False,
         show_reasoning=body.include_reasoning is not False,
     )
-    params = await _bind(services, body, tools, style, params)
+    params = await _bind(services, body, tools, prompt.thinking, params)
     return OpenChat(await submit(services, caller, body, [prompt.token_ids], params), style)
 
 
 async def _bind(
-    services: Services, body: ChatBody, tools: ToolUse, style: MessageStyle, params: SamplingParams
+    services: Services, body: ChatBody, tools: ToolUse, thinking: Thinking, params: SamplingParams
 ) -> SamplingParams:
     """Hold the answer to the form that the request asks for, and let the parsers see the markers they need."""
-    wanted = output_grammar(body.response_format, body.structured_outputs)
-    if wanted is not None and tools.form is not None:
-        raise InvalidRequestError("Tools and a form of the output exclude each other.", param="tools")
-    source = wanted or tools.grammar
-    if source is not None and style.thinking_begun:
-        raise InvalidRequestError(
-            "This model's template makes it think first, and thinking has no form: switch it off by "
-            "chat_template_kwargs {'enable_thinking': false} or reasoning_effort 'none'.",
-            param=source.param,
-        )
-    if source is not None:
+    special_tokens = services.tokenizer.special_tokens
+    wanted = output_grammar(body.response_format, body.structured_outputs) if tools.beside else None
+    forms = [form for form in (tools.grammar, wanted) if form is not None]
+    if (source := answer_grammar(forms, thinking, special_tokens)) is not None:
         params = attrs.evolve(params, grammar=await compile_grammar(services, source))
-    markers = MARKERS[tools.form] if tools.form is not None else ()
-    if any(marker in services.tokenizer.special_tokens for marker in markers):
+    markers = (*(MARKERS[tools.form] if tools.form is not None else ()), *((OPEN, CLOSE) if services.thinks else ()))
+    if any(marker in special_tokens for marker in markers):
         params = attrs.evolve(params, skip_special_tokens=False)
     return params
 

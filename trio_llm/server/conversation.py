@@ -12,8 +12,9 @@ import trio
 
 from trio_llm.config import LimitsConfig
 from trio_llm.errors import InvalidRequestError
+from trio_llm.server.answer_grammar import Thinking
 from trio_llm.server.chat_template import too_slow
-from trio_llm.server.parsing.reasoning import OPEN
+from trio_llm.server.parsing.reasoning import CLOSE, OPEN
 from trio_llm.server.prompts import check_chars, fit, run
 from trio_llm.server.requests import ChatBody, Message
 from trio_llm.server.services import Services
@@ -23,10 +24,10 @@ T = TypeVar("T")
 
 @attrs.frozen
 class ChatPrompt:
-    """A rendered conversation; `thinking_begun` where the template opened the model's thinking for it."""
+    """A rendered conversation, and whether the model thinks before it answers it."""
 
     token_ids: list[int]
-    thinking_begun: bool
+    thinking: Thinking
 
 
 async def chat_prompt(
@@ -73,7 +74,16 @@ async def chat_prompt(
 
     ids = await run(services, encode, chars=sum(len(text) for text, _ in segments))
     end = "".join(text for text, _ in segments[-2:]).rstrip()
-    return ChatPrompt(fit(services, ids, "messages", body), thinking_begun=end.endswith(OPEN))
+    return ChatPrompt(fit(services, ids, "messages", body), _thinking(services, end, continues=continues))
+
+
+def _thinking(services: Services, end: str, *, continues: bool) -> Thinking:
+    """Tell by the end of the prompt whether thinking comes next: templates open it, and close it to prevent it."""
+    if not services.thinks:
+        return "none"
+    if end.endswith(OPEN):
+        return "begun"
+    return "none" if continues or end.endswith(CLOSE) else "possible"
 
 
 def _variables(services: Services, body: ChatBody) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from trio_llm import grammar
 from trio_llm.errors import InvalidRequestError
 from trio_llm.grammar import GrammarSource
 from trio_llm.messages import Grammar
-from trio_llm.server.requests import ResponseFormat, StructuredOutputs
+from trio_llm.server.requests import GenerationBody, ResponseFormat, StructuredOutputs
 from trio_llm.server.services import Services
 
 # Compiling is bounded in itself (see grammar.py); this bounds how long a request waits for a busy thread.
@@ -29,6 +29,12 @@ def output_grammar(form: ResponseFormat | None, structured: StructuredOutputs | 
     if form is not None and form.type != "text":
         raise InvalidRequestError("response_format and structured_outputs exclude each other.", "structured_outputs")
     return _from_structured_outputs(structured)
+
+
+def asks_for_form(body: GenerationBody) -> bool:
+    """Say whether a request asks for a form of its output."""
+    form = body.response_format
+    return body.structured_outputs is not None or (form is not None and form.type != "text")
 
 
 def _from_response_format(form: ResponseFormat) -> GrammarSource | None:
@@ -63,7 +69,7 @@ def _from_structured_outputs(structured: StructuredOutputs) -> GrammarSource:
         case "choice":
             return grammar.choice(value, param=param)
         case "grammar":
-            return grammar.lark(value, param=param)
+            return grammar.free_grammar(value, param=param)
         case _:
             if value is not True:
                 raise InvalidRequestError(f"{param} = false asks for nothing: leave it out.", param)

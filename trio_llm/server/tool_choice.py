@@ -13,7 +13,8 @@ from trio_llm.grammar import GrammarSource
 from trio_llm.server.parsing.tools import ToolForm
 from trio_llm.server.requests import ChatBody, NamedToolChoice, ToolDefinition
 from trio_llm.server.services import Services
-from trio_llm.server.tool_grammar import Tool, tool_grammar
+from trio_llm.server.structured import asks_for_form
+from trio_llm.server.tool_grammar import Mode, Tool, tool_grammar
 
 
 @attrs.frozen
@@ -23,12 +24,15 @@ class ToolUse:
     Attributes:
         form: How calls are written; None where none are looked for.
         shown: The definitions that the template shows to the model.
-        grammar: What the answer is held to; None where the model is free.
+        grammar: What the answer is held to, or its calls where they stand `beside` another form; None where the
+            model is free.
+        beside: The answer may be of the other form that was asked for instead.
     """
 
     form: ToolForm | None = None
     shown: list[dict[str, Any]] | None = None
     grammar: GrammarSource | None = None
+    beside: bool = True
 
 
 def tool_use(services: Services, body: ChatBody) -> ToolUse:
@@ -51,7 +55,9 @@ def tool_use(services: Services, body: ChatBody) -> ToolUse:
         raise InvalidRequestError("Two tools have the same name.", param="tools")
     chosen = _chosen(body.tools, body.tool_choice)
     shown: list[dict[str, Any]] = [msgspec.to_builtins(tool) for tool in body.tools]
-    return ToolUse(form, shown, _grammar(services, body, form, chosen))
+    mode = _mode(body, chosen)
+    source = _grammar(services, body, form, chosen, mode) if mode is not None else None
+    return ToolUse(form, shown, source, beside=mode != "required")
 
 
 def _chosen(tools: Sequence[ToolDefinition], choice: object) -> Sequence[ToolDefinition]:
@@ -66,18 +72,23 @@ def _chosen(tools: Sequence[ToolDefinition], choice: object) -> Sequence[ToolDef
     return named
 
 
+def _mode(body: ChatBody, chosen: Sequence[ToolDefinition]) -> Mode | None:
+    """Say how calls bind: one that must be, one that may be beside another form, or one of a strict tool."""
+    if body.tool_choice not in (None, "auto"):
+        return "required"
+    if asks_for_form(body):
+        return "beside"
+    return "auto" if any(tool.function.strict for tool in chosen) else None
+
+
 def _grammar(
-    services: Services, body: ChatBody, form: ToolForm, chosen: Sequence[ToolDefinition]
-) -> GrammarSource | None:
-    """Bind what must be a call, and what may be one if any of the tools is strict."""
-    must = body.tool_choice not in (None, "auto")
-    if not must and not any(tool.function.strict for tool in chosen):
-        return None
+    services: Services, body: ChatBody, form: ToolForm, chosen: Sequence[ToolDefinition], mode: Mode
+) -> GrammarSource:
     named = isinstance(body.tool_choice, NamedToolChoice)
     return tool_grammar(
         form,
         [Tool(tool.function.name, tool.function.parameters or {}) for tool in chosen],
-        mode="required" if must else "auto",
+        mode=mode,
         parallel=body.parallel_tool_calls is not False and not named,
         special_tokens=services.tokenizer.special_tokens,
     )

@@ -10,7 +10,10 @@ import attrs
 
 from trio_llm import grammar
 from trio_llm.grammar import GrammarSource
+from trio_llm.server.markers import Markers
 from trio_llm.server.parsing.tools import ToolForm
+
+Mode = Literal["auto", "required", "beside"]
 
 # Spelled as json.dumps does, which is what models were trained on.
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -29,47 +32,52 @@ def tool_grammar(
     form: ToolForm,
     tools: Sequence[Tool],
     *,
-    mode: Literal["auto", "required"],
+    mode: Mode,
     parallel: bool,
     special_tokens: Mapping[str, int],
 ) -> GrammarSource:
     """Return the grammar of an answer that calls `tools`.
 
     Args:
-        mode: "required": nothing but calls, at least one; "auto": text, in which every call is well formed.
+        mode: "required": nothing but calls, at least one; "auto": text, in which every call is well formed;
+            "beside": calls as required, in a grammar that goes together with one of a JSON value.
         parallel: More than one call is allowed.
         special_tokens: Literal -> id; markers that are control tokens must be written as such.
     """
-    markers = _Markers(special_tokens)
+    markers = Markers(special_tokens)
     rules = {
         "hermes": _hermes,
         "llama3": _llama3,
         "mistral": _mistral_named if "[ARGS]" in special_tokens else _mistral_list,
     }[form](tools, markers, mode, parallel)
-    arguments = [f"args_{index}: %json {_schema(tool)}" for index, tool in enumerate(tools)]
-    return grammar.lark("\n".join(["%llguidance {}", *rules, f"TEXT: {_TEXT}", *arguments]), param="tools")
+    arguments = [f"args_{index}: %json {json.dumps(_schema(tool))}" for index, tool in enumerate(tools)]
+    return grammar.lark(["%llguidance {}", *rules, f"TEXT: {_TEXT}", *arguments], param="tools")
 
 
-def _schema(tool: Tool) -> str:
+def _schema(tool: Tool) -> dict[str, Any]:
     # A call's arguments are an object, whatever else the schema leaves open.
-    return json.dumps({"type": "object", **tool.parameters, "x-guidance": _JSON_STYLE})
+    return {"type": "object", **tool.parameters, "x-guidance": _JSON_STYLE}
 
 
-class _Markers:
-    """Spells markers for the grammar: control tokens by id, others as text."""
+def _whole_objects(tools: Sequence[Tool], key: str) -> list[str]:
+    """Return the rules of `_objects` as JSON schemas.
 
-    def __init__(self, special_tokens: Mapping[str, int]) -> None:
-        self._special_tokens = special_tokens
-
-    def __call__(self, marker: str) -> str:
-        token_id = self._special_tokens.get(marker)
-        return json.dumps(marker) if token_id is None else f"<[{token_id}]>"
-
-    def after(self, text: str, marker: str) -> list[str]:
-        """Return the rule `opening`: text of the given kind, up to and with the marker."""
-        if marker in self._special_tokens:
-            return [f"opening: {text} {self(marker)}"]
-        return [f"opening[lazy]: {text} {self(marker)}"]
+    The parser takes the first of several grammars that begin with a brace, unless all of them are JSON of one style.
+    """
+    rules = ["object: " + " | ".join(f"object_{index}" for index in range(len(tools)))]
+    for index, tool in enumerate(tools):
+        arguments = {"type": "object", **tool.parameters}
+        schema = {
+            "type": "object",
+            "properties": {"name": {"const": tool.name}, key: arguments},
+            "required": ["name", key],
+            "additionalProperties": False,
+            # What the arguments refer to is looked up in the outermost schema.
+            **{name: arguments.pop(name) for name in ("$defs", "definitions") if name in arguments},
+            "x-guidance": {"whitespace_flexible": True},
+        }
+        rules.append(f"object_{index}: %json {json.dumps(schema)}")
+    return rules
 
 
 def _objects(tools: Sequence[Tool], key: str) -> list[str]:
@@ -82,7 +90,7 @@ def _objects(tools: Sequence[Tool], key: str) -> list[str]:
     return rules
 
 
-def _hermes(tools: Sequence[Tool], markers: _Markers, mode: str, parallel: bool) -> list[str]:
+def _hermes(tools: Sequence[Tool], markers: Markers, mode: str, parallel: bool) -> list[str]:
     close = f'"\\n" {markers("</tool_call>")}'
     rules = _objects(tools, "arguments")
     if mode == "auto":
@@ -97,9 +105,9 @@ def _hermes(tools: Sequence[Tool], markers: _Markers, mode: str, parallel: bool)
     return [f"start: call {more}", f'call: {markers("<tool_call>")} "\\n" object {close}', *rules]
 
 
-def _llama3(tools: Sequence[Tool], markers: _Markers, mode: str, parallel: bool) -> list[str]:
+def _llama3(tools: Sequence[Tool], markers: Markers, mode: str, parallel: bool) -> list[str]:
     calls = 'object ("; " object)*' if parallel else "object"
-    rules = _objects(tools, "parameters")
+    rules = _whole_objects(tools, "parameters") if mode == "beside" else _objects(tools, "parameters")
     if mode == "auto":
         # A bare call begins the message or there is none: text that begins with a brace is not to be told from one.
         return [
@@ -111,7 +119,7 @@ def _llama3(tools: Sequence[Tool], markers: _Markers, mode: str, parallel: bool)
     return [f"start: {calls}", *rules]
 
 
-def _mistral_list(tools: Sequence[Tool], markers: _Markers, mode: str, parallel: bool) -> list[str]:
+def _mistral_list(tools: Sequence[Tool], markers: Markers, mode: str, parallel: bool) -> list[str]:
     more = '(", " object)*' if parallel else ""
     rules = [f'list: " "? "[" object {more} "]"', *_objects(tools, "arguments")]
     if mode == "auto":
@@ -119,7 +127,7 @@ def _mistral_list(tools: Sequence[Tool], markers: _Markers, mode: str, parallel:
     return [f"start: {markers('[TOOL_CALLS]')} list", *rules]
 
 
-def _mistral_named(tools: Sequence[Tool], markers: _Markers, mode: str, parallel: bool) -> list[str]:
+def _mistral_named(tools: Sequence[Tool], markers: Markers, mode: str, parallel: bool) -> list[str]:
     options = " | ".join(
         f"{json.dumps(tool.name)} {markers('[ARGS]')} args_{index}" for index, tool in enumerate(tools)
     )
