@@ -7,16 +7,25 @@
 // it. If not, all scores up to its own are out, and that same sweep already found the winner among the rest
 // (rejection as in FlashInfer's sampler; as noise is fixed, the token is the very one that sorting would give).
 //
-// logits [R, vocab] float; params [R, 4]: temperature (0: greedy), top_k, top_p, min_p; keys [R, 2]; hashes [vocab];
-// allowed [R, words] bits, or null. Out: ids [R], tops [R], the largest allowed logit (not finite: the row failed).
+// logits [R, vocab] float, edited in place; params [R, 4]: temperature (0: greedy), top_k, top_p, min_p, or null: all
+// greedy; keys [R, 2]; hashes [vocab]. Out: ids [R], NOT_FINITE or NOTHING_LEFT where the row failed.
+// Edits come first, or are null: starts [4, R + 1], where each row's begin in the lists of masked entries (set to -inf),
+// biased ones (bias is added), tokens seen (penalties [4, seen]: count in the output, repetition, presence, frequency)
+// and masks [masks, words], a bit per token that may be chosen. Entries are row * vocab + token, each at most once a list
+// (masked ones may come twice).
 #include "common.cuh"
 
 #define WARPS (THREADS / 32)
+#define PIVOTS 7  // looked at in one sweep
+#define LOADS 8   // a thread has in flight: a row is read by one multiprocessor
+#define NOT_FINITE (-1)
+#define NOTHING_LEFT (-2)
+#define INF __uint_as_float(0x7f800000u)
 
-// Order floats as unsigned integers; NaN above all.
+// Order floats as unsigned integers.
 DEV u32 ordered(float v) {
   const u32 bits = __float_as_uint(v);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  return bits ^ ((u32)((int)bits >> 31) | 0x80000000u);
 }
 DEV float from_ordered(u32 key) { return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
 DEV u64 candidate(float value, int id) { return (u64)ordered(value) << 32 | (0xffffffffu - (u32)id); }  // lowest id wins
@@ -38,8 +47,8 @@ struct Swept {  // of the tokens of a set
 };
 
 DEV float logit(const Row& row, int i) {
-  const bool masked = row.allowed && !(row.allowed[i / 32] >> (i % 32) & 1u);
-  return masked ? __uint_as_float(0xff800000u) : row.logits[i];
+  const float x = row.logits[i] + 0.f;  // -0 becomes 0: they are equals
+  return row.allowed && !(row.allowed[i / 32] >> (i % 32) & 1u) ? -INF : x;
 }
 DEV float score(const Row& row, int i) { return (logit(row, i) - row.top) * row.inverse_temperature; }
 
@@ -76,6 +85,7 @@ DEV float block_total(float v, float* scratch) {
 template <bool RACE>
 DEV Swept sweep(const Row& row, u32 low, u64* scratch) {
   Swept s = {0, 0, 0.f};
+#pragma unroll LOADS
   for (int i = threadIdx.x; i < row.vocab; i += THREADS) {
     const float x = score(row, i);
     if (ordered(x) <= low) continue;
@@ -90,17 +100,28 @@ DEV Swept sweep(const Row& row, u32 low, u64* scratch) {
   return s;
 }
 
-// The largest `low` that leaves at least k tokens above it: those are the k likeliest, and their equals.
+// A `low` that leaves the k likeliest tokens above it, and those that equal the last of them; more than k are above the
+// one given. Each sweep counts above PIVOTS values in between and leaves an eighth of the range.
 DEV u32 below_the_kth(const Row& row, u32 low, int k, u64* scratch) {
   u32 high = ordered(0.f);  // no score is above that of the likeliest, 0
   while (high - low > 1) {
-    const u32 middle = low + (high - low) / 2;
-    const int count = sweep<false>(row, middle, scratch).count;
-    if (count == k) return middle;
-    if (count > k)
-      low = middle;
-    else
-      high = middle;
+    const u32 step = max((high - low) / (PIVOTS + 1), 1u);
+    int above[PIVOTS] = {};
+#pragma unroll LOADS
+    for (int i = threadIdx.x; i < row.vocab; i += THREADS) {
+      const u32 key = ordered(score(row, i));
+#pragma unroll
+      for (int j = 0; j < PIVOTS; j++) above[j] += key > low + (j + 1) * step;
+    }
+    const u32 from = low;
+#pragma unroll
+    for (int j = 0; j < PIVOTS; j++) {
+      const u32 pivot = from + (j + 1) * step;
+      const int count = (int)block_total((float)above[j], reinterpret_cast<float*>(scratch));
+      if (count == k) return pivot;
+      if (count > k) low = pivot;
+      else high = min(high, pivot);
+    }
   }
   return low;
 }
@@ -123,42 +144,79 @@ DEV int draw(const Row& row, int top_k, float top_p, float min_p, u64* scratch) 
   }
 }
 
+// The largest logit and its token; a NaN is above all.
+DEV u64 likeliest(const Row& row, u64* scratch) {
+  u32 best = 0;
+  int id = 0;
+#pragma unroll LOADS
+  for (int i = threadIdx.x; i < row.vocab; i += THREADS) {
+    const float x = logit(row, i);
+    const u32 key = __float_as_uint(x) << 1 > 0xff000000u ? 0xffffffffu : ordered(x);
+    if (key > best) best = key, id = i;
+  }
+  return block_max(best ? (u64)best << 32 | (0xffffffffu - (u32)id) : 0, scratch);
+}
+
+// Edit row r of the logits in vLLM's order, and return its mask, if it has one. In the reference's very roundings.
+DEV const u32* edit(float* logits, const int* starts, const s64* masked, const s64* biased, const float* bias,
+                    const s64* seen, const float* penalties, const u32* masks, int words, int r) {
+  const int rows = gridDim.x, *of_masked = starts + r, *of_biased = of_masked + rows + 1;
+  const int *of_seen = of_biased + rows + 1, *of_masks = of_seen + rows + 1;
+  const int num_seen = of_seen[rows - r];
+  for (int i = of_masked[0] + threadIdx.x; i < of_masked[1]; i += THREADS) logits[masked[i]] = -INF;
+  __syncthreads();  // an entry may be in several lists
+  for (int i = of_biased[0] + threadIdx.x; i < of_biased[1]; i += THREADS) logits[biased[i]] += bias[i];
+  __syncthreads();
+  for (int i = of_seen[0] + threadIdx.x; i < of_seen[1]; i += THREADS) {
+    const float count = penalties[i], repetition = penalties[num_seen + i], presence = penalties[2 * num_seen + i];
+    float x = logits[seen[i]];
+    x = x > 0.f ? x / repetition : x * repetition;
+    x = __fsub_rn(x, __fmul_rn(penalties[3 * num_seen + i], count));
+    logits[seen[i]] = __fsub_rn(x, count > 0.f ? presence : 0.f);
+  }
+  __syncthreads();
+  return of_masks[1] > of_masks[0] ? masks + (s64)of_masks[0] * words : nullptr;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    sample(const float* __restrict__ logits, const float* __restrict__ params, const int* __restrict__ keys,
-           const int* __restrict__ hashes, const u32* __restrict__ allowed, s64* __restrict__ ids,
-           float* __restrict__ tops, int vocab, int words) {
+    sample(float* __restrict__ logits, const float* __restrict__ params, const int* __restrict__ keys,
+           const int* __restrict__ hashes, const int* __restrict__ starts, const s64* __restrict__ masked,
+           const s64* __restrict__ biased, const float* __restrict__ bias, const s64* __restrict__ seen,
+           const float* __restrict__ penalties, const u32* __restrict__ masks, s64* __restrict__ ids, int vocab,
+           int words) {
   DYN_SMEM(u64, scratch);  // [WARPS]
-  const s64 r = blockIdx.x;
-  Row row = {logits + r * vocab, hashes, allowed ? allowed + r * words : nullptr, vocab, 0.f, 1.f, 0u, 0u};
-  u64 best = 0;
-  for (int i = threadIdx.x; i < vocab; i += THREADS) best = max(best, candidate(logit(row, i), i));
-  best = block_max(best, scratch);
+  const int r = blockIdx.x;
+  Row row = {logits + (s64)r * vocab, hashes, nullptr, vocab, 0.f, 1.f, 0u, 0u};
+  u64 best = likeliest(row, scratch);
+  // Looked at before the edits: a mask could hide a NaN, an infinity turn into one.
+  const bool finite = fabsf(from_ordered((u32)(best >> 32))) < INF;
+  if (starts) {
+    row.allowed = edit(logits, starts, masked, biased, bias, seen, penalties, masks, words, r);
+    best = likeliest(row, scratch);
+  }
   row.top = from_ordered((u32)(best >> 32));
-  int id = id_of(best);
+  int id = !finite ? NOT_FINITE : row.top == -INF ? NOTHING_LEFT : id_of(best);
   const float temperature = params ? params[r * 4] : 0.f;
-  if (temperature > 0.f && fabsf(row.top) < __uint_as_float(0x7f800000u)) {
+  if (temperature > 0.f && id >= 0) {
     row.inverse_temperature = 1.f / temperature;
     row.offset = (u32)keys[r * 2];
     row.factor = (u32)keys[r * 2 + 1];
     id = draw(row, (int)params[r * 4 + 1], params[r * 4 + 2], params[r * 4 + 3], scratch);
   }
-  if (threadIdx.x == 0) {
-    ids[r] = id;
-    tops[r] = row.top;
-  }
+  if (threadIdx.x == 0) ids[r] = id;
 }
 
-// Of the tokens ids [R] at logits [R, vocab]: log-probability, and rank (1 and the number of likelier tokens).
+// Of the tokens ids [R] at logits [R, vocab]: log-probability, and rank (1 and the number of likelier tokens). What is
+// said of a row that failed, with a negative id, means nothing.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     token_logprobs(const float* __restrict__ logits, const s64* __restrict__ ids, float* __restrict__ logprobs,
                    s64* __restrict__ ranks, int vocab) {
   DYN_SMEM(u64, scratch);
   const s64 r = blockIdx.x;
   const Row row = {logits + r * vocab, nullptr, nullptr, vocab, 0.f, 1.f, 0u, 0u};
-  u64 best = 0;
-  for (int i = threadIdx.x; i < vocab; i += THREADS) best = max(best, candidate(row.logits[i], i));
-  const float top = from_ordered((u32)(block_max(best, scratch) >> 32)), mine = row.logits[ids[r]];
+  const float top = from_ordered((u32)(likeliest(row, scratch) >> 32)), mine = row.logits[max(ids[r], 0ll)];
   float mass = 0.f, above = 0.f;
+#pragma unroll LOADS
   for (int i = threadIdx.x; i < vocab; i += THREADS) {
     mass += exp2_fast((row.logits[i] - top) * LOG2E);
     above += row.logits[i] > mine ? 1.f : 0.f;

@@ -50,5 +50,5 @@ def others() -> list[Kernel]:
             for rows, gated in product((16, 64), flag)
         ),
         *(kernel("quant.cu", "quantize_rows", IO_FP16=fp16) for fp16 in flag),
-        kernel("sample.cu", "sample", THREADS=1024, IO_FP16=0),
+        *(kernel("sample.cu", entry, THREADS=512) for entry in ("sample", "token_logprobs")),
     ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cuda_kernels import sample
-from tests.kernels.helpers import simulate
+from tests.kernels.helpers import count, simulate
 from trio_llm.model.counter_rng import race, row_keys, token_hashes
 
 VOCAB = 300
@@ -46,29 +46,17 @@ def test_the_tokens_of_sorting_are_chosen() -> None:
     logits[:, 100:140] = logits[:, :40]  # equals
     keys = torch.from_numpy(row_keys(np.arange(len(params), dtype=np.uint64), np.arange(len(params))))
     hashes = token_hashes(VOCAB)
-    ids, tops = simulate(lambda: sample.sample(logits, params, keys, hashes))
+    (ids,) = simulate(lambda: (sample.sample(logits, params, keys, hashes),))
     assert ids.tolist() == sorting(logits, params, keys, hashes).tolist()
-    assert torch.equal(tops, logits.amax(-1))
 
 
-def test_masks_hide_tokens() -> None:
-    """A token whose bit is not set is never chosen, greedily or at random; a row without any says so."""
-    logits = torch.randn(4, 70)
-    allowed = torch.zeros(4, 3, dtype=torch.int32)
-    allowed[0, 1], allowed[1, 2], allowed[2, 0] = 1 << 5, 1 << 3, -(2**31)
-    params = torch.tensor([[0, 70, torch.inf, 0], [1, 70, torch.inf, 0], [1, 9, 0.9, 0], [1, 70, torch.inf, 0]])
-    args = (logits, params, torch.ones(4, 2, dtype=torch.int32), token_hashes(70), allowed)
-    ids, tops = simulate(lambda: sample.sample(*args), orders=(0,))
-    assert ids[:3].tolist() == [37, 67, 31] and torch.equal(tops[:3], logits[[0, 1, 2], [37, 67, 31]])
-    assert tops[3] == -torch.inf
-
-
-def test_greedy_needs_no_parameters_and_shows_nan() -> None:
-    """The first of the largest wins; a NaN is reported as the row's top."""
-    logits = torch.zeros(3, 33)
-    logits[0, [7, 20]], logits[1, 32], logits[2, 3] = 4.0, 1.0, torch.nan
-    ids, tops = simulate(lambda: sample.sample(logits, None, None, token_hashes(33)), orders=(0,))
-    assert ids[:2].tolist() == [7, 32] and tops[:2].tolist() == [4, 1] and tops[2].isnan()
+def test_the_first_of_the_largest_wins() -> None:
+    """Without parameters every row is greedy; a row with a NaN, an infinity or nothing but -inf says so."""
+    logits = torch.zeros(6, 33)
+    logits[0, [7, 20]], logits[1, 32], logits[2, 3], logits[3, 30] = 4, 1, torch.nan, torch.inf
+    logits[4, :], logits[5, 9] = -torch.inf, -torch.tensor(torch.nan)  # a NaN of either sign
+    (ids,) = simulate(lambda: (sample.sample(logits, None, None, token_hashes(33)),), orders=(0,))
+    assert ids.tolist() == [7, 32] + [sample.NOT_FINITE] * 4
 
 
 @pytest.mark.parametrize("vocab", [33, 300])
@@ -80,6 +68,34 @@ def test_logprobs(vocab: int) -> None:
     chosen = expected.gather(1, ids[:, None])
     torch.testing.assert_close(logprobs.double(), chosen[:, 0], rtol=1e-5, atol=1e-5)
     assert ranks.tolist() == ((expected > chosen).sum(-1) + 1).tolist()
+
+
+# What a row asks for, the most sweeps over its logits, and instructions for each of them (measured, plus a tenth).
+WORK = [((0.0, 4096, torch.inf, 0.0), 1.01, 18), ((1.0, 4096, torch.inf, 0.0), 3.03, 83),
+        ((0.7, 20, torch.inf, 0.0), 4.8, 108), ((0.7, 20, 0.8, 0.0), 10.5, 294)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("params", "most_sweeps", "most_instructions"), WORK, ids=str)
+def test_rows_are_swept_few_times(params: tuple[float, ...], most_sweeps: float, most_instructions: float) -> None:
+    """Logits are read in full sectors, once where a row is greedy; each filter costs a few sweeps more."""
+    torch.manual_seed(2)
+    logits = torch.randn(4, 4096) * 3
+    args = (torch.tensor([params]).repeat(4, 1), torch.ones(4, 2, dtype=torch.int32), token_hashes(4096))
+    counted = count(lambda: sample.sample(logits, *args))
+    sweeps, instructions = counted.sectors["ld"] * 8 / logits.numel(), counted.issued.total() * 32 / logits.numel()
+    assert sweeps < most_sweeps and instructions < most_instructions
+    assert counted.sectors["ld"] < 1.05 * counted.sectors_least["ld"]
+
+
+def test_edited_rows_are_read_twice() -> None:
+    """Edits cost one sweep more and the row's mask; rows without any pay the same, as few as they are."""
+    logits, none = torch.randn(3, 4096), torch.zeros(0, dtype=torch.int64)
+    starts = torch.zeros(4, 4, dtype=torch.int32)
+    starts[3, 2:] = 1  # the second row has a mask
+    masks = torch.full((1, 128), -1, dtype=torch.int32)
+    edits = sample.Edits(starts, none, none, none.float(), none, torch.zeros(4, 0), masks)
+    counted = count(lambda: sample.sample(logits, None, None, token_hashes(4096), edits))
+    assert 2 < counted.sectors["ld"] * 8 / logits.numel() < 2.15
 
 
 def test_drafts_stand_until_the_first_difference() -> None:

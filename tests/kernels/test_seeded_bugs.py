@@ -82,8 +82,35 @@ def check_sample() -> None:
     """Choose greedily, equals among the largest."""
     logits = torch.randn(3, 5000)
     logits[:, 3000] = logits[:, 4000] = 9.0
-    ids, _ = simulate(lambda: sample.sample(logits, None, None, torch.zeros(5000, dtype=torch.int32)))
+    logits[0, 4000], logits[0, 3000] = 0.0, -0.0
+    logits[0, :3000] = logits[0, 3001:4000] = logits[0, 4001:] = -1.0
+    (ids,) = simulate(lambda: (sample.sample(logits, None, None, torch.zeros(5000, dtype=torch.int32)),))
     assert ids.tolist() == [3000] * 3
+
+
+def check_edits() -> None:
+    """Choose greedily after edits: tokens 40 to 79 are biased in reverse, token 40 penalised too, 3 and 70 masked."""
+    logits = torch.zeros(2, 100)
+    logits[1, 3] = torch.nan
+    biased, seen = torch.arange(79, 39, -1).repeat(2), torch.tensor([40, 50])
+    biased[40:] += 100
+    bits = torch.full((2, 4), -1, dtype=torch.int32)
+    bits[:, 0] -= 1 << 3
+    starts = torch.tensor([[0, 1, 2], [0, 40, 80], [0, 2, 2], [0, 1, 2]], dtype=torch.int32)
+    penalties = torch.tensor([[2.0, 0], [4, 2], [0.25, 9], [0.5, 9]])
+    bias = torch.full((80,), 4.0)
+    bias[[39, 79]] = 30.0  # what token 40 is left with: 30 / 4 - 2 * 0.5 - 0.25
+    bias[8] = 6.2  # token 71, just below
+    masked = torch.tensor([70, 170])
+    edits = sample.Edits(starts, masked, biased, bias, seen, penalties, bits)
+
+    def run() -> tuple[Tensor, ...]:
+        edited = logits.clone()
+        return sample.sample(edited, None, None, torch.zeros(100, dtype=torch.int32), edits), edited
+
+    ids, edited = simulate(run)
+    assert ids.tolist() == [40, sample.NOT_FINITE]
+    assert edited[0, [40, 50, 70, 71, 72]].tolist() == pytest.approx([6.25, 2, -torch.inf, 6.2, 4])
 
 
 class Bug(NamedTuple):
@@ -121,6 +148,15 @@ BUGS = {
     "the last of equals": Bug("sample.cu", "(0xffffffffu - (u32)id)", "(u32)id", check_sample),
     "scratch read too early": Bug(
         "sample.cu", "= v;\n  __syncthreads();\n  v = scratch", "= v;\n  v = scratch", check_sample
+    ),
+    "negative zero is less": Bug("sample.cu", "row.logits[i] + 0.f", "row.logits[i]", check_sample),
+    "a mask hides a NaN": Bug("sample.cu", "finite = fabsf(from", "finite = true || fabsf(from", check_edits),
+    "penalties before bias": Bug(
+        "sample.cu", "+= bias[i];\n  __syncthreads();", "+= bias[i];", check_edits
+    ),
+    "presence of what the prompt holds": Bug("sample.cu", "count > 0.f ? presence : 0.f", "presence", check_edits),
+    "frequency and presence swapped": Bug(
+        "sample.cu", "presence = penalties[2 * num_seen + i]", "presence = penalties[3 * num_seen + i]", check_edits
     ),
     "no barrier before a tile": paged(TILE_BARRIER, "", DECODE),
     "copies not waited for": paged("copies_wait<0>();", "", DECODE),

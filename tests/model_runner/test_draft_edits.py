@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.model_runner.test_sampler import CPU, EOS, Row, batches, make_logits
+from tests.model_runner.test_sampler import CPU, EOS, Row, batches, make_logits, send
 from trio_llm import grammar
 from trio_llm.messages import Admission, SamplingParams
 from trio_llm.model.sampler import NOTHING_LEFT, Sampler
@@ -21,7 +21,7 @@ VOCAB = 300
 
 def admitted(rows: list[Row], vocab_size: int) -> SamplingRows:
     """Return the state of sequences whose whole output is known."""
-    state = SamplingRows(vocab_size, EOS, len(rows), CPU)
+    state = SamplingRows(vocab_size, EOS, len(rows), send)
     for row, (params, prompt, output) in enumerate(rows):
         state.admit(row, Admission(row, prompt + output, len(prompt), params), params)
     return state

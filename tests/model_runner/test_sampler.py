@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import attrs
 import numpy as np
@@ -8,6 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
 
 from tests.model_runner import reference
 from trio_llm.messages import Admission, SamplingParams, TokenLogprobs
@@ -18,6 +22,11 @@ CPU = torch.device("cpu")
 EOS = (2, 3)
 GREEDY = SamplingParams(temperature=0)
 Row = tuple[SamplingParams, tuple[int, ...], tuple[int, ...]]  # params, prompt, output
+
+
+def send(columns: Sequence[NDArray[Any]]) -> list[Tensor]:
+    """Hand a step's columns to a sampler on this machine."""
+    return [torch.from_numpy(column) for column in columns]
 
 
 @attrs.frozen
@@ -35,7 +44,7 @@ def sample(logits: np.ndarray, rows: list[Row], order: list[int] | None = None) 
     """
     vocab_size = logits.shape[1]
     order = order or list(range(len(rows)))
-    state = SamplingRows(vocab_size, EOS, max(order) + 1, CPU)
+    state = SamplingRows(vocab_size, EOS, max(order) + 1, send)
     for row, (params, prompt, output) in zip(order, rows, strict=True):
         state.admit(row, Admission(row, prompt, len(prompt), params), params)
         if row in state.history_rows:
@@ -156,7 +165,7 @@ def test_tokens_are_drawn_with_the_right_frequencies(params: SamplingParams) -> 
     logits = make_logits(5, 1, vocab_size, 1.0)[0]
     logits[:8] += 3
     prompt, output = (1, 1, 5), (4, 4, 4, 6)
-    state = SamplingRows(vocab_size, EOS, 1, CPU)
+    state = SamplingRows(vocab_size, EOS, 1, send)
     state.admit(0, Admission(0, prompt + output, len(prompt), params), params)
     sampler = Sampler(vocab_size, CPU)
     # The same row over and over: only the position counts on.
@@ -248,7 +257,7 @@ def test_logprobs_are_those_of_the_raw_logits(num: int) -> None:
 def test_history_told_twice_counts_once() -> None:
     """A step that is repeated tells the same tokens again; penalties see them once."""
     params = SamplingParams(temperature=0, frequency_penalty=1.0)
-    state = SamplingRows(10, EOS, 1, CPU)
+    state = SamplingRows(10, EOS, 1, send)
     state.admit(0, Admission(0, (1, 2), 2, params), params)
     for start, tokens in [(0, (1,)), (1, (2,)), (2, (7,)), (2, (7,)), (3, (7,)), (2, (7, 7))]:
         state.learn(0, start, tokens)

@@ -169,9 +169,9 @@ def _sample(device: torch.device, scale: int) -> Iterator[Check]:
     keys = torch.tensor([[11, 7], [-5, 9], [3, 1]], dtype=torch.int32, device=device)
     params = torch.tensor([[0.0, vocab, torch.inf, 0], [1, vocab, torch.inf, 0], [0.7, 1, 1, 0]], device=device)
 
-    def expect() -> tuple[Tensor, Tensor]:
+    def expect() -> tuple[Tensor, ...]:
         ids = logits.argmax(-1)
         ids[1] = counter_rng.race(logits[1:2] - logits[1].amax(), keys[1:2], hashes).argmax()
-        return ids, logits.amax(-1)
+        return (ids,)
 
-    yield Check("sample.cu", "greedy, plain, top 1", lambda: sample.sample(logits, params, keys, hashes), expect)
+    yield Check("sample.cu", "greedy, plain, top 1", lambda: (sample.sample(logits, params, keys, hashes),), expect)

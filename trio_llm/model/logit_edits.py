@@ -10,6 +10,7 @@ Letters: R rows, V vocabulary, K edited entries.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import attrs
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 from trio_llm.messages import Admission, GrammarMatcher, SamplingParams
 
 _Ids = NDArray[np.int64]
+_Bits = NDArray[np.int32]  # [ceil(V / 32)], a bit per token that may be sampled, little-endian
 _NO_IDS: _Ids = np.zeros(0, np.int64)
 
 
@@ -99,7 +101,7 @@ class GrammarState:
             self._matcher.rollback(self._num_consumed - num_output)
             self._num_consumed = num_output
 
-    def write_mask(self, output: Sequence[int], mask: NDArray[np.int32]) -> None:
+    def write_mask(self, output: Sequence[int], mask: _Bits) -> None:
         """Write which tokens may follow `output`, a bit each; none where the grammar cannot go on."""
         if len(output) > self._num_consumed:
             self._num_consumed += self._matcher.consume(output[self._num_consumed :])
@@ -113,11 +115,12 @@ class RowEdits:
     """One sequence's edits.
 
     Attributes:
+        allowed: None for all.
         held_back: End-of-sequence and stop ids, masked before position `first_end`.
         history: None where nothing looks back.
     """
 
-    allowed: _Ids | None
+    allowed: _Bits | None
     bad_words: tuple[tuple[int, ...], ...]
     held_back: _Ids
     first_end: int
@@ -130,7 +133,9 @@ class RowEdits:
     grammar: GrammarState | None
 
     @classmethod
-    def of(cls, admission: Admission, params: SamplingParams, eos_token_ids: tuple[int, ...]) -> RowEdits | None:
+    def of(
+        cls, admission: Admission, params: SamplingParams, eos_token_ids: tuple[int, ...], vocab_size: int
+    ) -> RowEdits | None:
         """Return the edits that `params` ask for, None for none."""
         penalised = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
         held_back = {*eos_token_ids, *params.stop_token_ids} if params.min_tokens else ()
@@ -139,7 +144,7 @@ class RowEdits:
         if only is None and not (looks_back or held_back or params.logit_bias):
             return None
         return cls(
-            allowed=None if only is None else np.array(only, np.int64),
+            allowed=None if only is None else _bits_of(only, vocab_size),
             bad_words=params.bad_words_token_ids,
             held_back=np.array(sorted(held_back), np.int64),
             first_end=admission.num_prompt_tokens + params.min_tokens,
@@ -172,6 +177,15 @@ class RowEdits:
     def penalised(self) -> bool:
         return self.repetition != 1 or self.presence != 0 or self.frequency != 0
 
+    def mask(self, vocab_size: int) -> _Bits | None:
+        """Return what grammar and allowed tokens leave of the vocabulary; None for all."""
+        if self.grammar is None:
+            return self.allowed
+        assert self.history is not None
+        mask = np.zeros(-(-vocab_size // 32), np.int32)
+        self.grammar.write_mask(self.history.output, mask)
+        return mask if self.allowed is None else mask & self.allowed
+
     def masked(self, position: int) -> _Ids:
         """Return the ids that may not be sampled at `position` (duplicates do no harm)."""
         output = self.history.output if self.history else []
@@ -180,42 +194,45 @@ class RowEdits:
         return np.concatenate([held_back, np.array(bad, np.int64)])
 
 
+def _bits_of(token_ids: Sequence[int], vocab_size: int) -> _Bits:
+    flags = np.zeros(-(-vocab_size // 32) * 32, np.bool_)
+    flags[list(token_ids)] = True
+    return np.packbits(flags, bitorder="little").view(np.int32)
+
+
 def _ends_with(output: Sequence[int], words: tuple[int, ...]) -> bool:
     return not words or tuple(output[-len(words) :]) == words
 
 
 @attrs.frozen(eq=False)
 class LogitEdits:
-    """The edits of one step. Indices are flat: row * V + token id.
+    """The edits of one step. Entries are flat: row * V + token id.
 
     Attributes:
-        allowed: (row, ids) of rows that may sample nothing else.
-        masked: [K].
-        biased: [K] and what is added there.
-        seen: [K], prompt and output tokens of penalised rows.
-        penalties: [4, K]: their counts in the output, repetition, presence and frequency penalty.
-        bound: Rows [n] under a grammar, and grammar_masks [n, ceil(V / 32)] int32, a bit per token that may follow.
+        starts: [4, R + 1] int32, where each row's part begins in masked, biased, seen and masks.
+        masked: [K], may not be sampled.
+        biased, bias: [K] and what is added there.
+        seen, penalties: [K], prompt and output tokens of penalised rows, and [4, K]: their counts in the output,
+            repetition, presence and frequency penalty.
+        masks: [n, ceil(V / 32)] int32, a bit per token that may be sampled.
+        bound: [n], the rows that these are of.
     """
 
-    allowed: tuple[tuple[int, Tensor], ...]
-    bound: Tensor
-    grammar_masks: Tensor
+    starts: Tensor
     masked: Tensor
     biased: Tensor
     bias: Tensor
     seen: Tensor
     penalties: Tensor
+    masks: Tensor
+    bound: Tensor
 
     def apply(self, logits: Tensor) -> None:
         """Edit [R, V] float32, contiguous, in place."""
         if len(self.bound):
-            bits = self.grammar_masks[:, :, None] >> torch.arange(32, dtype=torch.int32, device=logits.device)
+            bits = self.masks[:, :, None] >> torch.arange(32, dtype=torch.int32, device=logits.device)
             forbidden = (bits & 1 == 0).view(len(self.bound), -1)[:, : logits.shape[1]]
             logits[self.bound] = logits[self.bound].masked_fill_(forbidden, -torch.inf)
-        for row, ids in self.allowed:
-            kept = logits[row, ids]
-            logits[row].fill_(-torch.inf)
-            logits[row, ids] = kept
         flat = logits.view(-1)
         if len(self.masked):
             flat[self.masked] = -torch.inf
@@ -233,9 +250,10 @@ class EditCollector:
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        self._allowed: list[tuple[int, _Ids]] = []
+        self._rows: list[int] = []
+        self._counts: list[tuple[int, int, int, int]] = []
         self._bound: list[int] = []
-        self._grammar_masks: list[NDArray[np.int32]] = []
+        self._masks: list[_Bits] = []
         self._masked: list[_Ids] = []
         self._biased: list[_Ids] = []
         self._bias: list[NDArray[np.float32]] = []
@@ -243,38 +261,39 @@ class EditCollector:
         self._penalties: list[NDArray[np.float32]] = []
 
     def add(self, row: int, edits: RowEdits, position: int) -> None:
-        """Add what is done to row `row` of the logits, from which the token at `position` is sampled."""
+        """Add what is done to row `row` of the logits, from which the token at `position` is sampled.
+
+        Rows come in ascending order, each at most once.
+        """
         first = row * self._vocab_size
-        if edits.allowed is not None:
-            self._allowed.append((row, edits.allowed))
-        self._masked.append(first + edits.masked(position))
+        masked, mask = edits.masked(position), edits.mask(self._vocab_size)
+        self._masked.append(first + masked)
         self._biased.append(first + edits.bias_ids)
         self._bias.append(edits.bias)
-        history = edits.history
-        if history is None:
-            return
-        if edits.grammar is not None:
-            mask = np.zeros((self._vocab_size + 31) // 32, np.int32)
-            edits.grammar.write_mask(history.output, mask)
+        num_seen = 0
+        if edits.penalised and edits.history is not None:
+            ids, factors = edits.history.ids, (edits.repetition, edits.presence, edits.frequency)
+            num_seen = len(ids)
+            columns = np.broadcast_to(np.array(factors, np.float32)[:, None], (3, num_seen))
+            self._seen.append(first + ids)
+            self._penalties.append(np.concatenate([edits.history.counts[None], columns]))
+        if mask is not None:
             self._bound.append(row)
-            self._grammar_masks.append(mask)
-        if edits.penalised:
-            factors = np.array([edits.repetition, edits.presence, edits.frequency], np.float32)
-            self._seen.append(first + history.ids)
-            self._penalties.append(np.stack([history.counts, *np.broadcast_to(factors, (len(history.ids), 3)).T]))
+            self._masks.append(mask)
+        self._rows.append(row)
+        self._counts.append((len(masked), len(edits.bias_ids), num_seen, mask is not None))
 
-    def finish(self, device: torch.device) -> LogitEdits:
-        def to_device(array: NDArray[np.generic]) -> Tensor:
-            return torch.from_numpy(array).to(device, non_blocking=True)
-
-        no_mask = np.zeros((0, (self._vocab_size + 31) // 32), np.int32)
-        return LogitEdits(
-            allowed=tuple((row, to_device(ids)) for row, ids in self._allowed),
-            bound=to_device(np.array(self._bound, np.int64)),
-            grammar_masks=to_device(np.stack(self._grammar_masks) if self._grammar_masks else no_mask),
-            masked=to_device(np.concatenate([_NO_IDS, *self._masked])),
-            biased=to_device(np.concatenate([_NO_IDS, *self._biased])),
-            bias=to_device(np.concatenate([np.zeros(0, np.float32), *self._bias])),
-            seen=to_device(np.concatenate([_NO_IDS, *self._seen])),
-            penalties=to_device(np.concatenate([np.zeros((4, 0), np.float32), *self._penalties], axis=1)),
-        )
+    def finish(self, num_rows: int) -> list[NDArray[Any]]:
+        """Return the fields of LogitEdits, on the host."""
+        starts = np.zeros((4, num_rows + 1), np.int32)
+        starts[:, np.array(self._rows) + 1] = np.array(self._counts).T
+        return [
+            starts.cumsum(1, dtype=np.int32),
+            np.concatenate([_NO_IDS, *self._masked]),
+            np.concatenate([_NO_IDS, *self._biased]),
+            np.concatenate([np.zeros(0, np.float32), *self._bias]),
+            np.concatenate([_NO_IDS, *self._seen]),
+            np.concatenate([np.zeros((4, 0), np.float32), *self._penalties], axis=1),
+            np.array(self._masks, np.int32).reshape(len(self._masks), -(-self._vocab_size // 32)),
+            np.array(self._bound, np.int64),
+        ]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trio_llm.messages import TokenLogprobs
+from trio_llm.model.dispatch import choose
 from trio_llm.model.extremes import largest
 
 
@@ -56,6 +57,16 @@ def score(logprobs: Tensor, token_ids: Tensor, num: int) -> Scores:
     else:
         top_values, top_ids = logprobs[:, :0], token_ids[:, None][:, :0]
     return Scores(values[:, 0], ranks, top_ids, top_values)
+
+
+def score_logits(logits: Tensor, token_ids: Tensor, num: int) -> Scores:
+    """Do the same from raw logits [R, V]. Where no others are wanted a kernel can, in two passes over them."""
+    kernels = None if num else choose("token_logprobs", logits)
+    if kernels is None:
+        return score(logits.log_softmax(-1), token_ids, num)
+    values, ranks = kernels.token_logprobs(logits, token_ids)
+    none = token_ids[:, None][:, :0]
+    return Scores(values, ranks, none, none)
 
 
 def gather_logprobs(logprobs: Tensor, token_ids: Sequence[int], num: int) -> list[TokenLogprobs]:

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from cuda_kernels import act, gemv, kv_write, norm, paged_attn, quant
 from cuda_kernels import moe as experts_on_gpu
+from cuda_kernels import sample as choosing
 from trio_llm.model import ops, ops_torch
 from trio_llm.model.attention import AttentionBatch
 from trio_llm.model.kv_cache import AttentionSpec, LayerKV
+from trio_llm.model.logit_edits import LogitEdits
 from trio_llm.model.ops_torch import Activation, Dense, Experts, Int8, Matrix, rope_angles
 from trio_llm.model.rope import Rope
 
@@ -89,6 +91,20 @@ def moe(x: Tensor, weights: Tensor, ids: Tensor, experts: Experts, kind: Activat
     return experts_on_gpu.moe(x, weights, ids, experts.gate_up.weight, experts.down.weight, experts.load, kind)
 
 
+def sample(
+    logits: Tensor, params: Tensor | None, keys: Tensor | None, hashes: Tensor, edits: LogitEdits | None
+) -> Tensor:
+    """See `Sampler.sample`; return ids [R]."""
+    lists = None
+    if edits is not None:
+        e = edits
+        lists = choosing.Edits(e.starts, e.masked, e.biased, e.bias, e.seen, e.penalties, e.masks)
+    return choosing.sample(logits, params, keys, hashes, lists)
+
+
+token_logprobs = choosing.token_logprobs
+
+
 def _block_size(batch: AttentionBatch, kv: LayerKV) -> int:
     return batch.layout.groups[kv.group].block_size
 
@@ -115,4 +131,6 @@ WHY_NOT: Mapping[str, Callable[..., str | None]] = {
     "route": experts_on_gpu.supports_route,
     "moe": _moe,
     "quantize_rows": quant.supports,
+    "sample": choosing.supports,
+    "token_logprobs": choosing.supports,
 }

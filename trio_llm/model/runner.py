@@ -57,7 +57,9 @@ class Runner:
         where = device.torch_device
         self._kv = KVCache(layout, info.num_kv_blocks, where)
         self._rows = InputRows(max_batch_size, layout, where)
-        self._sampling = SamplingRows(info.vocab_size, info.eos_token_ids, max_batch_size, where)
+        self._sampling = SamplingRows(
+            info.vocab_size, info.eos_token_ids, max_batch_size, lambda columns: list(map(device.to_device, columns))
+        )
         self._sampler = Sampler(info.vocab_size, where)
         self._recent = RecentTokens(max_batch_size, where)
         self._pooler = Pooler()

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from trio_llm.messages import TokenLogprobs
 from trio_llm.model.counter_rng import race, token_hashes
+from trio_llm.model.dispatch import choose
 from trio_llm.model.extremes import argmax, largest
-from trio_llm.model.logprobs import Scores, score
-from trio_llm.model.sampling_rows import FILTERED, LOGPROBS, MIN_P, RANDOM, TEMPERATURE, TOP_K, TOP_P, SamplingBatch
+from trio_llm.model.logprobs import Scores, score_logits
+from trio_llm.model.sampling_rows import FILTERED, MIN_P, RANDOM, TEMPERATURE, TOP_K, TOP_P, SamplingBatch
 
 # In place of a token id.
 NOT_FINITE, NOTHING_LEFT = -1, -2
@@ -84,8 +85,22 @@ class Sampler:
             logits: [R, V] float32, contiguous; overwritten.
             batch: The same R rows.
         """
-        asking = np.flatnonzero(batch.flags & LOGPROBS)
-        raw = logits[_index(asking, logits)].log_softmax(-1) if len(asking) else None
+        rows = batch.asking_rows
+        raw = None if rows is None else logits.index_select(0, rows)  # as they are before the edits
+        kernels = choose("sample", logits)
+        if kernels:
+            token_ids = kernels.sample(logits, batch.params, batch.keys, self._hashes, batch.edits)
+        else:
+            token_ids = self._token_ids(logits, batch)
+        if rows is None or raw is None:
+            return Sampled(token_ids)
+        # What is looked up for rows that failed is never told.
+        chosen = token_ids.index_select(0, rows).clamp_min_(0)
+        nums = batch.num_logprobs.tolist()
+        return Sampled(token_ids, tuple(batch.asking.tolist()), tuple(nums), score_logits(raw, chosen, max(nums)))
+
+    def _token_ids(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
+        """Do it by torch: the reference of the kernel."""
         finite = None
         if batch.edits is not None:
             # Looked at first: a mask could hide a NaN, an infinity turn into one.
@@ -94,13 +109,7 @@ class Sampler:
         ids, top = argmax(logits)
         if batch.union & RANDOM:
             self._draw(logits, batch, ids)
-        token_ids = _mark_failures(ids, top, finite)
-        if raw is None:
-            return Sampled(token_ids)
-        nums = batch.num_logprobs[asking].tolist()
-        # What is looked up for rows that failed is never told.
-        scores = score(raw, token_ids[_index(asking, logits)].clamp_min(0), max(nums))
-        return Sampled(token_ids, tuple(asking.tolist()), tuple(nums), scores)
+        return _mark_failures(ids, top, finite)
 
     def _draw(self, logits: Tensor, batch: SamplingBatch, ids: Tensor) -> None:
         """Overwrite the ids of the rows that are RANDOM."""

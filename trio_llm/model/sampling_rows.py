@@ -10,12 +10,12 @@ Letters: R rows sampled in this step, V vocabulary.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
+from typing import Any
 
 import attrs
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -33,6 +33,9 @@ _GREEDY_BELOW = 1e-5
 TEMPERATURE, TOP_K, TOP_P, MIN_P = range(4)
 
 
+Send = Callable[[Sequence[NDArray[Any]]], list[Tensor]]
+
+
 @attrs.frozen(eq=False)
 class SamplingBatch:
     """The sampled rows of one step, in batch order.
@@ -43,7 +46,9 @@ class SamplingBatch:
         params: [R, 4] float32: temperature, top_k (V for all), top_p (inf for all), min_p; None if none is RANDOM.
         keys: [R, 2] int32, see counter_rng; None if none is RANDOM.
         edits: What is done to the logits first; None for nothing.
-        num_logprobs: [R] on the host, how many of the likeliest to report, where LOGPROBS is set.
+        asking: [n] on the host, the rows that want log-probabilities, and `asking_rows` the same where logits are; None
+            if there is none.
+        num_logprobs: [n] on the host, how many of the likeliest each of these wants named.
     """
 
     flags: NDArray[np.uint8]
@@ -51,15 +56,21 @@ class SamplingBatch:
     params: Tensor | None
     keys: Tensor | None
     edits: LogitEdits | None
+    asking: NDArray[np.intp]
+    asking_rows: Tensor | None
     num_logprobs: NDArray[np.int32]
 
 
 class SamplingRows:
-    """Sampling parameters by row, packed when a sequence is admitted."""
+    """Sampling parameters by row, packed when a sequence is admitted.
 
-    def __init__(self, vocab_size: int, eos_token_ids: Sequence[int], num_rows: int, device: torch.device) -> None:
+    Args:
+        send: Copies a step's columns to where the logits are, without waiting.
+    """
+
+    def __init__(self, vocab_size: int, eos_token_ids: Sequence[int], num_rows: int, send: Send) -> None:
         self.vocab_size = vocab_size
-        self.device = device
+        self._send = send
         self._eos_token_ids = tuple(eos_token_ids)
         self._fresh_seed = secrets.randbits(64)
         self._flags = np.zeros(num_rows, np.uint8)
@@ -76,14 +87,15 @@ class SamplingRows:
         top_k = params.top_k if 0 < params.top_k < self.vocab_size else self.vocab_size
         filtered = top_k < self.vocab_size or params.top_p < 1 or params.min_p > 0
         flags = 0 if greedy else RANDOM | (FILTERED if filtered else 0)
-        self._params[row] = params.temperature, top_k, params.top_p if params.top_p < 1 else np.inf, params.min_p
+        temperature = 0.0 if greedy else params.temperature
+        self._params[row] = temperature, top_k, params.top_p if params.top_p < 1 else np.inf, params.min_p
         # A seed drawn here depends on the request only: its dice stay the same after a preemption or a repeated step.
         seed = self._fresh_seed + admission.request_id if params.seed is None else params.seed
         self._seeds[row] = seed % 2**64
         if params.logprobs is not None:
             flags |= LOGPROBS
             self._num_logprobs[row] = self.vocab_size if params.logprobs < 0 else params.logprobs
-        edits = RowEdits.of(admission, params, self._eos_token_ids)
+        edits = RowEdits.of(admission, params, self._eos_token_ids, self.vocab_size)
         if edits is not None:
             flags |= EDITED
             self._edits[row] = edits
@@ -125,14 +137,25 @@ class SamplingRows:
             all_rows, all_positions = rows, positions
         flags = self._flags[all_rows]
         union = int(np.bitwise_or.reduce(flags, initial=0))
-        params = keys = edits = None
+        asking = np.flatnonzero(flags & LOGPROBS)
+        columns: list[NDArray[Any]] = []
         if union & RANDOM:
-            params = torch.from_numpy(self._params[all_rows]).to(self.device, non_blocking=True)
-            packed = row_keys(self._seeds[all_rows], all_positions)
-            keys = torch.from_numpy(packed).to(self.device, non_blocking=True)
+            columns += self._params[all_rows], row_keys(self._seeds[all_rows], all_positions)
+        if len(asking):
+            columns.append(asking)
         if union & EDITED:
-            edits = self._edits_of(rows, positions, first, drafts or ((),) * len(rows))
-        return SamplingBatch(flags, union, params, keys, edits, self._num_logprobs[all_rows])
+            columns += self._edits_of(rows, positions, first, drafts or ((),) * len(rows), len(all_rows))
+        sent = iter(self._send(columns))
+        return SamplingBatch(
+            flags,
+            union,
+            params=next(sent) if union & RANDOM else None,
+            keys=next(sent) if union & RANDOM else None,
+            asking=asking,
+            asking_rows=next(sent) if len(asking) else None,
+            num_logprobs=self._num_logprobs[all_rows[asking]],
+            edits=LogitEdits(*sent) if union & EDITED else None,
+        )
 
     def _edits_of(
         self,
@@ -140,7 +163,8 @@ class SamplingRows:
         positions: NDArray[np.int64],
         first: NDArray[np.intp],
         drafts: Sequence[Sequence[int]],
-    ) -> LogitEdits:
+        num_logits: int,
+    ) -> list[NDArray[Any]]:
         """Collect the edits of all logits, those of each sequence from `first` on; a draft sees the ones before it."""
         collector = EditCollector(self.vocab_size)
         for row, position, at, draft in zip(rows.tolist(), positions.tolist(), first.tolist(), drafts, strict=True):
@@ -153,4 +177,4 @@ class SamplingRows:
                 collector.add(at + depth, edits, position + depth)
             if draft:
                 edits.take_back(position)
-        return collector.finish(self.device)
+        return collector.finish(num_logits)

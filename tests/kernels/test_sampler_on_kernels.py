@@ -1,0 +1,81 @@
+"""The sampler by its kernels, simulated: the tokens and log-probabilities of the torch reference."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from cuda_kernels import sample as kernels
+from cuda_kernels.launch import using
+from cuda_kernels.simulator import SimulatedLauncher
+from tests.model_runner.test_sampler import GREEDY, Row, batches, make_logits, sample
+from trio_llm.messages import SamplingParams
+from trio_llm.model import dispatch, sampler
+from trio_llm.model.dispatch import Dispatch, dispatching
+from trio_llm.model.sampler import NOT_FINITE, NOTHING_LEFT
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two warps a row instead of 32: less to simulate, and still more than one."""
+    monkeypatch.setattr(kernels, "THREADS", 64)
+
+
+@pytest.fixture
+def on_kernels(monkeypatch: pytest.MonkeyPatch) -> Generator[Dispatch]:
+    """Treat CPU tensors as a GPU's inside `dispatching`, and simulate the GPU."""
+    monkeypatch.setattr(dispatch, "_on_gpu", lambda x: dispatch._current.get(None) is not None)
+    with using(SimulatedLauncher()):
+        yield Dispatch("cuda")
+
+
+def test_failures_have_one_name() -> None:
+    """Kernel and host mean the same by what stands in place of a token."""
+    assert (kernels.NOT_FINITE, kernels.NOTHING_LEFT) == (NOT_FINITE, NOTHING_LEFT) and len(sampler.FAILURES) == 2
+
+
+@given(batch=batches())
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_any_mixture_gives_the_tokens_of_the_reference(
+    batch: tuple[np.ndarray, list[Row]], on_kernels: Dispatch
+) -> None:
+    """Masks, bad words, bias, penalties, filters and seeds, together in one batch: the same token in every row."""
+    logits, rows = batch
+    expected = sample(logits, rows).token_ids
+    with dispatching(on_kernels):
+        assert sample(logits, rows).token_ids == expected
+
+
+def test_rows_fail_alone_and_for_the_same_reasons(on_kernels: Dispatch) -> None:
+    """NaN that a mask would hide, nothing but -inf before the edits, and nothing left by them are told apart."""
+    logits = make_logits(7, 5, 300)
+    logits[1, 250], logits[2, :] = np.nan, -np.inf
+    masked = SamplingParams(allowed_token_ids=(5,), bad_words_token_ids=((6,),), repetition_penalty=1.5, seed=3)
+    nothing = SamplingParams(allowed_token_ids=(5,), bad_words_token_ids=((5,),), seed=3)
+    rows: list[Row] = [(params, (1, 5), (4,)) for params in (masked, masked, masked, nothing, GREEDY)]
+    with dispatching(on_kernels):
+        token_ids = sample(logits, rows).token_ids
+    assert token_ids == [5, NOT_FINITE, NOT_FINITE, NOTHING_LEFT, sample(logits[4:], rows[4:]).token_ids[0]]
+
+
+@pytest.mark.parametrize("num", [0, 3])
+def test_logprobs_are_of_the_raw_logits(num: int, on_kernels: Dispatch) -> None:
+    """Value and rank are the reference's, before the bias; the kernel does it where no other token is named."""
+    logits = make_logits(3, 3, 200)
+    biased = SamplingParams(logit_bias={7: 100.0}, logprobs=num, seed=4)
+    rows: list[Row] = [(GREEDY, (1,), ()), (biased, (1,), ()), (biased, (1,), ())]
+    expected = sample(logits, rows)
+    with dispatching(on_kernels):
+        got = sample(logits, rows)
+    assert got.token_ids == expected.token_ids and got.logprobs and expected.logprobs
+    for mine, theirs in zip(got.logprobs, expected.logprobs, strict=True):
+        if theirs is None:
+            assert mine is None
+            continue
+        assert mine and (mine.token_id, mine.rank, mine.top) == (7, theirs.rank, theirs.top)
+        assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-5)
+    assert on_kernels.calls["sample", "cuda", ""] == 1
+    assert on_kernels.calls["token_logprobs", "cuda", ""] == (num == 0)
