@@ -94,7 +94,6 @@ def test_the_floors_hold() -> None:
 
 def test_every_setting_is_read_by_something() -> None:
     """No setting is only parsed and printed: each one's name is read outside the configuration and its loader."""
-    inert = {"max_draft_tokens"}  # Documented as inert until there is a speculative method.
     loaders = {ROOT / "trio_llm/config.py", ROOT / "trio_llm/cli/settings.py", ROOT / "trio_llm/cli/options.py"}
     read = {
         node.attr
@@ -103,7 +102,7 @@ def test_every_setting_is_read_by_something() -> None:
         if isinstance(node, ast.Attribute)
     }
     names = {field.name for _, field in fields()}
-    assert names - read == inert
+    assert names - read == set()
 
 
 def test_every_library_is_declared() -> None:

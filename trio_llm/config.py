@@ -10,6 +10,7 @@ from typing import Literal
 
 import attrs
 
+from trio_llm.errors import ConfigError
 from trio_llm.setting import setting
 
 
@@ -30,13 +31,6 @@ class ServerConfig:
         "info", "Least severe level logged.", env="VLLM_LOG_LEVEL", flags=("--log-level",)
     )
     log_dir: str | None = setting(None, "Write JSON logs to this directory too.", flags=("--log-dir",))
-    log_stats_interval_s: float = setting(
-        10.0,
-        "Seconds between two lines of the log that tell throughput, queue and cache while there is work; 0 for none.",
-        env="VLLM_LOG_STATS_INTERVAL",
-        flags=("--log-stats-interval",),
-        at_least=0,
-    )
     served_model_name: tuple[str, ...] = setting(
         (), "Names the model answers to; default: the model's directory name.", flags=("--served-model-name",)
     )
@@ -130,12 +124,29 @@ class EngineConfig:
         flags=("--tensor-parallel-size", "-t", "-tp"),
         at_least=1,
     )
+    spec_method: Literal["none", "ngram", "draft_model"] = setting(
+        "none",
+        "Guess tokens and verify them all in one step: ngram looks them up in the text, draft_model asks a smaller "
+        "model. The output stays what it is without.",
+        flags=("--spec-method",),
+    )
+    spec_model: str | None = setting(
+        None,
+        "Draft model: a directory or hub id like --model's, with its tokenizer; default: the demo model's own.",
+        flags=("--spec-model",),
+    )
     max_draft_tokens: int = setting(
         8,
-        "Tokens drafted per step when speculating; inert without a speculative method.",
+        "Tokens guessed at a time for one sequence, where there is a --spec-method.",
         env="VLLM_MAX_DRAFT_TOKENS",
         flags=("--max-draft-tokens",),
         at_least=0,
+    )
+    prompt_lookup_min: int = setting(
+        2, "ngram: the fewest tokens that must have stood there before.", flags=("--prompt-lookup-min",), at_least=1
+    )
+    prompt_lookup_max: int = setting(
+        4, "ngram: the most tokens looked up, tried first.", flags=("--prompt-lookup-max",), at_least=1
     )
     max_logprobs: int = setting(
         20,
@@ -144,6 +155,11 @@ class EngineConfig:
         at_least=-1,
     )
     seed: int = setting(0, "Seed of dummy weights.", flags=("--seed",), at_least=0)
+
+    def __attrs_post_init__(self) -> None:
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            allowed = f"must be at most prompt_lookup_max, which is {self.prompt_lookup_max}"
+            raise ConfigError("prompt_lookup_min", self.prompt_lookup_min, "EngineConfig", allowed)
 
 
 @attrs.frozen(kw_only=True)

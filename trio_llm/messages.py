@@ -153,6 +153,10 @@ class BlockAsk:
         waiting: Candidates in policy order. The first that cannot have its blocks stops admission.
         token_budget: Tokens of the step, over all rows.
         max_row_tokens: Tokens of one waiting row; at most the budget.
+        drafts: Per running row and then per waiting one, the drafts that it would compute too, beyond its last known
+            token. They get what all rows leave of the budget. Empty, as is the next, where nobody speculates.
+        room_ends: Of the same, the position up to which slots would be of use once it computes its last known token:
+            for its drafts, and for those that a draft model goes on to. From blocks that nobody else asks for.
     """
 
     step: int
@@ -168,6 +172,8 @@ class BlockAsk:
     waiting: tuple[int, ...]
     token_budget: int
     max_row_tokens: int
+    drafts: tuple[int, ...] = ()
+    room_ends: tuple[int, ...] = ()
 
 
 # --- KV manager -> scheduler -------------------------------------------------------------------------------------
@@ -199,6 +205,8 @@ class BlockGrant:
         num_admitted: So many rows at the end were waiting; their `starts` are their prefix hits.
         new_blocks: As in StepPlan.
         preempted: Sequences that lost all their blocks, first victim first; none of them has a row.
+        drafts: So many of the row's tokens are drafts, the last ones; empty where nobody speculates.
+        capacities: Tokens for which the row's sequence has slots; empty where nobody speculates.
     """
 
     step: int
@@ -209,6 +217,8 @@ class BlockGrant:
     num_admitted: int
     preempted: tuple[int, ...]
     stats: BlockStats
+    drafts: tuple[int, ...] = ()
+    capacities: tuple[int, ...] = ()
 
 
 # --- scheduler -> runner, once a step ----------------------------------------------------------------------------
@@ -246,6 +256,10 @@ class StepPlan:
             (for a pooling row: where its vector is complete).
         new_blocks: Per row, per KV group: (index in the block table, block ids to write from there on).
             An empty tuple where a row has none. Block 0 is the null block: never written, never read.
+        drafts: How many of the row's last tokens are drafts, guesses at what is sampled: a token is sampled after each
+            of them and after the token before them. Empty where nobody speculates.
+        reaches: The position before which a draft model may compute, in blocks that the sequence has; 0 where it is
+            to guess nothing. Empty where there is no such model.
     """
 
     step: int
@@ -257,6 +271,8 @@ class StepPlan:
     token_ids: tuple[int, ...]
     samples: tuple[bool, ...]
     new_blocks: tuple[tuple[tuple[int, tuple[int, ...]], ...], ...]
+    drafts: tuple[int, ...] = ()
+    reaches: tuple[int, ...] = ()
 
 
 # --- runner -> scheduler -----------------------------------------------------------------------------------------
@@ -281,22 +297,20 @@ class TokenLogprobs:
 KernelCall = tuple[str, str, str, int]
 
 
-CORRUPTED = "The model produced numbers that are not finite."
-
-
 @attrs.frozen
 class StepResult:
     """What a step produced. Columns are aligned with the plan's rows.
 
     Attributes:
-        token_ids: The tokens sampled in each row: empty, or one (more with speculation).
+        token_ids: The tokens sampled in each row: empty, or one, or one more for each draft that was right.
         logprobs: Per row, one entry per sampled token; None where a row did not ask, or at all.
         prompt_logprobs: request_id -> one entry per prompt position of this chunk (None for position 0).
         embeddings: request_id -> the finished vector.
-        failed: request_id -> why this row alone failed; CORRUPTED where its logits or its vector were not finite.
+        failed: request_id -> why this row alone failed (for example logits that are not finite).
         seconds: Time in the model and the sampler, measured by the runner.
         expert_tokens: Tokens that each expert was given, added up over the layers; None for a model without experts.
         kernel_calls: What operations ran on since the result before; None where nothing is counted (on a CPU).
+        drafts: Per row, what a draft model guesses to follow the sampled tokens; None without such a model.
     """
 
     step: int
@@ -308,6 +322,7 @@ class StepResult:
     seconds: float = 0.0
     expert_tokens: tuple[int, ...] | None = None
     kernel_calls: tuple[KernelCall, ...] | None = None
+    drafts: tuple[tuple[int, ...], ...] | None = None
 
 
 # --- scheduler -> client -----------------------------------------------------------------------------------------
@@ -386,6 +401,8 @@ class StepStats:
         num_running, num_waiting: Sequences after the step.
         expert_tokens, kernel_calls: As in StepResult.
         num_held: Of those waiting, how many wait for another sample of their prompt to compute it.
+        drafted: In how many rows there was a first draft, a second one and so on.
+        accepted: In how many rows the first draft was kept, the second one and so on.
     """
 
     step: int
@@ -401,6 +418,8 @@ class StepStats:
     expert_tokens: tuple[int, ...] | None = None
     num_held: int = 0
     kernel_calls: tuple[KernelCall, ...] | None = None
+    drafted: tuple[int, ...] = ()
+    accepted: tuple[int, ...] = ()
 
 
 @attrs.frozen

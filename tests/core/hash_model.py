@@ -27,6 +27,8 @@ from trio_llm.messages import (
 
 MODULUS = (1 << 61) - 1
 
+Slots = list[list[tuple[int, int, int] | None]]
+
 
 def absorb(chain: int, token: int) -> int:
     """Return the hash of a sequence that is longer by one token."""
@@ -86,6 +88,8 @@ class HashRunner:
     Args:
         salts: request_id -> salt, which a real runner never hears of; here it proves that tenants never share.
         late: Run a plan only when its result is waited for, instead of at once.
+        most: Drafts that its draft model makes at a time, out of KV of its own in slots of the same places.
+        guess: What the draft model says where this token is right.
 
     Attributes:
         on_write: Called with each block that a row writes, when it does.
@@ -99,15 +103,18 @@ class HashRunner:
         salts: dict[int, bytes],
         *,
         late: bool = False,
+        most: int = 0,
+        guess: Callable[[int], int] = lambda token: token,
     ) -> None:
         self.groups = groups
         self.vocab_size = vocab_size
         self.salts = salts
         size = max(group.block_size for group in groups)
-        self.slots: list[list[tuple[int, int, int] | None]] = [[None] * size for _ in range(num_blocks)]
+        self.slots: Slots = [[None] * size for _ in range(num_blocks)]
+        self.draft_slots = [list(slots) for slots in self.slots]
         self.known: dict[int, _Known] = {}
         self.on_write: Callable[[int], None] = lambda block: None
-        self._late = late
+        self._late, self._most, self._guess = late, most, guess
         self._queue = deque[Callable[[], object]]()
         # What the last two steps sampled, as a runner keeps it on its device; the plan's step says when to turn over.
         self._step = 0
@@ -120,6 +127,7 @@ class HashRunner:
 
     def _poison(self, block: int) -> None:
         self.slots[block] = [None] * len(self.slots[block])
+        self.draft_slots[block] = [None] * len(self.slots[block])
 
     def _enqueue(self, work: Callable[[], object]) -> None:
         self._queue.append(work)
@@ -158,16 +166,23 @@ class HashRunner:
         results: list[tuple[int, ...]] = []
         prompt_logprobs: dict[int, tuple[TokenLogprobs | None, ...]] = {}
         embeddings: dict[int, tuple[float, ...]] = {}
+        proposed: list[tuple[int, ...]] = []
         at = 0
-        for row, (request_id, start, count) in enumerate(zip(plan.request_ids, plan.starts, plan.counts, strict=True)):
-            known = self.known[request_id]
-            tokens = plan.token_ids[at : at + count]
-            at += count
+        num_drafts = plan.drafts or (0,) * len(plan.counts)
+        columns = zip(plan.request_ids, plan.starts, plan.counts, num_drafts, strict=True)
+        for row, (request_id, start, total, num) in enumerate(columns):
+            known, count = self.known[request_id], total - num
+            tokens, drafts = plan.token_ids[at : at + count], plan.token_ids[at + count : at + total]
+            at += total
             if UNKNOWN in tokens:
                 tokens = self._look_up(request_id, known, start, tokens)
             assert tuple(known.tokens[start : start + count]) == tokens, "the plan feeds other tokens than were known"
             assert plan.samples[row] == (start + count == len(known.tokens))
             sampled = self._run_row(known, start, tokens)
+            kept = (sampled, *self._verify(known, sampled, drafts))
+            if plan.reaches:
+                ahead = kept if plan.samples[row] and not isinstance(known.params, PoolingParams) else ()
+                proposed.append(self._propose(known, start, start + count, ahead, plan.reaches[row]))
             if request_id in failed:
                 results.append(())
                 continue
@@ -180,9 +195,9 @@ class HashRunner:
                 embeddings[request_id] = (float(sampled),)
                 results.append(())
             else:
-                known.tokens.append(sampled)
+                known.tokens += kept
                 self._sampled[request_id] = sampled
-                results.append((sampled,))
+                results.append(kept)
         assert at == len(plan.token_ids)
         errors = {request_id: "made to fail" for request_id in failed if request_id in plan.request_ids}
         return StepResult(
@@ -191,7 +206,33 @@ class HashRunner:
             prompt_logprobs=prompt_logprobs or None,
             embeddings=embeddings or None,
             failed=errors,
+            drafts=tuple(proposed) if plan.reaches else None,
         )
+
+    def _verify(self, known: _Known, sampled: int, drafts: Sequence[int]) -> list[int]:
+        """Run all drafts, write their KV, and return what is sampled after those that are right."""
+        before, right, kept = len(known.tokens), sampled, list[int]()
+        for draft in drafts:
+            known.tokens.append(draft)
+            newest = self._run_row(known, len(known.tokens) - 1, (draft,))
+            if draft == right and len(kept) == len(known.tokens) - before - 1:
+                kept.append(newest)
+                right = newest
+        del known.tokens[before:]
+        return kept
+
+    def _propose(self, known: _Known, start: int, end: int, kept: Sequence[int], reach: int) -> tuple[int, ...]:
+        """Compute with the draft model what the row computed and keeps, and guess on up to where there is room."""
+        before, drafts = len(known.tokens), list[int]()
+        known.tokens += kept[:-1]
+        self._run_row(known, start, known.tokens[start : end + max(0, len(kept) - 1)], self.draft_slots)
+        known.tokens += kept[-1:]
+        while kept and len(drafts) < self._most and len(known.tokens) <= reach:
+            self._run_row(known, len(known.tokens) - 1, known.tokens[-1:], self.draft_slots)
+            drafts.append(self._guess(next_token(known.tokens, self.groups, self.vocab_size)))
+            known.tokens += drafts[-1:]
+        del known.tokens[before:]
+        return tuple(drafts)
 
     def _look_up(self, request_id: int, known: _Known, start: int, tokens: tuple[int, ...]) -> tuple[int, ...]:
         """Return the token that the step before sampled, or any where it sampled none: the row failed in it."""
@@ -223,8 +264,9 @@ class HashRunner:
                     if index * self.groups[group].block_size >= start:
                         self._poison(table[index])
 
-    def _run_row(self, known: _Known, start: int, tokens: Sequence[int]) -> int:
+    def _run_row(self, known: _Known, start: int, tokens: Sequence[int], into: Slots | None = None) -> int:
         """Write the row's KV, then read back all that its last query sees, and hash it."""
+        slots = self.slots if into is None else into
         chain = chain_of(known.tokens[:start], known.salt)
         for position, token in enumerate(tokens, start=start):
             chain = absorb(chain, token)
@@ -232,30 +274,30 @@ class HashRunner:
                 block = table[position // group.block_size]
                 assert block != 0, "the null block is written"
                 self.on_write(block)
-                self.slots[block][position % group.block_size] = (position, token, chain)
+                slots[block][position % group.block_size] = (position, token, chain)
         end = start + len(tokens)
         total = 0
         for group, table in zip(self.groups, known.tables, strict=True):
             # The row's first query sees furthest back; the last one decides the output.
             oldest = 0 if group.window is None else max(0, start - group.window + 1)
-            self._check(known, group, table, oldest, end)
+            self._check(known, group, table, oldest, end, slots)
             first = 0 if group.window is None else max(0, end - group.window)
-            seen = [self._slot(group, table, at)[1] for at in range(first, end)]
+            seen = [self._slot(group, table, at, slots)[1] for at in range(first, end)]
             total += chain_of(seen) * (len(group.layers) + 1)
         return total % MODULUS % self.vocab_size
 
-    def _check(self, known: _Known, group: KVGroup, table: list[int], first: int, end: int) -> None:
+    def _check(self, known: _Known, group: KVGroup, table: list[int], first: int, end: int, slots: Slots) -> None:
         chain = chain_of(known.tokens[:first], known.salt)
         for position in range(first, end):
             chain = absorb(chain, known.tokens[position])
             expected = (position, known.tokens[position], chain)
-            slot = self._slot(group, table, position)
+            slot = self._slot(group, table, position, slots)
             assert slot == expected, f"slot {position} of a group with window {group.window} holds {slot}"
 
-    def _slot(self, group: KVGroup, table: list[int], position: int) -> tuple[int, int, int]:
+    def _slot(self, group: KVGroup, table: list[int], position: int, slots: Slots) -> tuple[int, int, int]:
         block = table[position // group.block_size]
         assert block != 0, "the null block is read"
-        slot = self.slots[block][position % group.block_size]
+        slot = slots[block][position % group.block_size]
         assert slot is not None, f"position {position} is read before it was written"
         return slot
 

@@ -13,6 +13,7 @@ from trio_llm.core.block_math import max_live_blocks
 from trio_llm.core.block_view import BlockState
 from trio_llm.core.prefix import Chain
 from trio_llm.core.scheduler import Scheduler
+from trio_llm.core.speculator import Speculation
 from trio_llm.messages import (
     BlockAsk,
     BlockGrant,
@@ -67,6 +68,8 @@ class Loop:
         depth: Steps in flight; each is committed when the one after it was planned.
         late: The model runs a plan only when its result is waited for: everything that the core does meanwhile comes
             before it.
+        speculation: As the scheduler's.
+        guess: What a draft model says where this token is right.
     """
 
     def __init__(
@@ -83,6 +86,8 @@ class Loop:
         eos: Sequence[int] = EOS,
         depth: int = 1,
         late: bool = False,
+        speculation: Speculation | None = None,
+        guess: Callable[[int], int] = lambda token: token,
     ) -> None:
         chunk = min(threshold or budget, budget)
         self.blocks = BlockManager(
@@ -100,13 +105,17 @@ class Loop:
             eos_token_ids=eos,
             policy=policy,
             long_prefill_token_threshold=threshold,
+            speculation=speculation,
         )
+        most = speculation.most if speculation else 0
+        # The newest token, its drafts, and those that a draft model goes on to from there.
+        self.ahead = 2 * most + 1
         self.groups, self.budget, self.max_batch_size, self.eos, self.chunk = groups, budget, max_batch_size, eos, chunk
         self.depth = depth
         self.in_flight = deque[tuple[StepPlan, Callable[[], StepResult]]]()
         self.clients: dict[int, Client] = {}
         self.salts: dict[int, bytes] = {}
-        self.runner = HashRunner(groups, num_blocks, VOCAB, self.salts, late=late)
+        self.runner = HashRunner(groups, num_blocks, VOCAB, self.salts, late=late, most=most, guess=guess)
         self.runner.on_write = self._check_write
         self.plans: list[StepPlan] = []
         self.grants: list[BlockGrant] = []
@@ -211,6 +220,9 @@ class Loop:
             assert sequence.computed < known <= self.max_model_len
             assert sequence.computed <= sequence.scheduled <= sequence.target <= min(known + 1, self.max_model_len)
             assert self.in_flight or (sequence.computed, sequence.target) == (sequence.scheduled, known)
+            assert not sequence.drafts or known + len(sequence.drafts) < sequence.limits.max_len, (
+                "a draft for which there is no room"
+            )
         assert all(sequence.computed == sequence.scheduled == 0 for sequence in self.scheduler.waiting)
 
     def _check_grant(self, ask: BlockAsk, grant: BlockGrant) -> None:
@@ -232,6 +244,19 @@ class Loop:
             if client.hit is None:
                 client.hit = start
             assert start < len(self.scheduler_tokens(request_id))
+        if sum(grant.drafts):
+            self._check_drafts(ask, grant)
+
+    def _check_drafts(self, ask: BlockAsk, grant: BlockGrant) -> None:
+        """Check that drafts took what was left: nobody else's share of the step is cut."""
+        ends = dict(zip(ask.request_ids, ask.ends, strict=True))
+        for request_id, start, count, drafts in zip(
+            grant.request_ids, grant.starts, grant.counts, grant.drafts, strict=True
+        ):
+            full = start + self.chunk if request_id in ask.waiting else ends[request_id]
+            assert start + count - drafts in (full, len(self.scheduler_tokens(request_id)))
+        resting = {row for row, start in zip(ask.request_ids, ask.starts, strict=True) if start == ends[row]}
+        assert set(ask.request_ids) <= resting | set(grant.request_ids) | set(grant.preempted)
 
     def scheduler_tokens(self, request_id: int) -> list[int]:
         client = self.clients[request_id]
@@ -272,7 +297,10 @@ class Loop:
                 owned[request_id, group] = owned.get((request_id, group), 0) + 1
         for (request_id, group), count in owned.items():
             length = len(self.scheduler_tokens(request_id))
-            assert count <= max_live_blocks(length + self.depth - 1, self.groups[group], self.chunk * self.depth)
+            most = max_live_blocks(length + self.depth - 1, self.groups[group], self.chunk * self.depth)
+            if self.ahead > 1:
+                most = max_live_blocks(length + self.ahead, self.groups[group], self.chunk * self.depth + self.ahead)
+            assert count <= most
 
     def _check_meaning(self, state: BlockState) -> None:
         """Check that a key of the prefix cache stands for one sequence of tokens, all of them computed: its owners'."""
@@ -310,6 +338,7 @@ class Loop:
         self.stats.append(stats)
         assert stats.num_tokens == sum(plan.counts)
         assert stats.num_rows == len(plan.request_ids)
+        assert sum(stats.accepted) <= sum(stats.drafted) <= sum(plan.drafts)
         assert stats.num_running == self.scheduler.num_running
         assert stats.num_waiting == self.scheduler.num_waiting
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 
+import pytest
+
 from tests.core.hash_model import reference
 from tests.core.loop import FULL, HYBRID, SLIDING, TWO_SIZES, VOCAB, Loop, prompt_of
+from trio_llm.core.speculate import LookupSizes
+from trio_llm.core.speculator import Speculation
 from trio_llm.messages import Failed, PoolingParams, SamplingParams
 
 # Steps in flight, and whether the model runs them only when somebody waits; one at a time it makes no difference.
@@ -108,3 +113,53 @@ def test_an_end_at_every_token_and_an_abort_at_every_step_disturb_nobody() -> No
         loop.run()
         assert len(loop.clients[other].output) == 16
         assert (how == "fail") == any(isinstance(event, Failed) for event in loop.clients[ender].events)
+
+
+def guesser(seed: int, right: float) -> Callable[[int], int]:
+    """Return a draft model that is right so often."""
+    rng = random.Random(seed)
+    return lambda token: token if rng.random() < right else rng.randrange(VOCAB)
+
+
+@pytest.mark.parametrize("right", [0.0, 0.6, 1.0])
+def test_drafts_change_no_token(right: float) -> None:
+    """Good and bad drafts, cut by budget, blocks, ends and preemptions, leave every output as it is without them."""
+    drafted = accepted = preempted = hits = 0
+    combinations = product(GROUPS.values(), [(11, 16, 8, 0), (64, 200, 16, 0), (14, 12, 6, 5)], [1, 5])
+    for number, (groups, (num_blocks, budget, batch, threshold), most) in enumerate(combinations):
+        depth, late = FLIGHTS[number % 3]
+        loop = Loop(
+            groups,
+            num_blocks=num_blocks + depth * 10 * (len(groups) - 1),
+            budget=budget,
+            max_batch_size=batch,
+            threshold=threshold,
+            policy=["fcfs", "priority"][number % 2],
+            caching=number % 5 != 4,
+            depth=depth,
+            late=late,
+            speculation=Speculation(most, None),
+            guess=guesser(number, right),
+        )
+        simulate(number, loop, num_requests=12, aborts=0.05, failures=0.03)
+        drafted += sum(sum(stats.drafted) for stats in loop.stats)
+        accepted += sum(sum(stats.accepted) for stats in loop.stats)
+        preempted += sum(stats.num_preempted for stats in loop.stats)
+        hits += sum(stats.blocks.hit_tokens for stats in loop.stats)
+    assert drafted > 500
+    assert preempted > 10
+    assert hits > 50
+    assert {0.0: accepted < 0.1 * drafted, 0.6: 0.1 < accepted / drafted < 0.9, 1.0: accepted > 0.9 * drafted}[right]
+
+
+def test_drafts_that_are_looked_up_change_no_token() -> None:
+    """Prompts in loops make the look-up guess all the time, mostly wrongly; the outputs are right all the same."""
+    drafted = 0
+    for number, groups in enumerate(GROUPS.values()):
+        loop = Loop(groups, num_blocks=14 + 20 * (len(groups) - 1), speculation=Speculation(4, LookupSizes(1, 3)))
+        for at in range(12):
+            loop.submit(prompt_of(4, seed=at) * 4, SamplingParams(max_tokens=20, ignore_eos=at % 2 == 0))
+        loop.run()
+        simulate(number, loop, num_requests=30, aborts=0.05, failures=0.03)
+        drafted += sum(sum(stats.drafted) for stats in loop.stats)
+    assert drafted > 300

@@ -154,6 +154,7 @@ def in_halves(runner: Runner, plan: StepPlan) -> StepResult:
         {**(first.prompt_logprobs or {}), **(second.prompt_logprobs or {})} or None,
         {**(first.embeddings or {}), **(second.embeddings or {})} or None,
         {**first.failed, **second.failed},
+        drafts=None if first.drafts is None or second.drafts is None else first.drafts + second.drafts,
     )
 
 
@@ -170,6 +171,8 @@ def rows_of(plan: StepPlan, part: slice) -> StepPlan:
         starts=plan.starts[part],
         counts=plan.counts[part],
         samples=plan.samples[part],
+        drafts=plan.drafts[part],
+        reaches=plan.reaches[part],
         token_ids=plan.token_ids[ends[first] : ends[last]],
     )
 

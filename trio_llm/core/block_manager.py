@@ -82,6 +82,8 @@ class BlockManager:
         self._serve_running(ask, rows)
         if not rows.preempted:
             self._serve_waiting(ask, rows)
+        if ask.room_ends:
+            self._serve_drafts(ask, rows)
         return BlockGrant(
             ask.step,
             tuple(rows.request_ids),
@@ -91,6 +93,8 @@ class BlockManager:
             rows.num_admitted,
             tuple(rows.preempted),
             self._stats(rows),
+            tuple(rows.drafts),
+            tuple(rows.capacities),
         )
 
     def _stats(self, rows: Rows) -> BlockStats:
@@ -167,9 +171,7 @@ class BlockManager:
 
     def _make_room(self, ask: BlockAsk, holder: Holder, end: int, victims: list[int], rows: Rows) -> bool:
         """Preempt from the end of the policy order until the blocks are there; False if the asker itself had to go."""
-        missing = 0
-        for group, table in zip(self.groups, holder.tables, strict=True):
-            missing += max(0, blocks_for(end, group) - len(table))
+        missing = self._missing(holder, end)
         while missing > self._pool.num_free:
             victim = victims.pop()
             rows.preempt(victim)
@@ -179,6 +181,13 @@ class BlockManager:
                 assert victims, f"sequence {victim} is longer than max_tokens()"
                 return False
         return True
+
+    def _missing(self, holder: Holder, end: int) -> int:
+        """Return how many blocks a sequence lacks up to `end`."""
+        missing = 0
+        for group, table in zip(self.groups, holder.tables, strict=True):
+            missing += max(0, blocks_for(end, group) - len(table))
+        return missing
 
     def _leave_windows(self, holder: Holder, position: int) -> None:
         """Let go of the blocks that neither `position` nor a later one can see."""
@@ -221,6 +230,31 @@ class BlockManager:
         self._pool.release([block for _, block in held])
         self._reserved_blocks -= holder.reserved
         holder.reset()
+
+    # --- drafts ---------------------------------------------------------------------------------------------------
+
+    def _serve_drafts(self, ask: BlockAsk, rows: Rows) -> None:
+        """Give those who compute their last known token what is left: blocks beyond it, and budget for their drafts.
+
+        Guesses must never cost anybody what is sure: blocks are left only where no sequence lost its own in this step,
+        none waits for some and none was promised them.
+        """
+        wishes = zip(ask.drafts, ask.room_ends, strict=True)
+        wish_of = dict(zip((*ask.request_ids, *ask.waiting), wishes, strict=True))
+        computed = dict(zip(ask.request_ids, ask.computed, strict=True))
+        are_left = not rows.preempted and rows.num_admitted == len(ask.waiting)
+        for at, request_id in enumerate(rows.request_ids):
+            holder, start = self._holders[request_id], rows.starts[at]
+            end, num_drafts = start + rows.counts[at], 0
+            grown: NewBlocks = ()
+            if end == holder.num_tokens:
+                num_drafts, room_end = wish_of[request_id]
+                if are_left and room_end > holder.capacity:
+                    self._leave_windows(holder, computed.get(request_id, start))
+                    if self._missing(holder, room_end) <= self._pool.num_free - self._reserved_blocks:
+                        grown = self._grow(holder, room_end)
+                num_drafts = min(num_drafts, rows.budget, holder.capacity - end)
+            rows.extend(at, num_drafts, grown, holder.capacity)
 
     # --- waiting rows ---------------------------------------------------------------------------------------------
 

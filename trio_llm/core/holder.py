@@ -67,6 +67,8 @@ class Rows:
     preempted: list[int] = attrs.field(factory=list[int])
     queried_tokens: int = 0
     hit_tokens: int = 0
+    drafts: list[int] = attrs.field(factory=list[int])
+    capacities: list[int] = attrs.field(factory=list[int])
 
     def add(self, request_id: int, start: int, count: int, new_blocks: NewBlocks) -> None:
         self.request_ids.append(request_id)
@@ -74,6 +76,17 @@ class Rows:
         self.counts.append(count)
         self.new_blocks.append(new_blocks)
         self.budget -= count
+
+    def extend(self, at: int, num_drafts: int, new_blocks: NewBlocks, capacity: int) -> None:
+        """Let a row compute drafts as well, with blocks that come after those it was given before."""
+        self.counts[at] += num_drafts
+        self.budget -= num_drafts
+        self.drafts.append(num_drafts)
+        self.capacities.append(capacity)
+        if new_blocks:
+            given = self.new_blocks[at] or tuple([(first, ()) for first, _ in new_blocks])
+            both = zip(given, new_blocks, strict=True)
+            self.new_blocks[at] = tuple([(first, blocks + more) for (first, blocks), (_, more) in both])
 
     def preempt(self, request_id: int) -> None:
         """Note a victim; if it was granted a row before, the row is taken out and its tokens are free for others."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import compress, repeat
+
 import attrs
 
 from trio_llm.core.queues import Queues
@@ -15,10 +18,11 @@ class RunningStep:
 
     Attributes:
         rows: The sequences. One that was preempted since stands here as ended; see `Sequence.restart`.
-        ends: Per row, the tokens that are computed once the step is done.
+        ends: Per row, the tokens that are computed once the step is done, without drafts.
         samples: Per row, whether a token (or a vector) comes of it.
-        prefills: Indices of the rows that are not plain decodes.
+        prefills: Indices of the rows that compute more than the newest token and its drafts.
         started: Sequences whose first step this is.
+        accepted: Index of a row with drafts -> how many of them were kept, once that is known.
     """
 
     grant: BlockGrant
@@ -29,6 +33,7 @@ class RunningStep:
     prefills: list[int]
     num_tokens: int
     num_prefill_tokens: int
+    accepted: dict[int, int] = attrs.field(factory=dict[int, int])
 
     @classmethod
     def lay_out(
@@ -39,23 +44,27 @@ class RunningStep:
         ends: list[int] = []
         samples: list[bool] = []
         prefills: list[int] = []
-        num_decodes = 0
-        for at, (sequence, start, count) in enumerate(zip(rows, grant.starts, grant.counts, strict=True)):
-            tokens, end = sequence.tokens, start + count
-            if count == 1 and start >= len(sequence.prompt):
+        num_prefill_tokens = 0
+        speculates = bool(grant.drafts)
+        num_drafts = grant.drafts or repeat(0)
+        columns = zip(rows, grant.starts, grant.counts, num_drafts, strict=False)
+        for at, (sequence, start, count, drafts) in enumerate(columns):
+            tokens, end = sequence.tokens, start + count - drafts
+            if end - start == 1 and start >= len(sequence.prompt):
                 token_ids.append(tokens[start] if start < len(tokens) else UNKNOWN)
-                num_decodes += 1
             else:
                 token_ids += tokens[start:end]
                 prefills.append(at)
+                num_prefill_tokens += end - start
+            token_ids += sequence.drafts[:drafts]
             ends.append(end)
             sequence.scheduled = end
             sampled = end == sequence.target
             samples.append(sampled)
-            # What is sampled can be computed in the next step, known or not, unless it is surely the last token.
-            if sampled and end < sequence.limits.max_len - 1:
+            # What is sampled can be computed in the next step, known or not, unless it is surely the last token. With
+            # drafts nobody knows at what position that is: the sequence rests until its row is committed.
+            if sampled and not speculates and end < sequence.limits.max_len - 1:
                 sequence.target = end + 1
-        num_prefill_tokens = len(token_ids) - num_decodes
         step = cls(grant, rows, started, ends, samples, prefills, len(token_ids), num_prefill_tokens)
         return step, tuple(token_ids)
 
@@ -74,4 +83,29 @@ class RunningStep:
             result.expert_tokens,
             queues.num_held,
             result.kernel_calls,
+            _reached(self.grant.drafts[at] for at in self.accepted),
+            _reached(self.accepted.values()),
         )
+
+
+def _reached(lengths: Iterable[int]) -> tuple[int, ...]:
+    """Return how many of the lengths are above 0, above 1 and so on."""
+    longest_first = sorted(lengths, reverse=True)
+    return tuple(sum(length > at for length in longest_first) for at in range(max(longest_first, default=0)))
+
+
+def without_ended(grant: BlockGrant, rows: list[Sequence | None]) -> BlockGrant:
+    """Take out the rows of sequences that were aborted since the ask; their blocks go back with the next one."""
+    if all(rows):
+        return grant
+    alive = [sequence is not None for sequence in rows]
+    return attrs.evolve(
+        grant,
+        request_ids=tuple(compress(grant.request_ids, alive)),
+        starts=tuple(compress(grant.starts, alive)),
+        counts=tuple(compress(grant.counts, alive)),
+        new_blocks=tuple(compress(grant.new_blocks, alive)),
+        drafts=tuple(compress(grant.drafts, alive)),
+        capacities=tuple(compress(grant.capacities, alive)),
+        num_admitted=sum(alive[len(alive) - grant.num_admitted :]),
+    )

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence as Seq
-from itertools import compress, repeat
-
-import attrs
+from itertools import repeat
 
 from trio_llm.core.queues import Queues
-from trio_llm.core.running_step import RunningStep
+from trio_llm.core.running_step import RunningStep, without_ended
 from trio_llm.core.sequence import Limits, Sequence, Status
+from trio_llm.core.speculator import Speculation
 from trio_llm.errors import InvalidRequestError, RequestFailedError
 from trio_llm.messages import (
     Admission,
@@ -56,6 +55,7 @@ class Scheduler:
         eos_token_ids: The primary one first.
         policy: "fcfs", or "priority": smaller numbers first, ties by arrival.
         long_prefill_token_threshold: Tokens of one sequence in a step; 0 for no limit but the budget.
+        speculation: Let sequences compute drafts beside their newest token; None for no such guesses.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class Scheduler:
         eos_token_ids: Seq[int],
         policy: str = "fcfs",
         long_prefill_token_threshold: int = 0,
+        speculation: Speculation | None = None,
     ) -> None:
         assert policy in ("fcfs", "priority")
         self._token_budget = max_num_batched_tokens
@@ -75,6 +76,7 @@ class Scheduler:
         self._eos_token_ids = tuple(eos_token_ids)
         self._by_priority = policy == "priority"
         self._max_row_tokens = min(long_prefill_token_threshold or max_num_batched_tokens, max_num_batched_tokens)
+        self._speculation = speculation
         self._queues = Queues()
         self._num_arrivals = 0
         self._step = 0
@@ -200,6 +202,7 @@ class Scheduler:
             ends += [sequence.scheduled for sequence in resting]
         released, self._to_release = self._to_release, []
         self._step += 1
+        wishes = self._speculation and self._speculation.wishes(decodes, rows + candidates, most)
         self._asked = BlockAsk(
             self._step,
             tuple([sequence.request_id for sequence in released]),
@@ -214,6 +217,7 @@ class Scheduler:
             tuple([sequence.request_id for sequence in candidates]),
             self._token_budget,
             most,
+            *(wishes or ()),
         )
         for sequence in rows:
             sequence.unsent = ()
@@ -237,7 +241,7 @@ class Scheduler:
         for request_id in grant.preempted:
             self._preempt(request_id)
         rows = self._queues.find(grant.request_ids)
-        grant = _without_ended(grant, rows)
+        grant = without_ended(grant, rows)
         rows = [sequence for sequence in rows if sequence is not None]
         if not rows:
             return None
@@ -255,6 +259,8 @@ class Scheduler:
             token_ids,
             tuple(step.samples),
             grant.new_blocks,
+            grant.drafts,
+            self._speculation.reaches(grant, step) if self._speculation else (),
         )
 
     def _preempt(self, request_id: int) -> None:
@@ -337,18 +343,21 @@ class Scheduler:
         running = Status.RUNNING
         logprobs = result.logprobs or repeat(None, len(step.rows))
         columns = zip(step.rows, step.ends, step.samples, result.token_ids, logprobs, strict=True)
-        for sequence, end, samples, sampled, row_logprobs in columns:
+        for at, (sequence, end, samples, sampled, row_logprobs) in enumerate(columns):
             sequence.computed = end
             if not samples or sequence.status is not running:
                 continue
-            (token_id,) = sampled
-            num_generated += 1
-            sequence.tokens.append(token_id)
+            limits = sequence.limits
+            if self._speculation is not None:
+                sampled = limits.cut(len(sequence.tokens), sampled)  # noqa: PLW2901
+                row_logprobs = row_logprobs and row_logprobs[: len(sampled)]  # noqa: PLW2901
+                self._speculation.settle(step, at, len(sampled), result)
+            num_generated += len(sampled)
+            sequence.tokens += sampled
             sequence.unsent += sampled
             events.append((sequence.request_id, Tokens(sampled, row_logprobs)))
-            limits = sequence.limits
-            if token_id in limits.stop_ids or len(sequence.tokens) >= limits.max_len:
-                self._finish_if_done(sequence, token_id, events)
+            if sampled[-1] in limits.stop_ids or len(sequence.tokens) >= limits.max_len:
+                self._finish_if_done(sequence, sampled[-1], events)
         return num_generated
 
     def _finish_if_done(self, sequence: Sequence, token_id: int, events: Events) -> None:
@@ -372,18 +381,3 @@ class Scheduler:
         if sequence.known_to_runner:
             sequence.known_to_runner = False
             self._to_drop.append(sequence.request_id)
-
-
-def _without_ended(grant: BlockGrant, rows: list[Sequence | None]) -> BlockGrant:
-    """Take out the rows of sequences that were aborted since the ask; their blocks go back with the next one."""
-    if all(rows):
-        return grant
-    alive = [sequence is not None for sequence in rows]
-    return attrs.evolve(
-        grant,
-        request_ids=tuple(compress(grant.request_ids, alive)),
-        starts=tuple(compress(grant.starts, alive)),
-        counts=tuple(compress(grant.counts, alive)),
-        new_blocks=tuple(compress(grant.new_blocks, alive)),
-        num_admitted=sum(alive[len(alive) - grant.num_admitted :]),
-    )

@@ -6,6 +6,7 @@ import enum
 
 import attrs
 
+from trio_llm.core.speculate import PromptLookup
 from trio_llm.messages import FinishReason, PoolingParams, SamplingParams, TokenLogprobs, Usage
 
 
@@ -55,6 +56,13 @@ class Limits:
             return "stop"
         return "length" if num_tokens >= self.max_len else None
 
+    def cut(self, num_tokens: int, newest: tuple[int, ...]) -> tuple[int, ...]:
+        """Return those of the newest tokens, which come after `num_tokens` others, up to the first that ends it."""
+        for at, token_id in enumerate(newest, start=1):
+            if self.reason(num_tokens + at, token_id) is not None:
+                return newest[:at]
+        return newest
+
 
 @attrs.define(eq=False, repr=False)
 class Sequence:
@@ -76,6 +84,8 @@ class Sequence:
         known_to_blocks, known_to_runner: Who has to be told that it is gone.
         followers: Sequences held until this one's prompt is computed.
         prompt_logprobs: Gathered over the chunks of the prompt, empty again once they were sent.
+        drafts: What may follow its tokens.
+        lookup: Where its drafts are looked up; None where they are not, or not yet.
     """
 
     request_id: int
@@ -99,6 +109,8 @@ class Sequence:
     known_to_runner: bool = False
     followers: list[Sequence] = attrs.field(factory=list["Sequence"])
     prompt_logprobs: list[TokenLogprobs | None] = attrs.field(factory=list["TokenLogprobs | None"])
+    drafts: tuple[int, ...] = ()
+    lookup: PromptLookup | None = None
 
     def __repr__(self) -> str:
         output = len(self.tokens) - len(self.prompt)
@@ -121,6 +133,7 @@ class Sequence:
             target=len(self.tokens),
             num_preemptions=self.num_preemptions + 1,
             prompt_logprobs=[],
+            drafts=(),
         )
 
     @property

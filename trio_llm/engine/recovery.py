@@ -58,6 +58,8 @@ def _rows(plan: StepPlan, first: int, end: int | None) -> StepPlan:
         token_ids=plan.token_ids[tokens_before : tokens_before + sum(counts)],
         samples=plan.samples[first:end],
         new_blocks=plan.new_blocks[first:end],
+        drafts=plan.drafts[first:end],
+        reaches=plan.reaches[first:end],
     )
 
 
@@ -82,7 +84,13 @@ def _joined(plan: StepPlan, parts: Sequence[StepResult]) -> StepResult:
         seconds=sum(part.seconds for part in parts),
         expert_tokens=_summed(part.expert_tokens for part in parts),
         kernel_calls=tuple(call for part in parts for call in part.kernel_calls or ()) or None,
+        drafts=_drafts(parts) if plan.reaches else None,
     )
+
+
+def _drafts(parts: Sequence[StepResult]) -> tuple[tuple[int, ...], ...]:
+    """Return what a draft model guesses for all rows, nothing for those that failed."""
+    return tuple(row for part in parts for row in part.drafts or ((),) * len(part.token_ids))
 
 
 def _summed(columns: Iterable[tuple[int, ...] | None]) -> tuple[int, ...] | None:

@@ -16,6 +16,8 @@ import trio
 from trio_llm.config import EngineConfig
 from trio_llm.core.block_manager import BlockManager
 from trio_llm.core.scheduler import Scheduler
+from trio_llm.core.speculate import LookupSizes
+from trio_llm.core.speculator import Speculation
 from trio_llm.engine.actors import Asks, Grants, Plans, Results, SchedulerActor, manage_blocks, run_model
 from trio_llm.engine.admission import Limits
 from trio_llm.engine.engine import Engine
@@ -116,8 +118,8 @@ async def _serve(
         eos_token_ids=info.eos_token_ids,
         policy=config.scheduling_policy,
         long_prefill_token_threshold=config.long_prefill_token_threshold,
+        speculation=_speculation(config),
     )
-    limits = _limits(config, info)
     tickets, pulse, metrics = (
         Tickets(config.max_batch_size * (1 + config.max_waiting_batches)),
         Pulse(),
@@ -126,13 +128,20 @@ async def _serve(
     trace = deque[StepTrace](maxlen=_TRACED_STEPS)
     # Room for a Submit and an Abort per ticket.
     send, inbox = trio.open_memory_channel[Submit | Abort](2 * tickets.limit)
-    engine = Engine(info, tokenizer, limits, send, tickets, pulse, metrics, trace, stall_after_s)
+    engine = Engine(info, tokenizer, _limits(config, info), send, tickets, pulse, metrics, trace, stall_after_s)
     wire = partial(SchedulerActor, scheduler, inbox, tickets, pulse, trace, metrics.report)
     tasks = [*_actors(wire, blocks, partial(worker.run, step)), metrics.run]
     async with open_nursery() as nursery:
         nursery.start_soon(_supervise, engine, tasks)
         yield engine
         nursery.cancel_scope.cancel()
+
+
+def _speculation(config: EngineConfig) -> Speculation | None:
+    if config.spec_method == "none" or config.max_draft_tokens == 0:
+        return None
+    sizes = LookupSizes(config.prompt_lookup_min, config.prompt_lookup_max)
+    return Speculation(config.max_draft_tokens, sizes if config.spec_method == "ngram" else None)
 
 
 def _limits(config: EngineConfig, info: ModelInfo) -> Limits:

@@ -20,7 +20,7 @@ from torch import Tensor
 from trio_llm.model.attention import AttentionBatch
 from trio_llm.model.kv_cache import AttentionSpec, LayerKV
 
-SHORT_TOKENS = 8  # rows of at most so many tokens are batched (guessed: a decode, or a few drafts)
+SHORT_TOKENS = 16  # rows of at most so many tokens are batched (guessed: a decode and its drafts)
 PIECE_KEYS = 16_384  # keys gathered at a time for short rows: tens of MiB (guessed)
 LEAST_BUCKET = 64  # lengths up to this share one piece; then one piece per power of two
 QUERY_BLOCK = 512  # queries of a long row that share one mask (guessed)

@@ -9,7 +9,7 @@ import os
 import re
 from pathlib import Path
 
-from trio_llm.errors import CheckpointError
+from trio_llm.errors import CheckpointError, ConfigError
 
 DEFAULT_DIRECTORY = Path("/models/Qwen2.5-0.5B-Instruct")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -36,6 +36,25 @@ def resolve_model(model: str | None) -> Path:
     if path.exists() or not HUB_ID.fullmatch(model):
         raise CheckpointError(f"{model!r}: not a directory, nor a hub id (owner/name)")
     return _download(model)
+
+
+def resolve_draft(spec_model: str | None, model: Path) -> Path:
+    """Return the draft model's checkpoint; by default the demo model has one.
+
+    Args:
+        model: The checkpoint of the model that it drafts for.
+    Raises:
+        ConfigError: None was named, and the model is not the demo model.
+        CheckpointError: As `resolve_model`.
+    """
+    if spec_model is not None:
+        return resolve_model(spec_model)
+    from trio_llm.demo import demo_model_path, draft_model_path
+
+    if model != demo_model_path():
+        allowed = f"must name a smaller model with the tokenizer of {model.name} (--spec-model)"
+        raise ConfigError("spec_model", None, "spec_method = draft_model", allowed)
+    return draft_model_path()
 
 
 def _download(hub_id: str) -> Path:

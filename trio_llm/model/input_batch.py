@@ -66,6 +66,7 @@ class Input:
         offsets, lasts: [B], where the row's tokens begin in S, and where the last of them is.
         samples: [B], as in the plan.
         unknown, unknown_rows: Where in S a token is UNKNOWN, and the permanent row of each.
+        drafts: B times, those of the row's last tokens that are drafts.
     """
 
     rows: NDArray[np.intp]
@@ -75,6 +76,7 @@ class Input:
     samples: NDArray[np.bool_]
     unknown: NDArray[np.intp]
     unknown_rows: NDArray[np.intp]
+    drafts: Sequence[tuple[int, ...]]
     attention: AttentionBatch
 
 
@@ -111,19 +113,30 @@ class InputRows:
                 table.write(rows, additions)
         counts = np.array(plan.counts, np.int64)
         ends = np.array(plan.starts, np.int64) + counts
-        device_rows = torch.from_numpy(rows).to(self._device, non_blocking=True)
-        longest = int(ends.max())
         token_ids = np.array(plan.token_ids, np.int64)
         unknown = np.flatnonzero(token_ids == UNKNOWN)
         attention = AttentionBatch(
             torch.from_numpy(token_ids),
             plan.starts,
             plan.counts,
-            [table.gather(device_rows, longest) for table in self._tables],
+            self.tables(rows, int(ends.max())),
             self._layout,
             self._device,
         )
         after = np.cumsum(counts)
         unknown_rows = rows[np.searchsorted(after, unknown, side="right")]
         samples = np.array(plan.samples, np.bool_)
-        return Input(rows, ends, after - counts, after - 1, samples, unknown, unknown_rows, attention)
+        drafts = _drafts(plan, after.tolist())
+        return Input(rows, ends, after - counts, after - 1, samples, unknown, unknown_rows, drafts, attention)
+
+    def tables(self, rows: NDArray[np.intp], num_tokens: int) -> list[Tensor]:
+        """Return [B, M] per KV group, wide enough for `num_tokens`."""
+        device_rows = torch.from_numpy(rows).to(self._device, non_blocking=True)
+        return [table.gather(device_rows, num_tokens) for table in self._tables]
+
+
+def _drafts(plan: StepPlan, afters: Sequence[int]) -> Sequence[tuple[int, ...]]:
+    """Return each row's drafts; `afters` is where the row's tokens end in S."""
+    if not plan.drafts:
+        return ((),) * len(afters)
+    return [plan.token_ids[after - num : after] for after, num in zip(afters, plan.drafts, strict=True)]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trio_llm.messages import KernelCall, StepPlan, StepResult, TokenLogprobs
 from trio_llm.model.device import Mark
+from trio_llm.model.kept import kept_tokens
 from trio_llm.model.sampler import FAILURES, Sampled
 
 
@@ -20,20 +21,24 @@ class Launched:
     """What a step left behind on the host; its tensors hold what they should once `done` has passed.
 
     Attributes:
-        sampled: Of the rows that stand at `sampled_at` in the batch, R of them; None if none sampled.
+        sampled: Of the rows that stand at `sampled_at` in the batch; None if none sampled.
+        drafts: Of the same rows, what they were given to verify.
         experts: Tokens that each expert was given; None without experts.
         failed: Rows that failed when the step was launched.
         calls: What its operations ran on.
+        proposed: Per row of the batch, what a draft model guesses next; None without one.
     """
 
     plan: StepPlan
     sampled_at: Sequence[int]
     sampled: Sampled | None
+    drafts: Sequence[tuple[int, ...]]
     experts: Tensor | None
     prompt_logprobs: dict[int, tuple[TokenLogprobs | None, ...]] | None
     embeddings: dict[int, tuple[float, ...]] | None
     failed: dict[int, str]
     calls: tuple[KernelCall, ...] | None
+    proposed: tuple[tuple[int, ...], ...] | None
     began: Mark
     done: Mark
 
@@ -41,33 +46,38 @@ class Launched:
         """Wait for the device and return the result. Queues no work, so any thread may call it."""
         self.done.wait()
         failed = dict(self.failed)
+        token_ids = self._token_ids(failed)
         return StepResult(
             self.plan.step,
-            self._token_ids(failed),
-            self._logprobs(),
+            token_ids,
+            self._logprobs(token_ids),
             self.prompt_logprobs,
             self.embeddings,
             failed,
             self.done.seconds_since(self.began),
             None if self.experts is None else tuple(self.experts.tolist()),
             self.calls,
+            self.proposed,
         )
 
     def _token_ids(self, failed: dict[int, str]) -> tuple[tuple[int, ...], ...]:
         token_ids: list[tuple[int, ...]] = [()] * len(self.plan.request_ids)
         sampled = [] if self.sampled is None else self.sampled.token_ids.tolist()
-        for i, token_id in zip(self.sampled_at, sampled, strict=True):
-            if token_id >= 0:
-                token_ids[i] = (token_id,)
+        for i, kept in zip(self.sampled_at, kept_tokens(sampled, self.drafts), strict=True):
+            if kept[0] >= 0:
+                token_ids[i] = tuple(kept)
             else:
-                failed[self.plan.request_ids[i]] = FAILURES[token_id]
+                failed[self.plan.request_ids[i]] = FAILURES[kept[0]]
         return tuple(token_ids)
 
-    def _logprobs(self) -> tuple[tuple[TokenLogprobs, ...] | None, ...] | None:
+    def _logprobs(self, token_ids: tuple[tuple[int, ...], ...]) -> tuple[tuple[TokenLogprobs, ...] | None, ...] | None:
         entries = None if self.sampled is None else self.sampled.logprobs()
         if entries is None:
             return None
         logprobs: list[tuple[TokenLogprobs, ...] | None] = [None] * len(self.plan.request_ids)
-        for i, entry in zip(self.sampled_at, entries, strict=True):
-            logprobs[i] = None if entry is None else (entry,)
+        at = 0
+        for i, draft in zip(self.sampled_at, self.drafts, strict=True):
+            kept = [entry for entry in entries[at : at + len(token_ids[i])] if entry is not None]
+            logprobs[i] = tuple(kept) or None
+            at += len(draft) + 1
         return tuple(logprobs)

@@ -17,6 +17,7 @@ from trio_llm.errors import ConfigError, UnsupportedError
 from trio_llm.messages import ModelInfo, Progress
 from trio_llm.model.device import Cpu
 from trio_llm.model.dispatch import Dispatch, dispatching
+from trio_llm.model.draft_model import inspect_draft
 from trio_llm.model.loader import ModelPlan, inspect_model, load_model
 from trio_llm.model.memory import available_bytes, control_groups, make_budget
 from trio_llm.model.runner import Runner
@@ -46,16 +47,26 @@ def load_runner(config: EngineConfig, report: Callable[[Progress], None] | None 
     device = _device(config)
     plan = inspect_model(config)
     info = _info(plan, config)
-    budget = make_budget(plan, config, available_bytes())
+    draft = inspect_draft(config, plan)
+    budget = make_budget(plan, config, available_bytes(), draft and draft.plan)
     info = attrs.evolve(info, memory_table=budget.render())
     _limit_threads(plan.weight_bytes)
     for tower, count in plan.skipped.items():
         _log.info("%s: left out %d tensors of %s: only the language model is served", plan.directory.name, count, tower)
     with dispatching(dispatch):
         loaded = load_model(config, plan.dtype, device.torch_device, report)
+        drafter = draft and draft.load(device.torch_device, report)
     _return_freed_memory()
-    size = config.max_batch_size
-    return Runner(loaded.model, loaded.kv_layout, info, budget, max_batch_size=size, device=device, dispatch=dispatch)
+    return Runner(
+        loaded.model,
+        loaded.kv_layout,
+        info,
+        budget,
+        max_batch_size=config.max_batch_size,
+        device=device,
+        dispatch=dispatch,
+        draft=drafter,
+    )
 
 
 def _device(config: EngineConfig) -> Cpu:

@@ -30,6 +30,7 @@ class MemoryBudget:
         sequence_bytes: Per KV group, the most that one sequence of the longest context ever owns.
         workspace_bytes: Activations and logits of the largest step, estimated.
         available_bytes: What could be had when the budget was made.
+        draft_weight_bytes, draft_block_bytes: The draft model's; 0 without one.
     """
 
     weight_bytes: int
@@ -40,14 +41,20 @@ class MemoryBudget:
     sequence_bytes: tuple[int, ...]
     workspace_bytes: int
     available_bytes: int
+    draft_weight_bytes: int = 0
+    draft_block_bytes: int = 0
 
     @property
     def kv_bytes(self) -> int:
         return self.num_kv_blocks * self.block_bytes
 
     @property
+    def draft_bytes(self) -> int:
+        return self.draft_weight_bytes + self.num_kv_blocks * self.draft_block_bytes
+
+    @property
     def total_bytes(self) -> int:
-        return self.weight_bytes + self.kv_bytes + self.workspace_bytes
+        return self.weight_bytes + self.kv_bytes + self.workspace_bytes + self.draft_bytes
 
     def render(self) -> str:
         """Return the table that is printed at start."""
@@ -62,6 +69,9 @@ class MemoryBudget:
                 f"  group {index}: {len(group.layers)} layers, {sees}, {group.block_size} tokens a block, "
                 f"{self.block_bytes - used:,} bytes of it padding, at most {most:,} bytes a sequence"
             )
+        if self.draft_bytes:
+            kv = f"weights, and {self.draft_block_bytes:,} bytes in each block"
+            lines.append(_line("draft", self.draft_bytes, kv))
         lines.append(_line("workspace", self.workspace_bytes, "estimated"))
         lines.append(_line("total", self.total_bytes, f"of {self.available_bytes / GIB:.2f} GiB available"))
         return "\n".join(lines)
@@ -71,8 +81,10 @@ def _line(what: str, num_bytes: int, note: str) -> str:
     return f"{what:<10} {num_bytes / GIB:>9.3f} GiB {num_bytes:>18,} bytes  {note}".rstrip()
 
 
-def make_budget(plan: ModelPlan, config: EngineConfig, available_bytes: int) -> MemoryBudget:
-    """Add up what a checked checkpoint will take under these settings.
+def make_budget(
+    plan: ModelPlan, config: EngineConfig, available_bytes: int, draft: ModelPlan | None = None
+) -> MemoryBudget:
+    """Add up what a checked checkpoint, and perhaps its draft model, will take under these settings.
 
     Raises:
         ConfigError: It does not fit; says by how much and which setting to change.
@@ -87,6 +99,8 @@ def make_budget(plan: ModelPlan, config: EngineConfig, available_bytes: int) -> 
         sequence_bytes=tuple(_most_blocks(group, plan, config) * layout.block_bytes for group in layout.groups),
         workspace_bytes=_workspace_bytes(plan, layout, config),
         available_bytes=available_bytes,
+        draft_weight_bytes=draft.weight_bytes if draft else 0,
+        draft_block_bytes=draft.kv_layout.block_bytes if draft else 0,
     )
     if budget.total_bytes > available_bytes:
         raise _refusal(budget, config)
@@ -121,12 +135,14 @@ def _workspace_bytes(plan: ModelPlan, layout: KVLayout, config: EngineConfig) ->
 
 
 def _refusal(budget: MemoryBudget, config: EngineConfig) -> ConfigError:
-    fixed = budget.weight_bytes + budget.workspace_bytes
+    fixed = budget.weight_bytes + budget.workspace_bytes + budget.draft_weight_bytes
+    draft = f" + draft model {budget.draft_bytes / GIB:.2f}" if budget.draft_bytes else ""
     needs = (
         f"weights {budget.weight_bytes / GIB:.2f} + KV cache {budget.kv_bytes / GIB:.2f} + workspace "
-        f"{budget.workspace_bytes / GIB:.2f} GiB do not fit in the {budget.available_bytes / GIB:.2f} GiB available"
+        f"{budget.workspace_bytes / GIB:.2f}{draft} GiB do not fit "
+        f"in the {budget.available_bytes / GIB:.2f} GiB available"
     )
-    blocks = (budget.available_bytes - fixed) // budget.block_bytes
+    blocks = (budget.available_bytes - fixed) // (budget.block_bytes + budget.draft_block_bytes)
     if blocks >= 2:
         return ConfigError("num_kv_blocks", config.num_kv_blocks, "memory", f"{needs}; --kv-blocks {blocks} would")
     advice = (

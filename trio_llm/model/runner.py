@@ -10,7 +10,7 @@ Letters: B rows of this step, S its tokens, R rows sampled in it, H hidden size,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 
 import numpy as np
@@ -18,19 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trio_llm.messages import (
-    CORRUPTED,
-    UNKNOWN,
-    Admission,
-    ModelInfo,
-    PoolingParams,
-    StepPlan,
-    StepResult,
-    TokenLogprobs,
-)
+from trio_llm.messages import UNKNOWN, Admission, ModelInfo, PoolingParams, StepPlan, StepResult, TokenLogprobs
 from trio_llm.model.device import Cpu
 from trio_llm.model.dispatch import Dispatch, dispatching
+from trio_llm.model.draft_model import DraftModel
+from trio_llm.model.drafter import Drafter
 from trio_llm.model.input_batch import Input, InputRows
+from trio_llm.model.kept import kept_tokens
 from trio_llm.model.kv_cache import KVCache, KVLayout
 from trio_llm.model.launched import Launched
 from trio_llm.model.loader import Model
@@ -60,6 +54,7 @@ class Runner:
         max_batch_size: int,
         device: Cpu,
         dispatch: Dispatch,
+        draft: DraftModel | None = None,
     ) -> None:
         self.info, self.budget = info, budget
         self._model, self._device, self._dispatch = model, device, dispatch
@@ -74,6 +69,9 @@ class Runner:
         self._pooler = Pooler()
         self._scorer = PromptScorer(info.vocab_size, model.logits)
         self._expert_tokens: Tensor | None = None
+        self._drafter = None
+        if draft is not None:
+            self._drafter = Drafter(draft, info.num_kv_blocks, self._rows, self._sampling, self._sampler, device)
 
     def step(self, plan: StepPlan) -> StepResult:
         """Run a plan. Its rows fail one by one through the result; an exception means that no row was done."""
@@ -99,15 +97,18 @@ class Runner:
         pooled = _positions_of(self._pooler.rows, batch.rows)
         embeddings = self._pool(plan, batch, pooled, hidden, failed)
         at = np.setdiff1d(np.flatnonzero(batch.samples), pooled) if pooled else np.flatnonzero(batch.samples)
-        sampled = self._sample(batch, at, hidden) if len(at) else None
+        drafts = [batch.drafts[i] for i in at.tolist()]
+        sampled = self._sample(batch, at, drafts, hidden) if len(at) else None
+        proposed = self._speculate(plan, batch, at, drafts, sampled) if plan.drafts else None
         experts = self._count_experts()
         done = self._device.mark()
-        if sampled is not None:
+        if sampled is not None and not plan.drafts:
             self._recent.tell(batch.rows[at], sampled.token_ids, done)
         calls = self._dispatch.take()
         return Launched(
-            plan, at.tolist(), sampled, experts, prompt_logprobs, embeddings, failed, calls, began=began, done=done
-        )
+            plan, at.tolist(), sampled, drafts, experts, prompt_logprobs, embeddings, failed, calls, proposed,
+            began=began, done=done,
+        )  # fmt: skip
 
     def _apply(self, plan: StepPlan) -> None:
         self._recent.begin(plan.step)
@@ -126,6 +127,7 @@ class Runner:
     def close(self) -> None:
         """Free the model and the pool; the runner is of no use afterwards."""
         del self._model, self._kv, self._scorer, self._sampler, self._rows, self._sampling, self._pooler, self._recent
+        self._drafter = None
 
     def _admit(self, admission: Admission) -> None:
         row = self._rows.admit(admission.request_id)
@@ -153,7 +155,7 @@ class Runner:
         """
         for i in _positions_of(self._sampling.history_rows, batch.rows):
             row, offset = int(batch.rows[i]), int(batch.offsets[i])
-            token_ids = plan.token_ids[offset : offset + plan.counts[i]]
+            token_ids = plan.token_ids[offset : offset + plan.counts[i] - len(batch.drafts[i])]
             if token_ids[0] == UNKNOWN:
                 token_ids = (self._recent.on_host(row), *token_ids[1:])
             if token_ids[0] >= 0:  # else the row failed in the step before, and this result is for nobody
@@ -186,17 +188,45 @@ class Runner:
             if vector.isfinite().all():
                 vectors[plan.request_ids[i]] = tuple(vector.tolist())
             else:
-                failed[plan.request_ids[i]] = CORRUPTED
+                failed[plan.request_ids[i]] = "The model produced hidden states that are not finite."
         return vectors or None
 
-    def _sample(self, batch: Input, at: NDArray[np.intp], hidden: Tensor) -> Sampled:
-        """Sample after the last token of the rows that stand at `at`; return it on the host, once it has arrived."""
-        if len(at) < len(hidden):
-            hidden = hidden[self._device.to_device(batch.lasts[at])]
-        rows = batch.rows[at]
-        sampled = self._sampler.sample(self._model.logits(hidden), self._sampling.select(rows, batch.ends[at]))
-        self._recent.keep(self._device.to_device(rows), sampled.token_ids)
+    def _sample(self, batch: Input, at: NDArray[np.intp], drafts: Sequence[tuple[int, ...]], hidden: Tensor) -> Sampled:
+        """Sample after the last known token of the rows that stand at `at`, and after each of their drafts.
+
+        Return it on the host, once it has arrived.
+        """
+        lasts, positions, rows = batch.lasts[at], batch.ends[at], batch.rows[at]
+        if any(drafts):
+            counts = np.array([len(draft) for draft in drafts])
+            positions = positions - counts
+            lasts = np.concatenate(
+                [np.arange(last - count, last + 1) for last, count in zip(lasts, counts, strict=True)]
+            )
+        if len(lasts) < len(hidden):
+            hidden = hidden[self._device.to_device(lasts)]
+        selected = self._sampling.select(rows, positions, drafts if any(drafts) else None)
+        sampled = self._sampler.sample(self._model.logits(hidden), selected)
+        if not any(drafts):
+            self._recent.keep(self._device.to_device(rows), sampled.token_ids)
         return sampled.to_host(self._device.to_host)
+
+    def _speculate(
+        self,
+        plan: StepPlan,
+        batch: Input,
+        at: NDArray[np.intp],
+        drafts: Sequence[tuple[int, ...]],
+        sampled: Sampled | None,
+    ) -> tuple[tuple[int, ...], ...] | None:
+        """Wait for what the rows at `at` sampled, tell it to those that look back, and let the draft model go on."""
+        self._device.mark().wait()
+        tokens = kept_tokens([] if sampled is None else sampled.token_ids.tolist(), drafts)
+        kept = {i: row for i, row in zip(at.tolist(), tokens, strict=True) if row[0] >= 0}
+        for i in _positions_of(self._sampling.history_rows, batch.rows):
+            if i in kept:
+                self._sampling.learn(int(batch.rows[i]), int(batch.ends[i]) - len(batch.drafts[i]), kept[i])
+        return None if self._drafter is None else self._drafter.propose(plan, batch, kept)
 
     def _count_experts(self) -> Tensor | None:
         """Return on the host what each expert was given since the last time; a step that raised counts in the next."""

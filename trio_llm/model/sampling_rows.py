@@ -60,6 +60,10 @@ class SamplingBatch:
     asking_rows: Tensor | None
     num_logprobs: NDArray[np.int32]
 
+    def without_logprobs(self) -> SamplingBatch:
+        """Return the same for tokens that nobody is told of."""
+        return attrs.evolve(self, flags=self.flags & ~np.uint8(LOGPROBS))
+
 
 class SamplingRows:
     """Sampling parameters by row, packed when a sequence is admitted.
@@ -116,6 +120,16 @@ class SamplingRows:
     def learn(self, row: int, start: int, token_ids: Sequence[int]) -> None:
         """Tell a row of `history_rows` that `token_ids` stand at `start` onwards, and nothing after them."""
         self._edits[row].learn(start, token_ids)
+
+    def suppose(self, row: int, token_id: int) -> None:
+        """Go on as if this were the row's next token."""
+        if row in self._looking_back:
+            self._edits[row].suppose(token_id)
+
+    def take_back(self, row: int, position: int) -> None:
+        """Forget what was supposed at `position` and after it."""
+        if row in self._looking_back:
+            self._edits[row].take_back(position)
 
     def select(
         self, rows: NDArray[np.intp], positions: NDArray[np.int64], drafts: Sequence[Sequence[int]] | None = None
