@@ -31,6 +31,13 @@ class ServerConfig:
         "info", "Least severe level logged.", env="VLLM_LOG_LEVEL", flags=("--log-level",)
     )
     log_dir: str | None = setting(None, "Write JSON logs to this directory too.", flags=("--log-dir",))
+    log_stats_interval_s: float = setting(
+        10.0,
+        "Seconds between two lines of the log that tell throughput, queue and cache while there is work; 0 for none.",
+        env="VLLM_LOG_STATS_INTERVAL",
+        flags=("--log-stats-interval",),
+        at_least=0,
+    )
     served_model_name: tuple[str, ...] = setting(
         (), "Names the model answers to; default: the model's directory name.", flags=("--served-model-name",)
     )

@@ -297,6 +297,9 @@ class TokenLogprobs:
 KernelCall = tuple[str, str, str, int]
 
 
+CORRUPTED = "The model produced numbers that are not finite."
+
+
 @attrs.frozen
 class StepResult:
     """What a step produced. Columns are aligned with the plan's rows.
@@ -306,7 +309,7 @@ class StepResult:
         logprobs: Per row, one entry per sampled token; None where a row did not ask, or at all.
         prompt_logprobs: request_id -> one entry per prompt position of this chunk (None for position 0).
         embeddings: request_id -> the finished vector.
-        failed: request_id -> why this row alone failed (for example logits that are not finite).
+        failed: request_id -> why this row alone failed; CORRUPTED where its logits or its vector were not finite.
         seconds: Time in the model and the sampler, measured by the runner.
         expert_tokens: Tokens that each expert was given, added up over the layers; None for a model without experts.
         kernel_calls: What operations ran on since the result before; None where nothing is counted (on a CPU).

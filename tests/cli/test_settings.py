@@ -22,6 +22,7 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "server.port": (1, 2, 3),
     "server.log_level": ("debug", "warning", "error"),
     "server.log_dir": ("a", "b", "c"),
+    "server.log_stats_interval_s": (1.5, 2.5, 3.5),
     "server.served_model_name": (("a", "b"), ("c",), ("d",)),
     "server.chat_template": ("a", "b", "c"),
     "server.shutdown_timeout_s": (1.5, 2.5, 3.5),

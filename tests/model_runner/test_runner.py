@@ -9,7 +9,7 @@ import torch
 
 from tests.model_runner.conftest import NUM_GENERATED, Golden
 from tests.model_runner.drive import Params, least_blocks, run
-from trio_llm.messages import Admission, PoolingParams, SamplingParams, StepPlan
+from trio_llm.messages import CORRUPTED, Admission, PoolingParams, SamplingParams, StepPlan
 from trio_llm.model.runner import Runner
 from trio_llm.model.sampler import FAILURES, NOT_FINITE
 
@@ -124,7 +124,7 @@ def test_a_poisonous_prompt_fails_alone(runner: Runner, expected: Golden, monkey
     assert outcome.token_ids[3:] == healthy.token_ids
     assert [str(answer.error) for answer in outcome.answers[:3]] == [
         FAILURES[NOT_FINITE],
-        "The model produced hidden states that are not finite.",
+        CORRUPTED,
         FAILURES[NOT_FINITE],
     ]
     assert all(answer.error is None for answer in outcome.answers[3:])

@@ -49,6 +49,14 @@ async def test_every_http_series_moves(app: ServerApp) -> None:
     assert after[f"http_request_duration_seconds_sum{label}}}"] > 0
 
 
+async def test_monitors_are_not_counted(app: ServerApp) -> None:
+    """As in vLLM, what monitors ask all day long leaves no trace in the counts; a path that is not there does."""
+    for path in ("/metrics", "/health", "/ping", "/version", "/nowhere"):
+        await ask(app, "GET", path)
+    names = [name for name in await series(app) if name.startswith("http_")]
+    assert all('handler="unmatched"' in name for name in names) and len(names) == 3
+
+
 async def test_a_streams_duration_is_that_of_the_whole_stream(mock_clock: MockClock) -> None:
     """A stream's time ends with its last byte, or when its reader leaves, not with its first."""
     worker = GatedWorker()

@@ -12,6 +12,7 @@ from typing import Any
 import attrs
 import pytest
 import trio
+import trio.lowlevel
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -77,7 +78,13 @@ async def test_a_request_is_a_span_with_its_phases(traced: Traced) -> None:
     spans = await traced.spans()
     (request,) = spans["llm_request"]
     phases = [spans[name][0] for name in ("queue", "prefill", "decode")]
-    assert {len(found) for found in spans.values()} == {1}
+    assert {name: len(found) for name, found in spans.items()} == {
+        "llm_request": 1,
+        "queue": 1,
+        "prefill": 1,
+        "decode": 1,
+        "engine_step": 3,
+    }
     at = request.start_time
     for phase in phases:
         assert phase.parent is not None and request.context is not None
@@ -89,12 +96,15 @@ async def test_a_request_is_a_span_with_its_phases(traced: Traced) -> None:
     assert at <= request.end_time + 1000  # Each time is rounded to the nanosecond.
     attributes = dict(request.attributes or {})
     told = {
+        "gen_ai.operation.name": "text_completion",
         "gen_ai.request.model": "stub",
+        "gen_ai.request.seed": 1,
         "gen_ai.request.max_tokens": 3,
         "gen_ai.request.temperature": 0.5,
         "gen_ai.usage.input_tokens": 4,
         "gen_ai.usage.output_tokens": 3,
         "gen_ai.response.finish_reasons": ("length",),
+        "trio_llm.steps": 3,
     }
     assert {name: attributes[name] for name in told} == told
     assert not any("abcd" in str(value) for value in attributes.values())
@@ -109,6 +119,74 @@ async def test_spans_join_their_clients_trace(traced: Traced) -> None:
         assert span.parent is not None
         assert (f"{span.parent.trace_id:032x}", f"{span.parent.span_id:016x}") == (TRACE, PARENT)
     assert alone.parent is None
+
+
+def ids(links: Any) -> list[int]:
+    """Return the spans that links lead to."""
+    return [link.context.span_id for link in links]
+
+
+async def test_from_a_request_to_its_steps_and_back(traced: Traced) -> None:
+    """Requests side by side have links to exactly the steps that served them, and those have links to them."""
+    async with trio.open_nursery() as nursery:
+        for tokens in (2, 5):
+            nursery.start_soon(lambda tokens=tokens: traced.complete(prompt="cd" * tokens, max_tokens=tokens))
+    spans = await traced.spans()
+    steps = {span.context.span_id: span for span in spans["engine_step"] if span.context is not None}
+    requests = {span.context.span_id: span for span in spans["llm_request"] if span.context is not None}
+    assert len(requests) == 2
+    for request_id, request in requests.items():
+        served = ids(request.links)
+        tokens = (request.attributes or {})["gen_ai.usage.output_tokens"]
+        assert len(served) == tokens == (request.attributes or {})["trio_llm.steps"]
+        assert served == [step_id for step_id, step in steps.items() if request_id in ids(step.links)]
+        for step in map(steps.__getitem__, served):
+            assert request.start_time <= step.start_time + 1000 and step.end_time <= request.end_time + 1000
+    numbers = [(step.attributes or {})["trio_llm.step.number"] for step in steps.values()]
+    assert numbers == sorted(set(numbers))
+    for step in steps.values():
+        attributes = step.attributes or {}
+        assert attributes["trio_llm.step.rows"] == len(step.links)
+        assert attributes["trio_llm.step.tokens"] >= attributes["trio_llm.step.rows"]
+        assert 0 < attributes["trio_llm.step.kv_cache_usage"] <= 1
+        # It lies in the trace of the first of them, so that it is sampled as that one is.
+        assert step.parent is not None and step.parent.span_id == ids(step.links)[0]
+    assert sum((step.attributes or {})["trio_llm.step.prefill_tokens"] for step in steps.values()) == 4 + 10
+
+
+async def test_what_is_not_sampled_costs_nothing(traced: Traced) -> None:
+    """A client that asks for no trace gets none, nor are there spans of the steps that served it alone."""
+    await traced.complete({"traceparent": f"00-{TRACE}-{PARENT}-00"})
+    tracing = traced.app.services.tracing
+    assert tracing is not None
+    assert await traced.spans() == {} and tracing._open == {}
+
+
+async def test_a_long_request_has_a_bounded_number_of_links(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links to the first steps are kept; of the others there is the count, and the spans of the steps themselves."""
+    monkeypatch.setattr("trio_llm.server.tracing._LINKED_STEPS", 3)
+    await traced.complete(max_tokens=9)
+    spans = await traced.spans()
+    (request,) = spans["llm_request"]
+    assert (request.attributes or {})["trio_llm.steps"] == len(spans["engine_step"]) == 9
+    assert ids(request.links) == [step.context.span_id for step in spans["engine_step"][:3] if step.context]
+
+
+async def test_embeddings_and_lines_of_batches_are_traced(traced: Traced) -> None:
+    """A vector, and each line of a batch, is a request with its steps too; it begins a trace of its own."""
+    async with running(traced.app):
+        await ask(traced.app, "POST", "/v1/embeddings", {"input": "abc"}, headers=JSON)
+        body = {"endpoint": "chat/completions", "prompts": ["a", "b"], "max_tokens": 2}
+        batch = (await ask(traced.app, "POST", "/v1/batches", body, headers=JSON)).json()
+        with trio.fail_after(30):
+            while (await ask(traced.app, "GET", f"/v1/batches/{batch['id']}")).json()["status"] != "completed":
+                await trio.lowlevel.checkpoint()
+        vector, *lines = (await traced.spans())["llm_request"]
+    assert (vector.attributes or {})["gen_ai.operation.name"] == "embeddings"
+    assert (vector.attributes or {})["gen_ai.usage.input_tokens"] == 3
+    assert len(vector.links) == 1
+    assert [(line.attributes or {})["gen_ai.operation.name"] for line in lines] == ["chat", "chat"]
+    assert all(len(line.links) == 2 and line.parent is None for line in lines)
 
 
 async def test_a_failed_request_is_an_error(traced: Traced) -> None:
@@ -174,4 +252,5 @@ async def test_spans_arrive_at_the_endpoint() -> None:
         collector.shutdown()
         thread.join()
     assert b"llm_request" in b"".join(bodies)
+    assert b"engine_step" in b"".join(bodies)
     assert b"gen_ai.usage.output_tokens" in b"".join(bodies)

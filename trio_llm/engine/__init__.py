@@ -1,8 +1,8 @@
 """Floor 3: the pure core and the runner, carried by four Trio actors (no torch, no HTTP)."""
 
 from trio_llm.engine.engine import Engine, Health
-from trio_llm.engine.messages import RequestStats
+from trio_llm.engine.messages import RequestStats, StepReport
 from trio_llm.engine.samples import open_samples
 from trio_llm.engine.stream import Delta, Stream
 
-__all__ = ["Delta", "Engine", "Health", "RequestStats", "Stream", "open_samples"]
+__all__ = ["Delta", "Engine", "Health", "RequestStats", "StepReport", "Stream", "open_samples"]

@@ -24,6 +24,7 @@ from trio_llm.engine.recovery import run_step
 from trio_llm.engine.tickets import Tickets
 from trio_llm.errors import TrioLLMError
 from trio_llm.messages import (
+    CORRUPTED,
     BlockAsk,
     BlockGrant,
     BlockStats,
@@ -196,7 +197,7 @@ class SchedulerActor:
             case Finished():
                 self._ledger.close(request_id, event.reason, at_s)
             case Failed():
-                self._ledger.close(request_id, "error", at_s)
+                self._ledger.close(request_id, "error", at_s, corrupted=str(event.error) == CORRUPTED)
             case PromptLogprobs():
                 pass
 
@@ -211,6 +212,8 @@ class SchedulerActor:
         self.report(
             StepReport(
                 stats=stats,
+                request_ids=plan.request_ids,
+                at_s=step.at_s,
                 own_s=step.own_s,
                 prompt_tokens=tally.prompt_tokens,
                 cached_tokens=tally.cached_tokens,

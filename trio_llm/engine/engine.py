@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from trio_llm.engine.admission import Limits, check_pooling, resolve
 from trio_llm.engine.health import Health, Pulse
 from trio_llm.engine.mailbox import Mailbox
-from trio_llm.engine.messages import Abort, Rejected, RequestStats, Submit
+from trio_llm.engine.messages import Abort, Rejected, RequestStats, StepReport, Submit
 from trio_llm.engine.metrics import Metrics
 from trio_llm.engine.stream import Stream
 from trio_llm.engine.tickets import Tickets
@@ -84,6 +84,10 @@ class Engine:
         """Call `watch` with what became of each request, soon after its end; it must be quick and not raise."""
         self._metrics.watchers.append(watch)
 
+    def watch_steps(self, watch: Callable[[StepReport], None]) -> None:
+        """Call `watch` with each step, soon after its end and before what ended with it; quick, and not to raise."""
+        self._metrics.step_watchers.append(watch)
+
     def open_stream(
         self,
         prompt_token_ids: Sequence[int],
@@ -129,10 +133,15 @@ class Engine:
         priority: int = 0,
         salt: bytes = b"",
         background: bool = False,
+        submitted: Callable[[int], None] = lambda _: None,
     ) -> tuple[tuple[float, ...], Usage]:
-        """Return the prompt's embedding. Raises what `open_stream` and its iteration raise; cancelling aborts."""
+        """Return the prompt's embedding. Raises what `open_stream` and its iteration raise; cancelling aborts.
+
+        `submitted` is called with the request's number once it is accepted.
+        """
         check_pooling(params, prompt_token_ids, self.limits)
-        _, mailbox = self._submit(prompt_token_ids, params, 0, (background, priority), salt, None)
+        request_id, mailbox = self._submit(prompt_token_ids, params, 0, (background, priority), salt, None)
+        submitted(request_id)
         vector: tuple[float, ...] = ()
         try:
             while True:

@@ -94,7 +94,9 @@ class Ledger:
             self.prompt_done(entry)
         entry.last_token_s = now_s
 
-    def close(self, request_id: int, reason: FinishReason | Literal["error"], now_s: float) -> None:
+    def close(
+        self, request_id: int, reason: FinishReason | Literal["error"], now_s: float, *, corrupted: bool = False
+    ) -> None:
         """Note the end of a request; nothing is sent to it any more."""
         entry = self.entries.pop(request_id, None)
         if entry is None:
@@ -108,6 +110,7 @@ class Ledger:
             RequestStats(
                 request_id=request_id,
                 reason=reason,
+                corrupted=corrupted,
                 n=entry.n,
                 siblings_max_tokens=most if live == 1 else None,
                 max_tokens=entry.max_tokens,

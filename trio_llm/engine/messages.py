@@ -50,6 +50,7 @@ class RequestStats:
 
     Attributes:
         reason: Why it ended; "error" where it failed.
+        corrupted: It failed because the model's numbers for it were not finite.
         n: Samples that its prompt was to have; None for the second sample and later.
         siblings_max_tokens: Most tokens of all the samples of this prompt, None while one of them still runs.
         num_cached_tokens: Prompt tokens that came from the prefix cache.
@@ -59,6 +60,7 @@ class RequestStats:
 
     request_id: int
     reason: FinishReason | Literal["error"]
+    corrupted: bool
     n: int | None
     siblings_max_tokens: int | None
     max_tokens: int
@@ -77,6 +79,8 @@ class StepReport:
     """One step and what it meant for requests.
 
     Attributes:
+        request_ids: Its rows.
+        at_s: When its result was there, on Trio's clock.
         own_s: Time since the previous result outside the model: the engine's own; None after idleness.
         prompt_tokens, cached_tokens: Of the requests whose prompt was complete with this step.
         first_token_s: Arrival to first token, one entry per request that got its first one.
@@ -85,6 +89,8 @@ class StepReport:
     """
 
     stats: StepStats
+    request_ids: tuple[int, ...]
+    at_s: float
     own_s: float | None
     prompt_tokens: int
     cached_tokens: int

@@ -18,7 +18,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trio_llm.messages import UNKNOWN, Admission, ModelInfo, PoolingParams, StepPlan, StepResult, TokenLogprobs
+from trio_llm.messages import (
+    CORRUPTED,
+    UNKNOWN,
+    Admission,
+    ModelInfo,
+    PoolingParams,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
 from trio_llm.model.device import Cpu
 from trio_llm.model.dispatch import Dispatch, dispatching
 from trio_llm.model.draft_model import DraftModel
@@ -188,7 +197,7 @@ class Runner:
             if vector.isfinite().all():
                 vectors[plan.request_ids[i]] = tuple(vector.tolist())
             else:
-                failed[plan.request_ids[i]] = "The model produced hidden states that are not finite."
+                failed[plan.request_ids[i]] = CORRUPTED
         return vectors or None
 
     def _sample(self, batch: Input, at: NDArray[np.intp], drafts: Sequence[tuple[int, ...]], hidden: Tensor) -> Sampled:

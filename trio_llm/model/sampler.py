@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trio_llm.messages import TokenLogprobs
+from trio_llm.messages import CORRUPTED, TokenLogprobs
 from trio_llm.model.counter_rng import race, token_hashes
 from trio_llm.model.dispatch import choose
 from trio_llm.model.extremes import argmax, largest
@@ -29,7 +29,7 @@ from trio_llm.model.sampling_rows import FILTERED, MIN_P, RANDOM, TEMPERATURE, T
 # In place of a token id.
 NOT_FINITE, NOTHING_LEFT = -1, -2
 FAILURES = {
-    NOT_FINITE: "The model produced logits that are not finite.",
+    NOT_FINITE: CORRUPTED,
     NOTHING_LEFT: "No token may be sampled: the request's parameters mask the whole vocabulary.",
 }
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ipaddress
 from typing import Any
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from quart import Response, g, request
 from quart_trio import QuartTrio
 
 import trio_llm
+from trio_llm.engine.metrics import exposition
 from trio_llm.server import auth
 from trio_llm.server.errors import HttpError
 from trio_llm.server.services import Services
@@ -39,7 +40,7 @@ def register(app: QuartTrio, services: Services, http_metrics: CollectorRegistry
         if services.keys and g.key_id is None and not local and not services.config.auth.public_metrics:
             raise HttpError(401, "The metrics are open to this machine; from elsewhere they need an API key.")
         text = await services.engine.render_metrics()
-        return Response(text + generate_latest(http_metrics), content_type=CONTENT_TYPE_LATEST)
+        return Response(text + exposition(http_metrics), content_type=CONTENT_TYPE_LATEST)
 
     @app.route("/shutdown", methods=["GET", "POST"], provide_automatic_options=False)
     async def shutdown() -> tuple[dict[str, Any], int]:

@@ -27,6 +27,7 @@ from trio_llm.server import (
     models,
     openapi,
     responses,
+    stats_log,
     tokenization,
     tracing,
 )
@@ -107,6 +108,7 @@ def create_app(
     tokenization.register(app, app.services)
     batch_service.register(app, app.services, limits)
     tracing.register(app, app.services)
+    stats_log.register(app, app.services)
     openapi.register(app, config.limits)
     app.asgi_app = Edge(app=app.asgi_app, limits=config.limits)
     return app

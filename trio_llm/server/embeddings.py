@@ -65,6 +65,7 @@ async def embed(services: Services, body: EmbeddingBody, caller: Caller) -> dict
         priority=body.priority or 0,
         salt=services.cache_scope(caller.key_id, None),
         background=caller.background,
+        submitted=services.submitted(params),
     )
     with caller.deadline.kept():
         results = await _embed_all(inputs, embed_one)

@@ -17,7 +17,7 @@ from trio_llm.server import sse
 from trio_llm.server.body import current_config, warn
 from trio_llm.server.deadline import Deadline
 from trio_llm.server.edge import LIFETIME, Lifetime
-from trio_llm.server.requests import GenerationBody
+from trio_llm.server.requests import CompletionBody, GenerationBody
 from trio_llm.server.services import Services
 
 FINGERPRINT = f"trio-llm-{trio_llm.__version__}"
@@ -149,6 +149,7 @@ async def submit(
         priority=body.priority or 0,
         salt=services.cache_scope(caller.key_id, body.cache_salt),
         background=caller.background,
+        operation="text_completion" if isinstance(body, CompletionBody) else "chat",
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 _DURATION_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+# Asked for by monitors all the time; the same ones that vLLM does not count.
+_NOT_COUNTED = frozenset({"/metrics", "/health", "/ping", "/version"})
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -31,9 +33,11 @@ class HttpMetrics:
         They come from sets of ours only: a client that makes up methods and paths makes no new series.
         """
         labels = ("unmatched" if rule is None else rule, method if method in _METHODS else "other")
-        self._requests.labels(*labels, str(status)).inc()
+        if rule not in _NOT_COUNTED:
+            self._requests.labels(*labels, str(status)).inc()
         return labels
 
     def ended(self, labels: tuple[str, str], seconds: float) -> None:
         """Observe a response whose last byte was sent, or that its reader has left."""
-        self._duration.labels(*labels).observe(seconds)
+        if labels[0] not in _NOT_COUNTED:
+            self._duration.labels(*labels).observe(seconds)

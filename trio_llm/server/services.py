@@ -13,14 +13,14 @@ from trio_llm.config import Config
 from trio_llm.engine import Engine, Stream, open_samples
 from trio_llm.errors import InvalidRequestError, ModelNotFoundError
 from trio_llm.grammar import GrammarCompiler
-from trio_llm.messages import SamplingParams
+from trio_llm.messages import PoolingParams, SamplingParams
 from trio_llm.server.amounts import too_much
 from trio_llm.server.auth import ApiKeys
 from trio_llm.server.chat_template import ChatTemplate
 from trio_llm.server.edge import Lifetime
 from trio_llm.server.parsing.reasoning import CLOSE
 from trio_llm.server.parsing.tools import ToolForm, tool_form
-from trio_llm.server.tracing import Tracing
+from trio_llm.server.tracing import Operation, Tracing
 from trio_llm.tokenizer import Tokenizer
 
 # A number pulled out of the air: two long prompts are tokenized side by side, the others wait their turn.
@@ -100,15 +100,19 @@ class Services:
         priority: int,
         salt: bytes,
         background: bool = False,
+        operation: Operation,
     ) -> list[Stream]:
-        """Submit every sample of every prompt, sample by sample within a prompt; all end with `lifetime`."""
+        """Submit every sample of every prompt, sample by sample within a prompt; all end with `lifetime`.
+
+        `operation` is what the request is called in traces.
+        """
         self._check_samples(len(prompts) * params.n)
         streams: list[Stream] = []
         for prompt in prompts:
             samples = open_samples(self.engine, prompt, params, priority=priority, salt=salt, background=background)
             streams += await lifetime.stack.enter_async_context(samples)
         if self.tracing is not None:
-            self.tracing.begin(streams, params)
+            self.tracing.begin([stream.request_id for stream in streams], params, operation)
         self._streams.update(streams)
         lifetime.stack.callback(self._streams.difference_update, streams)
         lifetime.stack.callback(_count_tokens, lifetime, streams, params.n)
@@ -123,6 +127,15 @@ class Services:
             raise InvalidRequestError(
                 f"{count} samples are too many: there are {self.engine.max_requests} places ({places}).", param="n"
             )
+
+    def submitted(self, params: PoolingParams) -> Callable[[int], None]:
+        """Return what is to be called with the number of a request for a vector."""
+
+        def begin(request_id: int) -> None:
+            if self.tracing is not None:
+                self.tracing.begin([request_id], params, "embeddings")
+
+        return begin
 
     def last_call(self) -> None:
         """End every open stream: the time to drain is over. Its reader gets trio.ClosedResourceError."""
