@@ -79,7 +79,19 @@ class EngineConfig:
     load_format: Literal["auto", "dummy"] = setting(
         "auto", "dummy makes random weights from config.json alone.", flags=("--load-format",)
     )
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "Where the model runs.", flags=("--device",))
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "auto", "Where the model runs; auto takes a GPU where there is one.", flags=("--device",)
+    )
+    gpu_memory_utilization: float = setting(
+        0.9,
+        "Part of a GPU's memory that weights, KV cache and workspace may take.",
+        flags=("--gpu-memory-utilization",),
+        at_least=0.01,
+        at_most=1,
+    )
+    enforce_eager: bool = setting(
+        False, "On a GPU, launch every kernel of a decode by itself, without CUDA graphs.", flags=("--enforce-eager",)
+    )
     max_model_len: int | None = setting(
         None,
         "Longest prompt plus output, in tokens; default: the model's, capped to what the KV pool holds.",
@@ -96,9 +108,9 @@ class EngineConfig:
         flags=("--max-waiting-batches",),
         at_least=0,
     )
-    num_kv_blocks: int = setting(
-        1024,
-        "KV-cache blocks.",
+    num_kv_blocks: int | None = setting(
+        None,
+        "KV-cache blocks; default: 1024, on a GPU as many as --gpu-memory-utilization leaves room for.",
         env="VLLM_KV_BLOCKS",
         flags=("--kv-blocks", "--num-gpu-blocks-override"),
         at_least=2,

@@ -34,6 +34,8 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "engine.dtype": ("bfloat16", "float16", "float32"),
     "engine.load_format": ("dummy", "dummy", "dummy"),
     "engine.device": ("cpu", "cuda", "cpu"),
+    "engine.gpu_memory_utilization": (0.5, 0.6, 0.7),
+    "engine.enforce_eager": (True, True, True),
     "engine.max_model_len": (1, 2, 3),
     "engine.max_batch_size": (1, 2, 3),
     "engine.max_num_batched_tokens": (1, 2, 3),
@@ -217,7 +219,7 @@ def test_a_wrong_value_names_key_value_source_and_what_is_allowed(
     ("document", "told"),
     [
         ("server: {prot: 1}", "server.prot = 1: unknown setting; did you mean server.port?"),
-        ("engine: {gpu_memory_utilization: 0.9}", "engine.gpu_memory_utilization = 0.9: unknown setting"),
+        ("engine: {swap_space: 4}", "engine.swap_space = 4: unknown setting"),
         ("sever: {port: 1}", "unknown section; there are server, engine, auth"),
         ("server: 3", "server = 3: must be a mapping of settings"),
         ("- port", "must hold the sections server, engine, auth"),

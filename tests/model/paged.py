@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from trio_llm.config import EngineConfig
-from trio_llm.model.attention import AttentionBatch
-from trio_llm.model.kv_cache import KVCache, LayerKV
+from trio_llm.model.attention import AttentionBatch, lay_out
+from trio_llm.model.kv_cache import KVCache, KVLayout, LayerKV
 from trio_llm.model.loader import LoadedModel, load_model
 
 CPU = torch.device("cpu")
@@ -26,6 +27,15 @@ NUM_BLOCKS = 512
 def load(directory: Path, *, block_size: int = 4, **settings: Any) -> LoadedModel:
     """Load a checkpoint on the CPU, in its own dtype unless `settings` (of EngineConfig) say otherwise."""
     return load_model(EngineConfig(model=str(directory), block_size=block_size, **settings), None, CPU)
+
+
+def make_batch(
+    token_ids: Sequence[int], starts: Sequence[int], counts: Sequence[int], tables: Sequence[Tensor], layout: KVLayout
+) -> AttentionBatch:
+    """Put a ragged batch together from lists."""
+    columns = lay_out(np.array(starts, np.int64), np.array(counts, np.int64))
+    tensors = [torch.tensor(token_ids, dtype=torch.int64), *map(torch.from_numpy, columns)]
+    return AttentionBatch.of(tensors, starts, counts, tables, layout)
 
 
 class Paged:
@@ -49,7 +59,7 @@ class Paged:
             self._extend(sequence, len(tokens))
         tables = [self._table([sequence for sequence, _ in rows], group) for group in range(len(self.layout.groups))]
         flat = [token for _, tokens in rows for token in tokens]
-        batch = AttentionBatch(flat, starts, counts, tables, self.layout, CPU)
+        batch = make_batch(flat, starts, counts, tables, self.layout)
         with torch.inference_mode():
             logits = self.model.logits(self.model.forward(batch, self.kv))
         for sequence, _ in rows:

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.model.paged import CPU, poison
+from tests.model.paged import CPU, make_batch, poison
 from trio_llm.model import ops
-from trio_llm.model.attention import AttentionBatch
 from trio_llm.model.kv_cache import AttentionSpec, KVCache, plan_kv
 from trio_llm.model.rope import Rope
 
@@ -49,8 +48,8 @@ def run(
 
     def step(starts: list[int], amounts: list[int]) -> Tensor:
         rows = [i for i, amount in enumerate(amounts) if amount]
-        batch = AttentionBatch(
-            [0] * sum(amounts), [starts[i] for i in rows], [amounts[i] for i in rows], [table[rows]], layout, CPU
+        batch = make_batch(
+            [0] * sum(amounts), [starts[i] for i in rows], [amounts[i] for i in rows], [table[rows]], layout
         )
         qkv = torch.cat([qkvs[i][starts[i] : starts[i] + amounts[i]] for i in rows])
         q = ops.write_kv(qkv, batch, kv.layers[0], spec, NO_ROPE)
@@ -100,7 +99,7 @@ def test_int8_rounds_to_half_a_unit() -> None:
     kv = KVCache(layout, 4, CPU)
     qkv = torch.randn(3, 10 * 8) * torch.tensor([[1e-6], [1.0], [1e4]])
     qkv[0].zero_()
-    batch = AttentionBatch([0] * 3, [0], [3], [torch.tensor([[2]], dtype=torch.int32)], layout, CPU)
+    batch = make_batch([0] * 3, [0], [3], [torch.tensor([[2]], dtype=torch.int32)], layout)
     ops.write_kv(qkv, batch, kv.layers[0], SPEC, NO_ROPE)
     layer = kv.layers[0]
     assert layer.k_scale is not None
@@ -116,9 +115,9 @@ def test_the_same_token_is_stored_alike_in_any_step() -> None:
     qkv = torch.randn(7, 10 * 8)
     kvs = [KVCache(layout, 4, CPU) for _ in range(2)]
     table = torch.tensor([[1, 3]], dtype=torch.int32)
-    ops.write_kv(qkv, AttentionBatch([0] * 7, [0], [7], [table], layout, CPU), kvs[0].layers[0], SPEC, NO_ROPE)
+    ops.write_kv(qkv, make_batch([0] * 7, [0], [7], [table], layout), kvs[0].layers[0], SPEC, NO_ROPE)
     for i in range(7):
-        batch = AttentionBatch([0], [i], [1], [table], layout, CPU)
+        batch = make_batch([0], [i], [1], [table], layout)
         ops.write_kv(qkv[i : i + 1], batch, kvs[1].layers[0], SPEC, NO_ROPE)
     slots = torch.tensor([4, 5, 6, 7, 12, 13, 14])
     assert torch.equal(kvs[0].layers[0].k[slots], kvs[1].layers[0].k[slots])
@@ -129,12 +128,12 @@ def test_a_batch_knows_its_positions_and_slots() -> None:
     """Positions, row borders, context lengths and slots follow from starts, counts and tables."""
     layout = plan_kv([SPEC], block_size=BLOCK_SIZE, dtype=torch.float32)
     table = torch.tensor([[5, 9], [2, 7], [3, 0]], dtype=torch.int32)
-    batch = AttentionBatch([10, 11, 12, 13, 14, 15], [3, 7, 0], [2, 1, 3], [table], layout, CPU)
+    batch = make_batch([10, 11, 12, 13, 14, 15], [3, 7, 0], [2, 1, 3], [table], layout)
     assert batch.positions.tolist() == [3, 4, 7, 0, 1, 2]
     assert batch.cu_q.tolist() == [0, 2, 3, 6]
     assert batch.context_lens.tolist() == [5, 8, 3]
     assert batch.slots[0].tolist() == [5 * 4 + 3, 9 * 4, 7 * 4 + 3, 3 * 4, 3 * 4 + 1, 3 * 4 + 2]
-    assert batch.last_tokens().tolist() == [1, 2, 5]
+    assert (batch.max_q, batch.max_context) == (3, 8)
 
 
 def test_a_sliding_layer_reads_only_its_window() -> None:
@@ -146,7 +145,7 @@ def test_a_sliding_layer_reads_only_its_window() -> None:
     table = torch.tensor([[0, 0, 0, 4, 5]], dtype=torch.int32)  # 17 tokens, of which 12 to 17 are visible
     for start, count in ((12, 5), (17, 1)):
         qkv = torch.randn(count, 10 * 8)
-        batch = AttentionBatch([0] * count, [start], [count], [table], layout, CPU)
+        batch = make_batch([0] * count, [start], [count], [table], layout)
         q = ops.write_kv(qkv, batch, kv.layers[0], spec, NO_ROPE)
         answers = ops.paged_attention(q, batch, kv.layers[0], spec)
     assert torch.isfinite(answers).all()

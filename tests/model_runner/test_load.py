@@ -87,7 +87,7 @@ def test_the_budget_is_what_is_taken(directory: Path) -> None:
 
 REFUSED = [
     ({"tensor_parallel_size": 2}, UnsupportedError, "--tensor-parallel-size 2"),
-    ({"device": "cuda"}, UnsupportedError, "--device cuda"),
+    ({"device": "cuda"}, ConfigError, "device = 'cuda': no CUDA device is available .*; use --device cpu"),
     ({"max_model_len": 257}, ConfigError, "max_model_len = 257: at most 256"),
     ({"num_kv_blocks": 10**9}, ConfigError, "--kv-blocks"),
     ({"max_num_batched_tokens": 10**12}, ConfigError, "lower --max-num-batched-tokens"),
@@ -100,6 +100,7 @@ def test_what_cannot_be_is_refused_before_anything_is_read(
 ) -> None:
     """Settings that do not fit model or machine are one error that names the setting and the limit."""
     monkeypatch.delattr(load, "load_model")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(error, match=says):
         load_runner(settings(directory, **options))
 

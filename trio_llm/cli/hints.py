@@ -1,19 +1,16 @@
 """What to do instead of vLLM's flags that do not exist here. A flag that nothing reads is never accepted."""
 
 _PROXY = "Terminate TLS in a reverse proxy; trio-llm speaks plain HTTP/1.1."
-_KV_POOL = "The KV pool has a fixed number of blocks: set --kv-blocks."
 _ONE_DEVICE = "Not built: the model runs on one device."
 _NO_SPECULATION = "Not built: there is no speculative method yet."
 _NO_TOOLS = "Not built: tool calls and reasoning are not parsed yet."
 
 HINTS = {
-    "--gpu-memory-utilization": _KV_POOL,
-    "--kv-cache-memory-bytes": _KV_POOL,
+    "--kv-cache-memory-bytes": "The KV pool is counted in blocks: --kv-blocks, or on a GPU --gpu-memory-utilization.",
     "--cpu-offload-gb": "Not built: weights stay on the device.",
     "--swap-space": "Nothing is swapped: a preempted sequence is computed again.",
     "--enable-chunked-prefill": "Always on; --max-num-batched-tokens is the size of a chunk.",
     "--no-enable-chunked-prefill": "Prefill is always chunked; raise --max-num-batched-tokens for larger chunks.",
-    "--enforce-eager": "There is no graph capture that could be switched off.",
     "--trust-remote-code": "Code from a model's directory is never run.",
     "--hf-overrides": "Edit the model's config.json.",
     "--pipeline-parallel-size": _ONE_DEVICE,

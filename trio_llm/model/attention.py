@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from operator import add
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
+import attrs
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trio_llm.model.kv_cache import KVLayout
@@ -21,6 +23,7 @@ from trio_llm.model.kv_cache import KVLayout
 Value = TypeVar("Value")
 
 
+@attrs.frozen(eq=False)
 class AttentionBatch:
     """The rows of one step and where their keys and values live.
 
@@ -31,57 +34,90 @@ class AttentionBatch:
         context_lens: [B] int32, tokens a row may see: start + count.
         tables: Per KV group [B, M] int32; entries before a window and past the end are never read.
         slots: Per KV group [S] int64, where each token's key and value are written.
-        starts, counts: The same on the host, one int per row.
-        max_q, max_context: Bounds on tokens of this step and on context over the rows.
         layout: The pool's.
+        max_q, max_context: Bounds on tokens of this step and on context over the rows.
+        starts, counts: Position of each row's first token and its tokens, on the host; empty in a captured batch, which
+            is replayed for rows that only the device knows.
+        padding: [S], True for tokens of rows that only fill the batch up; None where there are none.
     """
 
-    def __init__(
-        self,
-        token_ids: Sequence[int] | Tensor,
+    token_ids: Tensor
+    positions: Tensor
+    cu_q: Tensor
+    context_lens: Tensor
+    tables: tuple[Tensor, ...]
+    slots: tuple[Tensor, ...]
+    layout: KVLayout
+    max_q: int
+    max_context: int
+    starts: tuple[int, ...] = ()
+    counts: tuple[int, ...] = ()
+    padding: Tensor | None = None
+    _memo: dict[Hashable, object] = attrs.field(factory=dict[Hashable, object])
+
+    @classmethod
+    def of(
+        cls,
+        columns: Sequence[Tensor],
         starts: Sequence[int],
         counts: Sequence[int],
         tables: Sequence[Tensor],
         layout: KVLayout,
-        device: torch.device,
-    ) -> None:
-        """Compute positions and slots.
+    ) -> AttentionBatch:
+        """Put the batch together where the model is.
 
         Args:
-            token_ids: S tokens, row after row.
+            columns: Token ids [S] int64, and the columns that `lay_out` made of starts and counts.
             starts: Per row, position of its first token; all before it are in the cache.
             counts: Per row, tokens computed in this step, at least 1.
-            tables: Per KV group [B, M] int32 on any device; M covers at least the row's start + count tokens.
+            tables: Per KV group [B, M]; M covers at least the row's start + count tokens.
         """
-        self.layout, self.device = layout, device
-        self.starts, self.counts = tuple(starts), tuple(counts)
-        self.max_q, self.max_context = max(self.counts), max(map(add, self.starts, self.counts))
-        # numpy on the host: a torch operation costs several times as much on arrays this small
-        first, count = np.array([self.starts, self.counts], np.int64)
-        cu_q = np.concatenate(([0], count.cumsum()))
-        rows = np.repeat(np.arange(len(count)), count)
-        positions = np.arange(len(rows)) + (first - cu_q[:-1])[rows]
-        self.token_ids = torch.as_tensor(token_ids, dtype=torch.int64, device=device)
-        self.positions = torch.from_numpy(positions).to(device)
-        self.cu_q = torch.from_numpy(cu_q.astype(np.int32)).to(device)
-        self.context_lens = torch.from_numpy((first + count).astype(np.int32)).to(device)
-        self.tables = tuple(table.to(device) for table in tables)
-        self.slots = self._slots(torch.from_numpy(rows).to(device))
-        self._memo: dict[Hashable, object] = {}
+        token_ids, positions, rows, cu_q, context_lens = columns
+        slots = slots_of(rows, positions, tables, layout)
+        bounds = max(counts), max(map(add, starts, counts))
+        return cls(
+            token_ids,
+            positions,
+            cu_q,
+            context_lens,
+            tuple(tables),
+            slots,
+            layout,
+            *bounds,
+            tuple(starts),
+            tuple(counts),
+        )
 
-    def _slots(self, rows: Tensor) -> tuple[Tensor, ...]:
-        slots: list[Tensor] = []
-        for table, group in zip(self.tables, self.layout.groups, strict=True):
-            blocks = table[rows, self.positions // group.block_size].to(torch.int64)
-            slots.append(blocks * group.block_size + self.positions % group.block_size)
-        return tuple(slots)
+    @property
+    def device(self) -> torch.device:
+        return self.token_ids.device
 
-    def last_tokens(self) -> Tensor:
-        """Return [B] int64, the index in S of each row's last token (whose hidden state is sampled from)."""
-        return self.cu_q[1:].to(torch.int64) - 1
+    def without_padding(self, expert_ids: Tensor) -> Tensor:
+        """Return [S, K] ids, those of tokens that only pad the batch -1, which is no expert's."""
+        return expert_ids if self.padding is None else expert_ids.masked_fill(self.padding[:, None], -1)
 
     def memo(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """Return what `make` returned for `key` earlier in this step: what all layers of a kind share."""
         if key not in self._memo:
             self._memo[key] = make()
         return cast("Value", self._memo[key])
+
+
+def lay_out(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> list[NDArray[Any]]:
+    """Lay rows end to end: positions [S], each token's row [S], cu_q [B + 1] and context lengths [B] int32.
+
+    numpy on the host: a torch operation costs several times as much on arrays this small.
+    """
+    cu_q = np.concatenate(([0], counts.cumsum()))
+    rows = np.repeat(np.arange(len(counts)), counts)
+    positions = np.arange(len(rows)) + (starts - cu_q[:-1])[rows]
+    return [positions, rows, cu_q.astype(np.int32), (starts + counts).astype(np.int32)]
+
+
+def slots_of(rows: Tensor, positions: Tensor, tables: Sequence[Tensor], layout: KVLayout) -> tuple[Tensor, ...]:
+    """Return per KV group [S] int64: the slot of each token, whose row is [S]."""
+    slots: list[Tensor] = []
+    for table, group in zip(tables, layout.groups, strict=True):
+        blocks = table[rows, positions // group.block_size].to(torch.int64)
+        slots.append(blocks * group.block_size + positions % group.block_size)
+    return tuple(slots)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trio_llm.model.attention import AttentionBatch
+from trio_llm.model.capturing import asks_host
 from trio_llm.model.kv_cache import AttentionSpec, LayerKV
 
 SHORT_TOKENS = 16  # rows of at most so many tokens are batched (guessed: a decode and its drafts)
@@ -105,6 +106,7 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spe
 
 def _plan(batch: AttentionBatch, group: int, group_size: int, dtype: torch.dtype) -> Iterable[_Short | _Long]:
     """Sort the rows into pieces."""
+    asks_host("paged_attention")
     window = batch.layout.groups[group].window
     short: dict[tuple[int, int], list[int]] = {}
     begin = 0

@@ -18,10 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trio_llm.messages import StepPlan
-from trio_llm.model.attention import AttentionBatch
-from trio_llm.model.device import Cpu
+from trio_llm.model.device import Device
 from trio_llm.model.draft_model import DraftModel
-from trio_llm.model.input_batch import Input, InputRows
+from trio_llm.model.input_batch import InputRows, PlanRows
 from trio_llm.model.kv_cache import KVCache
 from trio_llm.model.sampler import Sampler
 from trio_llm.model.sampling_rows import SamplingRows
@@ -44,7 +43,7 @@ class DraftRows:
     wanted: Sequence[int]
 
     @classmethod
-    def after(cls, plan: StepPlan, batch: Input, kept: Mapping[int, Sequence[int]], most: int) -> DraftRows:
+    def after(cls, plan: StepPlan, batch: PlanRows, kept: Mapping[int, Sequence[int]], most: int) -> DraftRows:
         """Follow a step of the model.
 
         Args:
@@ -60,7 +59,7 @@ class DraftRows:
             room = reach - start - len(tokens)
             wanted.append(max(0, min(most, room)) if sampled else 0)
             token_ids.append([*tokens, sampled[-1]] if wanted[-1] else tokens)
-        return cls(batch.rows, np.array(plan.starts, np.int64), token_ids, wanted)
+        return cls(batch.index, batch.starts, token_ids, wanted)
 
 
 class Drafter:
@@ -73,13 +72,15 @@ class Drafter:
         inputs: InputRows,
         sampling: SamplingRows,
         sampler: Sampler,
-        device: Cpu,
+        device: Device,
     ) -> None:
         self._draft, self._device = draft, device
         self._inputs, self._sampling, self._sampler = inputs, sampling, sampler
         self._kv = KVCache(draft.layout, num_blocks, device.torch_device)
 
-    def propose(self, plan: StepPlan, batch: Input, kept: Mapping[int, Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    def propose(
+        self, plan: StepPlan, batch: PlanRows, kept: Mapping[int, Sequence[int]]
+    ) -> tuple[tuple[int, ...], ...]:
         """Compute what a step of the model computed and kept, then go on from it; return each row's drafts.
 
         Args:
@@ -91,7 +92,8 @@ class Drafter:
         drafts: list[list[int]] = [[] for _ in step.wanted]
         hidden = self._forward(step.rows, step.starts, step.token_ids)
         asking = [at for at, wanted in enumerate(step.wanted) if wanted]
-        hidden = hidden[self._device.to_device((lengths.cumsum() - 1)[asking])]
+        (lasts,) = self._device.send([(lengths.cumsum() - 1)[asking]])
+        hidden = hidden.index_select(0, lasts)
         going_on = asking
         while going_on:
             guessed = self._sample(step.rows[going_on], ends[going_on] + len(drafts[going_on[0]]), hidden)
@@ -121,14 +123,5 @@ class Drafter:
 
     def _forward(self, rows: NDArray[np.intp], starts: NDArray[np.int64], tokens: Sequence[Sequence[int]]) -> Tensor:
         """Return the hidden states [S, H]."""
-        counts = [len(row) for row in tokens]
-        tables = self._inputs.tables(rows, int((starts + counts).max()))
-        batch = AttentionBatch(
-            [token_id for row in tokens for token_id in row],
-            starts.tolist(),
-            counts,
-            [tables[group] for group in self._draft.groups],
-            self._draft.layout,
-            self._device.torch_device,
-        )
+        batch = self._inputs.resend(rows, starts, tokens, self._draft.groups, self._draft.layout)
         return self._draft.model.forward(batch, self._kv)

@@ -116,10 +116,11 @@ class Gemma4Layer:
         """Map [S, H] to [S, H]; `own` [S, P] are this layer's embeddings."""
         attended = self.attention(ops.rms_norm(hidden, self.input_norm, self.eps), batch, kv)
         hidden = hidden + ops.rms_norm(attended, self.post_attention_norm, self.eps)
-        out = self.mlp(ops.rms_norm(hidden, self.pre_mlp_norm, self.eps))
+        out = self.mlp(ops.rms_norm(hidden, self.pre_mlp_norm, self.eps), batch)
         if self.router is not None:
             chosen = ops.rms_norm(hidden, self.pre_experts_norm, self.eps)
-            chosen = ops.moe(chosen, *self.router(hidden), self.experts, self.kind)
+            weights, ids = self.router(hidden)
+            chosen = ops.moe(chosen, weights, batch.without_padding(ids), self.experts, self.kind)
             out = ops.rms_norm(out, self.post_dense_norm, self.eps)
             out = out + ops.rms_norm(chosen, self.post_experts_norm, self.eps)
         hidden = hidden + ops.rms_norm(out, self.post_mlp_norm, self.eps)

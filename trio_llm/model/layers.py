@@ -5,6 +5,8 @@ Letters: S tokens, H hidden size, Hq/Hkv heads, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,9 @@ from trio_llm.model.weights import Weights
 ACTIVATIONS: dict[str, ops.Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 MAX_LAYERS = 1000
 MAX_EXPERTS = 4096
+
+# [S, H] to [S, H]; experts need to know which of the batch's tokens are real.
+FeedForward = Callable[[Tensor, AttentionBatch], Tensor]
 
 
 def attention_spec(
@@ -121,7 +126,7 @@ class GatedMLP:
         self.down = weights.matrix(["down_proj"], [hidden_size], intermediate_size, bias=bias)
         self.kind: ops.Activation = kind
 
-    def __call__(self, hidden: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, _: AttentionBatch) -> Tensor:
         return ops.linear(ops.gated_linear(hidden, self.gate_up, self.kind), self.down)
 
 

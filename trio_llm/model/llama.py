@@ -15,7 +15,7 @@ from trio_llm.model import ops
 from trio_llm.model.attention import AttentionBatch
 from trio_llm.model.config import ModelConfig
 from trio_llm.model.kv_cache import AttentionSpec, KVCache
-from trio_llm.model.layers import ACTIVATIONS, MAX_LAYERS, Attention, GatedMLP, attention_spec
+from trio_llm.model.layers import ACTIVATIONS, MAX_LAYERS, Attention, FeedForward, GatedMLP, attention_spec
 from trio_llm.model.rope import Rope, make_rope
 from trio_llm.model.weights import Weights
 
@@ -23,9 +23,7 @@ from trio_llm.model.weights import Weights
 class LlamaLayer:
     """norm, attention, add; norm, feed-forward, add. The last add is left to the next layer's norm."""
 
-    def __init__(
-        self, weights: Weights, hidden_size: int, eps: float, attention: Attention, mlp: Callable[[Tensor], Tensor]
-    ) -> None:
+    def __init__(self, weights: Weights, hidden_size: int, eps: float, attention: Attention, mlp: FeedForward) -> None:
         self.input_norm = weights.tensor("input_layernorm.weight", hidden_size)
         self.post_norm = weights.tensor("post_attention_layernorm.weight", hidden_size)
         self.attention, self.mlp, self.eps = attention, mlp, eps
@@ -34,7 +32,7 @@ class LlamaLayer:
         """Return what is to be added, and what to add it to."""
         hidden, residual = ops.add_rms_norm(hidden, residual, self.input_norm, self.eps)
         hidden, residual = ops.add_rms_norm(self.attention(hidden, batch, kv), residual, self.post_norm, self.eps)
-        return self.mlp(hidden), residual
+        return self.mlp(hidden, batch), residual
 
 
 class Llama:
@@ -90,7 +88,7 @@ class Llama:
             weights, self.specs[layer], layer, self.ropes[layer], self.hidden_size, eps=self.eps, **options
         )
 
-    def make_mlp(self, weights: Weights) -> Callable[[Tensor], Tensor]:
+    def make_mlp(self, weights: Weights) -> FeedForward:
         kind = self.config.choice("hidden_act", ACTIVATIONS, "silu")
         bias = self.config.get_bool("mlp_bias", False)
         return GatedMLP(weights.at("mlp"), self.hidden_size, self.config.get_int("intermediate_size"), kind, bias=bias)

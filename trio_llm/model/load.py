@@ -9,24 +9,26 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import attrs
 import torch
 
 from trio_llm.config import EngineConfig
 from trio_llm.errors import ConfigError, UnsupportedError
 from trio_llm.messages import ModelInfo, Progress
-from trio_llm.model.device import Cpu
+from trio_llm.model.device import Cpu, Device, Gpu
 from trio_llm.model.dispatch import Dispatch, dispatching
 from trio_llm.model.draft_model import inspect_draft
 from trio_llm.model.loader import ModelPlan, inspect_model, load_model
-from trio_llm.model.memory import available_bytes, control_groups, make_budget
+from trio_llm.model.memory import MemoryBudget, available_bytes, control_groups, make_budget
 from trio_llm.model.runner import Runner
+from trio_llm.model.sizing import size_pool, usable_bytes
 
 _log = logging.getLogger(__name__)
 
 # Weights that stay in a core's cache. A request to the 3 MB demo model took 0.3 s on one thread and 2.5 to 3.8 s on two
 # while other programs used the machine (2 cores).
 _SMALL_MODEL_BYTES = 16 * 2**20
+# KV blocks where nothing is said: of a CPU's pool, and those that no pool can do without.
+_DEFAULT_BLOCKS, _LEAST_BLOCKS = 1024, 2
 # As torch would have it, before any model of this process changed it.
 _DEFAULT_THREADS = torch.get_num_threads()
 
@@ -44,42 +46,63 @@ def load_runner(config: EngineConfig, report: Callable[[Progress], None] | None 
         ConfigError: Settings that do not fit the model or the machine; a TRIO_LLM_KERNELS that is no mode.
     """
     dispatch = Dispatch.from_environment()
-    device = _device(config)
+    device = open_device(config)
     plan = inspect_model(config)
-    info = _info(plan, config)
     draft = inspect_draft(config, plan)
-    budget = make_budget(plan, config, available_bytes(), draft and draft.plan)
-    info = attrs.evolve(info, memory_table=budget.render())
+    budget = make_budget(plan, config, *_least_pool(config, device), draft and draft.plan)
+    info = _info(plan, config, budget)
     _limit_threads(plan.weight_bytes)
     for tower, count in plan.skipped.items():
         _log.info("%s: left out %d tensors of %s: only the language model is served", plan.directory.name, count, tower)
-    with dispatching(dispatch):
+    with device.working(), dispatching(dispatch):
         loaded = load_model(config, plan.dtype, device.torch_device, report)
         drafter = draft and draft.load(device.torch_device, report)
-    _return_freed_memory()
-    return Runner(
-        loaded.model,
-        loaded.kv_layout,
-        info,
-        budget,
-        max_batch_size=config.max_batch_size,
-        device=device,
-        dispatch=dispatch,
-        draft=drafter,
-    )
+        _return_freed_memory()
+        if isinstance(device, Gpu):
+            budget = size_pool(budget, loaded, config, device)
+            info = _info(plan, config, budget)
+        dispatch.take()  # what loading and measuring called is no step's
+        runner = Runner(
+            loaded.model,
+            loaded.kv_layout,
+            info,
+            budget,
+            max_batch_size=config.max_batch_size,
+            device=device,
+            dispatch=dispatch,
+            draft=drafter,
+        )
+        if isinstance(device, Gpu) and not config.enforce_eager:
+            runner.capture_decodes(device.capture, report or (lambda _: None))
+    return runner
 
 
-def _device(config: EngineConfig) -> Cpu:
+def open_device(config: EngineConfig) -> Device:
+    """Return the device that the settings name.
+
+    Raises:
+        ConfigError: There is none.
+        UnsupportedError: More than one is asked for.
+    """
     if config.tensor_parallel_size > 1:
         raise UnsupportedError(
             f"--tensor-parallel-size {config.tensor_parallel_size}: running on several devices is not supported yet."
         )
-    if config.device == "cuda":
-        raise UnsupportedError("--device cuda: running on a GPU is not supported yet; use --device cpu.")
-    return Cpu()
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return Cpu()
+    from trio_llm.model.cuda import open_cuda
+
+    return open_cuda()
 
 
-def _info(plan: ModelPlan, config: EngineConfig) -> ModelInfo:
+def _least_pool(config: EngineConfig, device: Device) -> tuple[int, int]:
+    """Return the blocks that there have to be, and the bytes for all. A GPU's pool is sized when steps are measured."""
+    if isinstance(device, Gpu):
+        return config.num_kv_blocks or _LEAST_BLOCKS, usable_bytes(device, config)
+    return config.num_kv_blocks or _DEFAULT_BLOCKS, available_bytes()
+
+
+def _info(plan: ModelPlan, config: EngineConfig, budget: MemoryBudget) -> ModelInfo:
     longest = config.max_model_len or plan.max_model_len
     if longest > plan.max_model_len:
         raise ConfigError(
@@ -93,10 +116,11 @@ def _info(plan: ModelPlan, config: EngineConfig) -> ModelInfo:
         max_model_len=longest,
         eos_token_ids=plan.eos_token_ids,
         kv_groups=plan.kv_layout.groups,
-        num_kv_blocks=config.num_kv_blocks,
+        num_kv_blocks=budget.num_kv_blocks,
         block_bytes=plan.kv_layout.block_bytes,
         dtype=str(plan.dtype).removeprefix("torch."),
         default_sampling=plan.default_sampling,
+        memory_table=budget.render(),
     )
 
 

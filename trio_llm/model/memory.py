@@ -28,7 +28,8 @@ class MemoryBudget:
         kv_bytes: The pool, padding included.
         group_bytes: Per KV group, what a block of it really holds; the rest of block_bytes is padding.
         sequence_bytes: Per KV group, the most that one sequence of the longest context ever owns.
-        workspace_bytes: Activations and logits of the largest step, estimated.
+        workspace_bytes: Activations and logits of the largest step; on a GPU that and the graphs' memory.
+        workspace_note: How that is known.
         available_bytes: What could be had when the budget was made.
         draft_weight_bytes, draft_block_bytes: The draft model's; 0 without one.
     """
@@ -43,6 +44,7 @@ class MemoryBudget:
     available_bytes: int
     draft_weight_bytes: int = 0
     draft_block_bytes: int = 0
+    workspace_note: str = "estimated"
 
     @property
     def kv_bytes(self) -> int:
@@ -72,7 +74,7 @@ class MemoryBudget:
         if self.draft_bytes:
             kv = f"weights, and {self.draft_block_bytes:,} bytes in each block"
             lines.append(_line("draft", self.draft_bytes, kv))
-        lines.append(_line("workspace", self.workspace_bytes, "estimated"))
+        lines.append(_line("workspace", self.workspace_bytes, self.workspace_note))
         lines.append(_line("total", self.total_bytes, f"of {self.available_bytes / GIB:.2f} GiB available"))
         return "\n".join(lines)
 
@@ -82,9 +84,9 @@ def _line(what: str, num_bytes: int, note: str) -> str:
 
 
 def make_budget(
-    plan: ModelPlan, config: EngineConfig, available_bytes: int, draft: ModelPlan | None = None
+    plan: ModelPlan, config: EngineConfig, num_kv_blocks: int, available_bytes: int, draft: ModelPlan | None = None
 ) -> MemoryBudget:
-    """Add up what a checked checkpoint, and perhaps its draft model, will take under these settings.
+    """Add up what a checked checkpoint, its pool of so many blocks and perhaps its draft model will take.
 
     Raises:
         ConfigError: It does not fit; says by how much and which setting to change.
@@ -92,7 +94,7 @@ def make_budget(
     layout = plan.kv_layout
     budget = MemoryBudget(
         weight_bytes=plan.weight_bytes,
-        num_kv_blocks=config.num_kv_blocks,
+        num_kv_blocks=num_kv_blocks,
         block_bytes=layout.block_bytes,
         groups=layout.groups,
         group_bytes=tuple(layout.used_bytes(group) for group in range(len(layout.groups))),
@@ -144,7 +146,7 @@ def _refusal(budget: MemoryBudget, config: EngineConfig) -> ConfigError:
     )
     blocks = (budget.available_bytes - fixed) // (budget.block_bytes + budget.draft_block_bytes)
     if blocks >= 2:
-        return ConfigError("num_kv_blocks", config.num_kv_blocks, "memory", f"{needs}; --kv-blocks {blocks} would")
+        return ConfigError("num_kv_blocks", budget.num_kv_blocks, "memory", f"{needs}; --kv-blocks {blocks} would")
     advice = (
         "choose a smaller --model or --quantization int8" if config.quantization is None else "choose a smaller --model"
     )

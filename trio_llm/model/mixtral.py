@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
 from trio_llm.model import ops
-from trio_llm.model.layers import ACTIVATIONS, MAX_EXPERTS, make_experts
+from trio_llm.model.attention import AttentionBatch
+from trio_llm.model.layers import ACTIVATIONS, MAX_EXPERTS, FeedForward, make_experts
 from trio_llm.model.mistral import Mistral
 from trio_llm.model.weights import Weights
 
@@ -15,7 +14,7 @@ from trio_llm.model.weights import Weights
 class Mixtral(Mistral):
     """Experts are chosen by softmax over all, then the top ones renormalised."""
 
-    def make_mlp(self, weights: Weights) -> Callable[[Tensor], Tensor]:
+    def make_mlp(self, weights: Weights) -> FeedForward:
         weights = weights.at("block_sparse_moe")
         config, hidden = self.config, self.hidden_size
         num_experts = config.get_int("num_local_experts", most=MAX_EXPERTS)
@@ -32,7 +31,8 @@ class Mixtral(Mistral):
         )
         self.experts.append(experts)
 
-        def mlp(x: Tensor) -> Tensor:
-            return ops.moe(x, *ops.route(ops.linear(x, gate), top_k), experts, kind)
+        def mlp(x: Tensor, batch: AttentionBatch) -> Tensor:
+            expert_weights, ids = ops.route(ops.linear(x, gate), top_k)
+            return ops.moe(x, expert_weights, batch.without_padding(ids), experts, kind)
 
         return mlp

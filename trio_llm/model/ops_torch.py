@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trio_llm.model.attention import AttentionBatch
+from trio_llm.model.capturing import asks_host
 from trio_llm.model.kv_cache import AttentionSpec, LayerKV
 from trio_llm.model.rope import Rope
 
@@ -216,6 +217,7 @@ def moe(x: Tensor, weights: Tensor, ids: Tensor, experts: Experts, kind: Activat
         x: [S, H].
         weights, ids: [S, top_k], from `route`.
     """
+    asks_host("moe")
     num_tokens, top_k = ids.shape
     order = ids.flatten().argsort(stable=True)
     counts = ids.flatten().bincount(minlength=len(experts.load))

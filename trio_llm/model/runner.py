@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,15 +25,17 @@ from trio_llm.messages import (
     Admission,
     ModelInfo,
     PoolingParams,
+    Progress,
     StepPlan,
     StepResult,
     TokenLogprobs,
 )
-from trio_llm.model.device import Cpu
+from trio_llm.model.decode_graphs import DecodeGraphs
+from trio_llm.model.device import Capture, Device, fatal_if_lost
 from trio_llm.model.dispatch import Dispatch, dispatching
 from trio_llm.model.draft_model import DraftModel
 from trio_llm.model.drafter import Drafter
-from trio_llm.model.input_batch import Input, InputRows
+from trio_llm.model.input_batch import InputRows, PlanRows, Sent
 from trio_llm.model.kept import kept_tokens
 from trio_llm.model.kv_cache import KVCache, KVLayout
 from trio_llm.model.launched import Launched
@@ -61,82 +64,115 @@ class Runner:
         budget: MemoryBudget,
         *,
         max_batch_size: int,
-        device: Cpu,
+        device: Device,
         dispatch: Dispatch,
         draft: DraftModel | None = None,
     ) -> None:
         self.info, self.budget = info, budget
-        self._model, self._device, self._dispatch = model, device, dispatch
+        self._model, self._layout, self._device, self._dispatch = model, layout, device, dispatch
         where = device.torch_device
         self._kv = KVCache(layout, info.num_kv_blocks, where)
-        self._rows = InputRows(max_batch_size, layout, where)
-        self._sampling = SamplingRows(
-            info.vocab_size, info.eos_token_ids, max_batch_size, lambda columns: list(map(device.to_device, columns))
-        )
-        self._sampler = Sampler(info.vocab_size, where)
         self._recent = RecentTokens(max_batch_size, where)
+        self._rows = InputRows(max_batch_size, layout, info.max_model_len, device, self._recent)
+        self._sampling = SamplingRows(info.vocab_size, info.eos_token_ids, max_batch_size, device.send)
+        self._sampler = Sampler(info.vocab_size, where)
         self._pooler = Pooler()
         self._scorer = PromptScorer(info.vocab_size, model.logits)
         self._expert_tokens: Tensor | None = None
+        self._graphs: DecodeGraphs | None = None
         self._drafter = None
         if draft is not None:
             self._drafter = Drafter(draft, info.num_kv_blocks, self._rows, self._sampling, self._sampler, device)
 
+    @torch.inference_mode()
+    def capture_decodes(self, capture: Capture, report: Callable[[Progress], None] = lambda _: None) -> None:
+        """Capture steps of one token per row, which `launch` replays from then on."""
+        sizes = [group.block_size for group in self.info.kv_groups if group.window is None]
+        longest = min([self.info.max_model_len, *(self.info.num_kv_blocks * size for size in sizes)])
+        rows, tables = self._rows.num_rows, self._rows.tables
+        self._graphs = DecodeGraphs(self._model, self._kv, self._layout, tables, rows, longest)
+        with self._device.working():
+            self._graphs.capture(capture, self._dispatch.mode, report)
+
     def step(self, plan: StepPlan) -> StepResult:
-        """Run a plan. Its rows fail one by one through the result; an exception means that no row was done."""
+        """Run a plan. Its rows fail one by one through the result; an exception means that no row was done.
+
+        Raises:
+            EngineDeadError: The device is lost, and so is every step after this one.
+        """
         return self.launch(plan)()
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
-        """Queue a plan's work; return a function that waits for it and returns what `step` does.
+        """Queue a plan's work; return a function that waits for it and returns, or raises, what `step` does.
 
         That function queues nothing and may be called on any thread.
         """
-        with dispatching(self._dispatch):
-            return self._launch(plan).collect
+        with fatal_if_lost(self._device), self._device.working(), dispatching(self._dispatch):
+            return partial(_collect, self._queue(plan), self._device)
 
-    def _launch(self, plan: StepPlan) -> Launched:
-        self._apply(plan)
-        batch = self._rows.prepare(plan)
+    def _queue(self, plan: StepPlan) -> Launched:
+        self._recent.begin(plan.step)
+        for request_id in plan.dropped:
+            self._drop(request_id)
+        for admission in plan.admitted:
+            self._admit(admission)
+        rows = self._rows.of(plan)
+        pooled, scored = (_positions_of(those, rows.index) for those in (self._pooler.rows, self._scorer.rows))
+        at = np.setdiff1d(np.flatnonzero(rows.samples), pooled) if pooled else np.flatnonzero(rows.samples)
         began = self._device.mark()
-        hidden = self._forward(batch)
-        self._tell_history(plan, batch)
         failed: dict[int, str] = {}
-        prompt_logprobs = self._score_prompts(plan, batch, hidden, failed)
-        pooled = _positions_of(self._pooler.rows, batch.rows)
-        embeddings = self._pool(plan, batch, pooled, hidden, failed)
-        at = np.setdiff1d(np.flatnonzero(batch.samples), pooled) if pooled else np.flatnonzero(batch.samples)
-        drafts = [batch.drafts[i] for i in at.tolist()]
-        sampled = self._sample(batch, at, drafts, hidden) if len(at) else None
-        proposed = self._speculate(plan, batch, at, drafts, sampled) if plan.drafts else None
+        prompt_logprobs = embeddings = None
+        size = None if pooled or scored else self._graph_size(rows)
+        if size is None:
+            hidden, sent = self._forward(rows, at)
+            prompt_logprobs = self._score_prompts(plan, rows, scored, hidden, failed)
+            embeddings = self._pool(plan, rows, pooled, hidden, failed)
+            logits = self._logits(hidden, sent) if len(at) else None
+        else:
+            logits, sent = self._replay(rows, at, size)
+        self._tell_history(plan, rows)
+        drafts = [rows.drafts[i] for i in at.tolist()]
+        sampled = None if logits is None else self._sample(rows, at, drafts, logits, sent)
+        proposed = self._speculate(plan, rows, at, drafts, sampled) if plan.drafts else None
         experts = self._count_experts()
         done = self._device.mark()
         if sampled is not None and not plan.drafts:
-            self._recent.tell(batch.rows[at], sampled.token_ids, done)
+            self._recent.tell(rows.index[at], sampled.token_ids, done)
         calls = self._dispatch.take()
         return Launched(
             plan, at.tolist(), sampled, drafts, experts, prompt_logprobs, embeddings, failed, calls, proposed,
             began=began, done=done,
         )  # fmt: skip
 
-    def _apply(self, plan: StepPlan) -> None:
-        self._recent.begin(plan.step)
-        for request_id in plan.dropped:
-            self._drop(request_id)
-        for admission in plan.admitted:
-            self._admit(admission)
-
-    def _forward(self, batch: Input) -> Tensor:
-        """Return the hidden states [S, H]."""
-        if len(batch.unknown):
-            places, rows = (self._device.to_device(column) for column in (batch.unknown, batch.unknown_rows))
-            self._recent.fill(batch.attention.token_ids, places, rows)
-        return self._model.forward(batch.attention, self._kv)
-
     def close(self) -> None:
-        """Free the model and the pool; the runner is of no use afterwards."""
-        del self._model, self._kv, self._scorer, self._sampler, self._rows, self._sampling, self._pooler, self._recent
-        self._drafter = None
+        """Free the model, its graphs and the pool; the runner is of no use afterwards."""
+        del self._graphs, self._model, self._kv, self._scorer, self._sampler, self._rows
+        del self._sampling, self._pooler, self._recent, self._expert_tokens, self._drafter
+        self._device.release()
+
+    def _graph_size(self, rows: PlanRows) -> int | None:
+        """Return the size of the graph that these rows fit in; None where they do not all compute one token."""
+        if self._graphs is None or len(rows.index) < len(rows.token_ids):
+            return None
+        return self._graphs.size_for(len(rows.index))
+
+    def _replay(self, rows: PlanRows, at: NDArray[np.intp], size: int) -> tuple[Tensor, Sent]:
+        """Return the logits [R, V] of the rows that stand at `at`, out of a graph."""
+        assert self._graphs is not None
+        decodes, sent = self._rows.send_decodes(rows, at, size)
+        logits = self._graphs.replay(decodes, self._dispatch)
+        return logits[: len(at)] if len(at) == len(rows.index) else logits.index_select(0, sent.sampled_from), sent
+
+    def _forward(self, rows: PlanRows, at: NDArray[np.intp]) -> tuple[Tensor, Sent]:
+        """Return the hidden states [S, H]."""
+        batch, sent = self._rows.send(rows, at)
+        return self._model.forward(batch, self._kv), sent
+
+    def _logits(self, hidden: Tensor, sent: Sent) -> Tensor:
+        """Return the logits [R, V] of what is sampled from."""
+        whole = len(sent.sampled_from) == len(hidden)
+        return self._model.logits(hidden if whole else hidden.index_select(0, sent.sampled_from))
 
     def _admit(self, admission: Admission) -> None:
         row = self._rows.admit(admission.request_id)
@@ -157,27 +193,27 @@ class Runner:
         self._pooler.forget(row)
         self._scorer.forget(row)
 
-    def _tell_history(self, plan: StepPlan, batch: Input) -> None:
+    def _tell_history(self, plan: StepPlan, rows: PlanRows) -> None:
         """Tell the rows that look back at their output which tokens this step computes.
 
         A token that the plan did not know is waited for: the one place where a launch waits for the step before.
         """
-        for i in _positions_of(self._sampling.history_rows, batch.rows):
-            row, offset = int(batch.rows[i]), int(batch.offsets[i])
-            token_ids = plan.token_ids[offset : offset + plan.counts[i] - len(batch.drafts[i])]
+        for i in _positions_of(self._sampling.history_rows, rows.index):
+            row, offset = int(rows.index[i]), int(rows.offsets[i])
+            token_ids = plan.token_ids[offset : offset + plan.counts[i] - len(rows.drafts[i])]
             if token_ids[0] == UNKNOWN:
                 token_ids = (self._recent.on_host(row), *token_ids[1:])
             if token_ids[0] >= 0:  # else the row failed in the step before, and this result is for nobody
                 self._sampling.learn(row, plan.starts[i], token_ids)
 
     def _score_prompts(
-        self, plan: StepPlan, batch: Input, hidden: Tensor, failed: dict[int, str]
+        self, plan: StepPlan, rows: PlanRows, at: list[int], hidden: Tensor, failed: dict[int, str]
     ) -> dict[int, tuple[TokenLogprobs | None, ...]] | None:
+        """Score the prompts of the rows that stand at `at`."""
         scored: dict[int, tuple[TokenLogprobs | None, ...]] = {}
-        for i in _positions_of(self._scorer.rows, batch.rows):
-            offset = int(batch.offsets[i])
-            chunk = hidden[offset : offset + plan.counts[i]]
-            entries = self._scorer.score(int(batch.rows[i]), plan.starts[i], chunk)
+        for i in at:
+            chunk = hidden[rows.offsets[i] : rows.lasts[i] + 1]
+            entries = self._scorer.score(int(rows.index[i]), plan.starts[i], chunk)
             if entries:
                 scored[plan.request_ids[i]] = entries
             if not is_finite(entries):
@@ -185,13 +221,13 @@ class Runner:
         return scored or None
 
     def _pool(
-        self, plan: StepPlan, batch: Input, at: list[int], hidden: Tensor, failed: dict[int, str]
+        self, plan: StepPlan, rows: PlanRows, at: list[int], hidden: Tensor, failed: dict[int, str]
     ) -> dict[int, tuple[float, ...]] | None:
         """Feed the pooling rows, which stand at `at` in the batch; return the vectors that are complete."""
         vectors: dict[int, tuple[float, ...]] = {}
         for i in at:
-            offset = int(batch.offsets[i])
-            vector = self._pooler.add(int(batch.rows[i]), plan.starts[i], hidden[offset : offset + plan.counts[i]])
+            chunk = hidden[rows.offsets[i] : rows.lasts[i] + 1]
+            vector = self._pooler.add(int(rows.index[i]), plan.starts[i], chunk)
             if vector is None:
                 continue
             if vector.isfinite().all():
@@ -200,30 +236,22 @@ class Runner:
                 failed[plan.request_ids[i]] = CORRUPTED
         return vectors or None
 
-    def _sample(self, batch: Input, at: NDArray[np.intp], drafts: Sequence[tuple[int, ...]], hidden: Tensor) -> Sampled:
-        """Sample after the last known token of the rows that stand at `at`, and after each of their drafts.
-
-        Return it on the host, once it has arrived.
-        """
-        lasts, positions, rows = batch.lasts[at], batch.ends[at], batch.rows[at]
-        if any(drafts):
-            counts = np.array([len(draft) for draft in drafts])
-            positions = positions - counts
-            lasts = np.concatenate(
-                [np.arange(last - count, last + 1) for last, count in zip(lasts, counts, strict=True)]
-            )
-        if len(lasts) < len(hidden):
-            hidden = hidden[self._device.to_device(lasts)]
-        selected = self._sampling.select(rows, positions, drafts if any(drafts) else None)
-        sampled = self._sampler.sample(self._model.logits(hidden), selected)
-        if not any(drafts):
-            self._recent.keep(self._device.to_device(rows), sampled.token_ids)
+    def _sample(
+        self, rows: PlanRows, at: NDArray[np.intp], drafts: Sequence[tuple[int, ...]], logits: Tensor, sent: Sent
+    ) -> Sampled:
+        """Sample for the rows that stand at `at`; return it on the host, once it has arrived."""
+        speculates = any(drafts)
+        positions = rows.ends[at] - [len(draft) for draft in drafts] if speculates else rows.ends[at]
+        selected = self._sampling.select(rows.index[at], positions, drafts if speculates else None)
+        sampled = self._sampler.sample(logits, selected)
+        if not speculates:
+            self._recent.keep(sent.sampled_rows, sampled.token_ids)
         return sampled.to_host(self._device.to_host)
 
     def _speculate(
         self,
         plan: StepPlan,
-        batch: Input,
+        rows: PlanRows,
         at: NDArray[np.intp],
         drafts: Sequence[tuple[int, ...]],
         sampled: Sampled | None,
@@ -232,10 +260,10 @@ class Runner:
         self._device.mark().wait()
         tokens = kept_tokens([] if sampled is None else sampled.token_ids.tolist(), drafts)
         kept = {i: row for i, row in zip(at.tolist(), tokens, strict=True) if row[0] >= 0}
-        for i in _positions_of(self._sampling.history_rows, batch.rows):
+        for i in _positions_of(self._sampling.history_rows, rows.index):
             if i in kept:
-                self._sampling.learn(int(batch.rows[i]), int(batch.ends[i]) - len(batch.drafts[i]), kept[i])
-        return None if self._drafter is None else self._drafter.propose(plan, batch, kept)
+                self._sampling.learn(int(rows.index[i]), int(rows.ends[i]) - len(rows.drafts[i]), kept[i])
+        return None if self._drafter is None else self._drafter.propose(plan, rows, kept)
 
     def _count_experts(self) -> Tensor | None:
         """Return on the host what each expert was given since the last time; a step that raised counts in the next."""
@@ -244,6 +272,11 @@ class Runner:
             return None
         before, self._expert_tokens = self._expert_tokens, load.sum(0)
         return self._device.to_host(self._expert_tokens if before is None else self._expert_tokens - before)
+
+
+def _collect(launched: Launched, device: Device) -> StepResult:
+    with fatal_if_lost(device):
+        return launched.collect()
 
 
 def _positions_of(wanted: AbstractSet[int], rows: NDArray[np.intp]) -> list[int]:
