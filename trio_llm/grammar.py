@@ -55,7 +55,10 @@ def json_schema(schema: Any, *, param: str, any_whitespace: bool = True) -> Gram
         text = "{}"
     elif not isinstance(parsed, dict):
         raise InvalidRequestError(f"{param} must be a JSON schema (an object), not {type(parsed).__name__}.", param)
-    return GrammarSource(_matcher().grammar_from_json_schema(text, overrides=_json_options(any_whitespace)), param)
+    try:
+        return GrammarSource(_matcher().grammar_from_json_schema(text, overrides=_json_options(any_whitespace)), param)
+    except ValueError as error:  # It counts levels too, and allows fewer.
+        raise InvalidRequestError(f"{param} cannot be used: {_first_line(error)}.", param) from None
 
 
 def json_object(*, param: str) -> GrammarSource:
@@ -74,7 +77,8 @@ def choice(options: Sequence[str], *, param: str) -> GrammarSource:
     """Constrain the output to one of several strings."""
     if not options or not all(options):
         raise InvalidRequestError(f"{param} must be a list of at least one string, none of them empty.", param)
-    return lark(["start: " + " | ".join(json.dumps(option) for option in options)], param=param)
+    # One terminal: as a rule of its own, each would be one more way to go on that the parser has to keep in view.
+    return lark(["start: CHOICE", "CHOICE: " + " | ".join(json.dumps(option) for option in options)], param=param)
 
 
 def lark(rules: Sequence[str], *, param: str) -> GrammarSource:
