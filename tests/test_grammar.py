@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -130,6 +131,9 @@ def test_the_cache_is_bounded_and_remembers(compiler) -> None:
     assert len(compiler) == 4
 
 
+MANY = {f"p{i}": {"type": "string"} for i in range(1500)}
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -148,6 +152,11 @@ def test_the_cache_is_bounded_and_remembers(compiler) -> None:
         (lambda: grammar.free_grammar("start: nothing", param="p"), "unknown name"),
         (lambda: grammar.free_grammar("start: " + "(" * 9_000 + '"a"' + ")" * 9_000, param="p"), "nested"),
         (lambda: grammar.free_grammar('root ::= "a', param="p"), "p "),
+        (lambda: grammar.free_grammar('{"grammars": []}', param="p"), "neither"),
+        (lambda: grammar.free_grammar("start: %json {", param="p"), "JSON behind %json"),
+        (lambda: grammar.json_schema('{"items":' * 400 + "{}" + "}" * 400, param="p"), "recursion limit"),
+        (lambda: grammar.json_schema({"$ref": "#"}, param="p"), "cannot be used"),
+        (lambda: grammar.json_schema({"type": "object", "properties": MANY}, param="p"), "row has"),
     ],
 )
 def test_bad_and_bombing_grammars_are_refused_by_name(compiler, make, says: str) -> None:
@@ -155,3 +164,62 @@ def test_bad_and_bombing_grammars_are_refused_by_name(compiler, make, says: str)
     with pytest.raises(InvalidRequestError, match=re.escape(says)) as caught:
         compiler.compile(make())
     assert caught.value.param == "p"
+
+
+MULTIPLES = [
+    {"type": "integer", "multipleOf": 10_000_019},
+    {"type": "number", "multipleOf": 100.00019},
+    {"multipleOf": 1e7},
+    {"allOf": [{"multipleOf": 101}, {"properties": {"a": {"items": [{"multipleOf": 103}]}}}]},
+    {"properties": {f"p{i}": {"multipleOf": 9_000} for i in range(3)}},
+]
+
+
+@pytest.mark.parametrize("schema", MULTIPLES)
+def test_multiples_that_would_compile_for_minutes_are_refused(schema: dict[str, Any]) -> None:
+    """A large multipleOf, or several with a large common multiple, is refused before the compiler sees it."""
+    spellings = [
+        lambda: grammar.json_schema(schema, param="p"),
+        lambda: grammar.json_schema(json.dumps(schema).replace("multiple", "multipl\\u0065"), param="p"),
+        lambda: grammar.free_grammar(f"start: %json {json.dumps(schema)}", param="p"),
+        lambda: grammar.free_grammar(f"start: a\na: %json\n{json.dumps(schema)}", param="p"),
+    ]
+    for spelling in spellings:
+        with pytest.raises(InvalidRequestError, match="multipleOf") as caught:
+            spelling()
+        assert caught.value.param == "p"
+
+
+def test_ordinary_multiples_are_held_to(compiler, tokenizer) -> None:
+    """Cents, dozens, and a property that is called multipleOf are no bombs."""
+    schema = {
+        "type": "object",
+        "properties": {"multipleOf": {"type": "integer", "multipleOf": 12, "minimum": 0, "maximum": 999},
+                       "price": {"enum": [1.5]}, "cents": {"type": "number", "multipleOf": 0.01, "maximum": 9}},
+        "required": ["multipleOf", "price"], "additionalProperties": False,
+    }  # fmt: skip
+    compiled = compiler.compile(grammar.json_schema(schema, param="p", any_whitespace=False))
+    for seed in range(5):
+        assert json.loads(generate(compiled, tokenizer, seed))["multipleOf"] % 12 == 0
+
+
+def test_a_choice_of_thousands(compiler, tokenizer) -> None:
+    """As many options as a source may hold are one terminal: they compile, and one of them comes out."""
+    options = [f"option {i}" for i in range(3_500)]
+    assert generate(compiler.compile(grammar.choice(options, param="p")), tokenizer, 1) in options
+
+
+def test_what_is_known_needs_no_compiling(compiler) -> None:
+    """A grammar that is remembered is handed out at once; one that was refused or never seen is not."""
+    source = grammar.regex("known", param="p")
+    assert compiler.known(source) is None
+    assert compiler.compile(source) is compiler.known(source)
+
+
+def test_a_composed_grammar_blames_the_part_that_is_wrong(compiler) -> None:
+    """Of several forms the field of the wrong one is named, whichever place it has."""
+    wrong, right = grammar.regex("[a", param="wrong"), grammar.regex("a", param="right")
+    for forms in ([wrong, right], [right, wrong]):
+        with pytest.raises(InvalidRequestError) as caught:
+            compiler.compile(grammar.compose(["start: @form_0 | @form_1"], forms))
+        assert caught.value.param == "wrong"

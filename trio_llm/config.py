@@ -317,6 +317,13 @@ class LimitsConfig:
         flags=("--template-timeout",),
         at_least=0.001,
     )
+    grammar_timeout_s: float = setting(
+        5.0,
+        "Seconds for compiling a schema, regular expression or grammar.",
+        env="VLLM_REGEX_COMPILATION_TIMEOUT_S",
+        flags=("--grammar-timeout",),
+        at_least=0.001,
+    )
     max_template_chars: int = setting(
         4 * 1024 * 1024, "Characters that a chat template may render.", flags=("--max-template-chars",), at_least=1
     )

@@ -8,11 +8,14 @@ tokens may come next and tells it which one came. Knows no server, no model and 
 from __future__ import annotations
 
 import json
+import math
+import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 
@@ -22,8 +25,14 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
     from llguidance._lib import JsonCompileOptions
 
-# Compiling takes about 10 us a byte at worst (20,000 choices: 200 kB, 2 s), so this bounds it to well under a second.
+# With this and the two bounds below, compiling for 150,000 tokens takes well under a second, one mask well under a
+# tenth, and a few MiB, whatever a client sends: benchmarks/grammars.py measures it over hostile grammars.
 MAX_SOURCE_BYTES = 64 * 1024
+
+# llguidance bounds its own work by fuel, except that of multipleOf: it builds a state per remainder, 16 us each, and
+# 10,000,019 keeps it busy for many minutes. Schemas are merged, so what counts is the least common multiple.
+MAX_MULTIPLE = 10_000
+MAX_SUM_OF_MULTIPLES = 20_000
 
 
 @attrs.frozen
@@ -51,10 +60,12 @@ def json_schema(schema: Any, *, param: str, any_whitespace: bool = True) -> Gram
         raise InvalidRequestError(f"{param} is nested too deeply.", param) from None
     if parsed is False:
         raise InvalidRequestError(f"{param} = false allows no output at all.", param)
+    check_multiples(parsed, param)
     if parsed is True:
-        text = "{}"
+        parsed = {}
     elif not isinstance(parsed, dict):
         raise InvalidRequestError(f"{param} must be a JSON schema (an object), not {type(parsed).__name__}.", param)
+    text = json.dumps(parsed)  # What was looked at is what is compiled, also where the text has a key twice.
     try:
         return GrammarSource(_matcher().grammar_from_json_schema(text, overrides=_json_options(any_whitespace)), param)
     except ValueError as error:  # It counts levels too, and allows fewer.
@@ -107,6 +118,11 @@ def free_grammar(grammar: str, *, param: str) -> GrammarSource:
     _check_size(grammar, param)
     if grammar.lstrip().startswith("{"):  # The compiler would take it for its own way to write several grammars.
         raise InvalidRequestError(f"{param} is neither a Lark nor a GBNF grammar.", param)
+    for start in re.finditer(r"%json\s*", grammar):
+        try:
+            check_multiples(json.JSONDecoder().raw_decode(grammar, start.end())[0], param)
+        except (ValueError, RecursionError):
+            raise InvalidRequestError(f"{param} has something else than JSON behind %json.", param) from None
     if "::=" in grammar:
         from llguidance.gbnf_to_lark import gbnf_to_lark
 
@@ -115,6 +131,40 @@ def free_grammar(grammar: str, *, param: str) -> GrammarSource:
         except Exception as error:  # noqa: BLE001 - a converter of untrusted text; every refusal is the client's error
             raise InvalidRequestError(f"{param} is not a grammar: {_first_line(error)}", param) from None
     return GrammarSource(_matcher().grammar_from_lark(grammar), param)
+
+
+def check_multiples(schema: Any, param: str) -> None:
+    """Refuse schemas, at any depth, whose multipleOf would take minutes to compile.
+
+    Raises:
+        InvalidRequestError: Names the field.
+    """
+    found = list(_multiples(schema))
+    if sum(found) > MAX_SUM_OF_MULTIPLES or math.lcm(*set(found)) > MAX_MULTIPLE:
+        raise InvalidRequestError(
+            f"{param} cannot be used: multipleOf takes too long to hold to, above {MAX_MULTIPLE} (what is divisible by "
+            f"several counts as their least common multiple) or above {MAX_SUM_OF_MULTIPLES} in all.",
+            param,
+        )
+
+
+def _multiples(schema: Any) -> Iterator[int]:
+    """Yield every multipleOf as a whole number, without its decimal point."""
+    waiting: list[Any] = [schema]
+    while waiting:
+        match waiting.pop():
+            case dict() as node:
+                waiting += cast("dict[str, Any]", node).values()
+                match cast("dict[str, Any]", node).get("multipleOf"):
+                    case int() | float() as value if value > 0:
+                        number = Decimal(str(value)).as_tuple()
+                        yield int("".join(map(str, number.digits))) * 10 ** max(int(number.exponent), 0)
+                    case _:
+                        pass  # A property of this name, or what the compiler refuses.
+            case list() as items:
+                waiting += cast("list[Any]", items)
+            case _:
+                pass
 
 
 class Matcher:
@@ -169,6 +219,13 @@ class GrammarCompiler:
         self._compiled: OrderedDict[str, Grammar] = OrderedDict()
         self._lock = threading.Lock()
 
+    def known(self, source: GrammarSource) -> Grammar | None:
+        """Return a grammar that was compiled already and is remembered. Takes microseconds."""
+        with self._lock:
+            if (grammar := self._compiled.get(source.text)) is not None:
+                self._compiled.move_to_end(source.text)
+            return grammar
+
     def compile(self, source: GrammarSource) -> Grammar:
         """Return the grammar, ready to be matched. Blocks for milliseconds: call it from a worker thread.
 
@@ -176,12 +233,10 @@ class GrammarCompiler:
             InvalidRequestError: It is too large, too deep, or not a grammar; names the field.
         """
         _check_size(source.text, source.param)
-        with self._lock:
-            if (known := self._compiled.get(source.text)) is not None:
-                self._compiled.move_to_end(source.text)
-                return known
+        if (known := self.known(source)) is not None:
+            return known
         prototype = _matcher()(self._vocabulary, source.text, log_level=0, limits=self._limits)
-        if error := prototype.get_error():
+        if error := prototype.get_error() or _error_at_start(prototype):
             for form in source.forms:
                 self.compile(form)  # If one of them is to blame, its own field is named.
             raise InvalidRequestError(f"{source.param} cannot be used: {_first_line(error)}", source.param)
@@ -206,6 +261,16 @@ class GrammarCompiler:
         from llguidance import LLParserLimits
 
         return LLParserLimits(verbose_errors=False)
+
+
+def _error_at_start(prototype: LLMatcher) -> str:
+    """Return why not even the first tokens can be found: some bombs only go off when they are used."""
+    trial = prototype.deep_copy()
+    first = int.from_bytes(trial.compute_bitmask(), "little")
+    if first:
+        trial.consume_token((first & -first).bit_length() - 1)
+        trial.compute_bitmask()
+    return trial.get_error()
 
 
 def _check_size(text: str, param: str) -> None:

@@ -90,6 +90,7 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "limits.write_timeout_s": (1.5, 2.5, 3.5),
     "limits.request_timeout_s": (1.5, 2.5, 3.5),
     "limits.template_timeout_s": (1.5, 2.5, 3.5),
+    "limits.grammar_timeout_s": (1.5, 2.5, 3.5),
     "limits.max_template_chars": (1, 2, 3),
 }
 DECLARED = dict(fields())

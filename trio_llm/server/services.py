@@ -25,6 +25,7 @@ from trio_llm.tokenizer import Tokenizer
 
 # A number pulled out of the air: two long prompts are tokenized side by side, the others wait their turn.
 _TOKENIZING_THREADS = 2
+_COMPILING_THREADS = 2
 
 
 @attrs.define(kw_only=True)
@@ -47,6 +48,7 @@ class Services:
     keys: ApiKeys
     tracing: Tracing | None = None
     threads: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(_TOKENIZING_THREADS))
+    compiling: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(_COMPILING_THREADS))
     grammars: GrammarCompiler = attrs.field(init=False)
     _streams: set[Stream] = attrs.field(factory=set[Stream], init=False)
 

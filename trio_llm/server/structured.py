@@ -5,15 +5,12 @@ from __future__ import annotations
 import trio
 
 from trio_llm import grammar
-from trio_llm.errors import InvalidRequestError
+from trio_llm.errors import InvalidRequestError, OverloadedError
 from trio_llm.grammar import GrammarSource
 from trio_llm.messages import Grammar
+from trio_llm.server.amounts import flag_of
 from trio_llm.server.requests import GenerationBody, ResponseFormat, StructuredOutputs
 from trio_llm.server.services import Services
-
-# Compiling is bounded in itself (see grammar.py); this bounds how long a request waits for a busy thread.
-MAX_COMPILE_S = 5.0
-
 
 _FORMS = ("json", "regex", "choice", "grammar", "json_object")
 
@@ -77,14 +74,27 @@ def _from_structured_outputs(structured: StructuredOutputs) -> GrammarSource:
 
 
 async def compile_grammar(services: Services, source: GrammarSource) -> Grammar:
-    """Compile off the event loop.
+    """Compile off the event loop, in threads of its own: should one be stuck, it is only new grammars that wait.
 
     Raises:
-        InvalidRequestError: It cannot be used, or not in time.
+        InvalidRequestError: It cannot be used, or is not compiled in time.
+        OverloadedError: Others are still being compiled.
     """
-    with trio.move_on_after(MAX_COMPILE_S):
-        # Abandoned, the thread ends by itself: it touches nothing but the compiler's cache.
-        return await trio.to_thread.run_sync(
-            services.grammars.compile, source, abandon_on_cancel=True, limiter=services.threads
-        )
-    raise InvalidRequestError(f"{source.param} takes longer than {MAX_COMPILE_S:.0f} s to compile.", source.param)
+    if (known := services.grammars.known(source)) is not None:
+        return known
+    begun = False
+
+    def work() -> Grammar:
+        nonlocal begun
+        begun = True
+        return services.grammars.compile(source)
+
+    limit_s = services.config.limits.grammar_timeout_s
+    with trio.move_on_after(limit_s):
+        # Abandoned, the thread goes on and keeps its place: there are never more of them, however many are stuck.
+        return await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=services.compiling)
+    if not begun:
+        raise OverloadedError("Other grammars are still being compiled.", retry_after_s=limit_s)
+    raise InvalidRequestError(
+        f"{source.param} takes longer than {limit_s:g} s to compile ({flag_of('grammar_timeout_s')}).", source.param
+    )

@@ -50,6 +50,7 @@ def tool_grammar(
         "llama3": _llama3,
         "mistral": _mistral_named if "[ARGS]" in special_tokens else _mistral_list,
     }[form](tools, markers, mode, parallel)
+    grammar.check_multiples([tool.parameters for tool in tools], "tools")
     arguments = [f"args_{index}: %json {json.dumps(_schema(tool))}" for index, tool in enumerate(tools)]
     return grammar.lark(["%llguidance {}", *rules, f"TEXT: {_TEXT}", *arguments], param="tools")
 

@@ -1,0 +1,88 @@
+"""Grammars that take too long to compile: their request is told so in time, and nobody else waits for them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator
+from typing import Any
+
+import attrs
+import pytest
+import trio
+import trio.testing
+
+from tests.server.helpers import ask
+from tests.server.stub import StubRunner, open_stub
+from trio_llm.config import Config, LimitsConfig
+from trio_llm.grammar import GrammarCompiler, GrammarSource
+from trio_llm.server.app import ServerApp, create_app
+
+HI: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
+
+
+@attrs.define
+class Stuck:
+    """Compilations of regular expressions that hold "stuck" do not end before the test does."""
+
+    release: threading.Event = attrs.field(factory=threading.Event)
+    num_begun: int = 0
+
+
+@pytest.fixture
+async def stuck(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Stuck]:
+    """Let such compilations hang until the end of the test."""
+    state, compile_source = Stuck(), GrammarCompiler.compile
+
+    def hang(self: GrammarCompiler, source: GrammarSource) -> Any:
+        if "stuck" in source.text:
+            state.num_begun += 1
+            state.release.wait()
+        return compile_source(self, source)
+
+    monkeypatch.setattr(GrammarCompiler, "compile", hang)
+    yield state
+    state.release.set()
+
+
+async def post(app: ServerApp, pattern: str | None, **fields: Any) -> Any:
+    """Ask for an answer of a form."""
+    form = {} if pattern is None else {"structured_outputs": {"regex": pattern}}
+    return await ask(app, "POST", "/v1/chat/completions", {**HI, **form, **fields})
+
+
+@pytest.fixture
+async def app(autojump_clock: trio.testing.MockClock) -> AsyncIterator[ServerApp]:
+    """Return an app round a stub, in a time that jumps where everybody waits."""
+    async with open_stub(StubRunner()) as engine:
+        yield create_app(engine, Config(limits=LimitsConfig(grammar_timeout_s=3.0)))
+
+
+async def test_a_compilation_without_end_is_a_400_in_time(app: ServerApp, stuck: Stuck) -> None:
+    """After the limit the client is told which field takes how long, and by which flag that is moved."""
+    began = trio.current_time()
+    answer = await post(app, "stuck")
+    assert answer.status == 400
+    assert answer.json()["error"]["param"] == "structured_outputs.regex"
+    assert "longer than 3 s to compile (--grammar-timeout)" in answer.json()["error"]["message"]
+    assert 3.0 <= trio.current_time() - began < 3.5
+
+
+async def test_nobody_else_waits_for_it(app: ServerApp, stuck: Stuck) -> None:
+    """With all compiling threads stuck, known grammars and free answers go on; new grammars are told to come again."""
+    assert (await post(app, "[a-z]known")).status == 200
+    async with trio.open_nursery() as nursery:
+        for index in range(5):
+            nursery.start_soon(post, app, f"stuck{index}")
+    assert stuck.num_begun == 2
+    began = trio.current_time()
+    assert (await post(app, "[a-z]known")).status == 200
+    assert (await post(app, None)).status == 200
+    long = [{"role": "user", "content": "x" * 3000}]  # Tokenized in a thread.
+    assert (await post(app, None, messages=long)).status == 400
+    assert trio.current_time() - began < 0.5
+    late = await post(app, "[a-z]new")
+    assert (late.status, late.headers["retry-after"]) == (503, "3")
+    stuck.release.set()
+    while (await post(app, "[a-z]new")).status == 503:
+        await trio.testing.wait_all_tasks_blocked()
+    assert (await post(app, "[a-z]new")).status == 200
