@@ -218,6 +218,22 @@ class GrammarCompiler:
         self._capacity = capacity
         self._compiled: OrderedDict[str, Grammar] = OrderedDict()
         self._lock = threading.Lock()
+        self._preparing = threading.Lock()
+        self._vocabulary: LLTokenizer | None = None
+
+    @property
+    def prepared(self) -> bool:
+        return self._vocabulary is not None
+
+    def prepare(self) -> LLTokenizer:
+        """Index the vocabulary, once: seconds for one of 150,000 tokens, so call it from a worker thread."""
+        from llguidance import LLTokenizer
+
+        with self._preparing:
+            if self._vocabulary is None:
+                eos = self._eos_token_ids
+                self._vocabulary = LLTokenizer(self._tokenizer_json, n_vocab=self._vocab_size, eos_token=eos)
+            return self._vocabulary
 
     def known(self, source: GrammarSource) -> Grammar | None:
         """Return a grammar that was compiled already and is remembered. Takes microseconds."""
@@ -235,7 +251,7 @@ class GrammarCompiler:
         _check_size(source.text, source.param)
         if (known := self.known(source)) is not None:
             return known
-        prototype = _matcher()(self._vocabulary, source.text, log_level=0, limits=self._limits)
+        prototype = _matcher()(self.prepare(), source.text, log_level=0, limits=self._limits)
         if error := prototype.get_error() or _error_at_start(prototype):
             for form in source.forms:
                 self.compile(form)  # If one of them is to blame, its own field is named.
@@ -249,12 +265,6 @@ class GrammarCompiler:
 
     def __len__(self) -> int:
         return len(self._compiled)
-
-    @cached_property
-    def _vocabulary(self) -> LLTokenizer:
-        from llguidance import LLTokenizer
-
-        return LLTokenizer(self._tokenizer_json, n_vocab=self._vocab_size, eos_token=self._eos_token_ids)
 
     @cached_property
     def _limits(self) -> LLParserLimits:

@@ -82,6 +82,8 @@ async def compile_grammar(services: Services, source: GrammarSource) -> Grammar:
     """
     if (known := services.grammars.known(source)) is not None:
         return known
+    if not services.grammars.prepared:  # No grammar's fault: its time begins behind it.
+        await trio.to_thread.run_sync(services.grammars.prepare, abandon_on_cancel=True, limiter=services.compiling)
     begun = False
 
     def work() -> Grammar:
