@@ -7,22 +7,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cuda_kernels.gemm import BK, grouped_linear
 from cuda_kernels.launch import Kernel, io_define, kernel, unfit
 
 MAX_EXPERTS = 512
 MAX_TOP_K = 32
-_BN, _BK, _STAGES = 64, 64, 3  # as in moe.cu
 
 
 def supports(x: Tensor, gate_up: Tensor, down: Tensor) -> str | None:
     """Say why x [S, H] and experts [E, 2I, H], [E, H, I] cannot be taken; None where they can."""
     if reason := unfit(x):
         return reason
-    if gate_up.dtype != x.dtype or down.dtype != x.dtype:
+    if gate_up.dtype not in (x.dtype, torch.int8) or down.dtype != gate_up.dtype:
         return f"weights of {gate_up.dtype}"
     if len(gate_up) > MAX_EXPERTS:
         return f"{len(gate_up)} experts"
-    if down.shape[1] % _BK or down.shape[2] % _BK:
+    if down.shape[1] % BK or down.shape[2] % BK:
         return f"experts of {down.shape[2]} by {down.shape[1]}"
     return None
 
@@ -54,14 +54,17 @@ def moe(
     down: Tensor,
     load: Tensor,
     kind: Literal["silu", "gelu_tanh"],
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Run each token through its experts and add up.
 
     Args:
         x: [S, H].
-        weights, ids: [S, top_k] float32 and int64.
+        weights, ids: [S, top_k] float32 and int64. Ids of -1 are of a token that only pads the batch: it is given to no
+            expert and counts nowhere; what comes out for it means nothing.
         gate_up, down: [E, 2I, H], gate first, and [E, H, I].
         load: [E] int64, increased by the tokens each expert gets.
+        scales: [E, 2I] and [E, H] of int8 weights.
     """
     tokens, top_k = ids.shape
     experts, hidden, width = down.shape
@@ -71,24 +74,17 @@ def moe(
     order, tile_expert = ids.new_empty(tiles * rows, dtype=torch.int32), ids.new_empty(tiles, dtype=torch.int32)
     sort = _kernel("sort_pairs", x, rows=rows, experts=experts)
     sort((1, 1, 1), (1024, 1, 1), (2 * experts + 1) * 4, ids, order, tile_expert, load, pairs, tiles)
-    shared_bytes = _STAGES * (rows + _BN) * _BK * 2 + rows * 4
     inner, outer = x.new_empty(pairs, width), x.new_empty(pairs, hidden)
-    for source, matrix, result, gated in ((x.contiguous(), gate_up, inner, 1), (inner, down, outer, 0)):
-        launched = _kernel("expert_linear", x, rows=rows, gated=gated, gelu=int(kind == "gelu_tanh" and gated))
-        columns, inputs = result.shape[1], source.shape[1]
-        grid = (-(-columns // (_BN // 2 if gated else _BN)), tiles, 1)
-        launched(grid, (128, 1, 1), shared_bytes, source, matrix, order, tile_expert, result, columns, inputs, top_k)
+    of_gate_up, of_down = scales or (None, None)
+    placed = {"tiles": (order, tile_expert), "tile": rows, "top_k": top_k}
+    grouped_linear(x, gate_up, of_gate_up, None, out=inner, activation=kind, **placed)
+    grouped_linear(inner, down, of_down, None, out=outer, activation=None, **placed)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     add_up = _kernel("combine", x)
     add_up((tokens, -(-hidden // 1024), 1), (128, 1, 1), 0, outer, weights.contiguous(), out, hidden, top_k)
     return out
 
 
-def _kernel(
-    entry: str, x: Tensor, *, rows: int = 16, gated: int = 0, gelu: int = 0, experts: int = 8, top_k: int = 1
-) -> Kernel:
+def _kernel(entry: str, x: Tensor, *, rows: int = 16, experts: int = 8, top_k: int = 1) -> Kernel:
     """Return an entry point; what it does not use keeps a default, so that equal modules are built once."""
-    return kernel(
-        "moe.cu", entry, BM=rows, GATED=gated, GELU=gelu, NUM_EXPERTS=experts, TOP_K=top_k,
-        IO_FP16=io_define(x.dtype) or 0,
-    )  # fmt: skip
+    return kernel("moe.cu", entry, BM=rows, NUM_EXPERTS=experts, TOP_K=top_k, IO_FP16=io_define(x.dtype) or 0)

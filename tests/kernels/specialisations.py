@@ -12,6 +12,10 @@ SHARED_BYTES = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120"
 HEADS = ((64, 7), (128, 4), (128, 1), (256, 8), (512, 8))  # head size, query heads per key head
 
 
+# Rows of a tile, int8 weights or not, and stages: of experts, then of one weight.
+GEMMS = ((16, 0, 4), (64, 0, 3), (16, 1, 8), (64, 1, 4), (16, 1, 16), (32, 1, 12), (64, 1, 8))
+
+
 def attention(arch: str) -> list[Kernel]:
     """Return the attention kernels that an architecture's shared memory leads to."""
     device = Device(multiprocessors=100, shared_bytes=SHARED_BYTES[arch] * 1024)
@@ -46,8 +50,12 @@ def others() -> list[Kernel]:
             for m, int8, gated, fp16 in product((1, 2, 4, 8), flag, flag, flag)
         ),
         *(
-            kernel("moe.cu", "expert_linear", BM=rows, GATED=gated, GELU=0, NUM_EXPERTS=128, TOP_K=8, IO_FP16=0)
-            for rows, gated in product((16, 64), flag)
+            kernel("moe.cu", entry, BM=rows, NUM_EXPERTS=128, TOP_K=8, IO_FP16=fp16)
+            for entry, rows, fp16 in product(("route", "sort_pairs", "combine"), (16, 64), flag)
+        ),
+        *(
+            kernel("gemm.cu", "grouped_linear", BM=rows, INT8=int8, GATED=gated, GELU=0, STAGES=stages, IO_FP16=fp16)
+            for (rows, int8, stages), gated, fp16 in product(GEMMS, flag, flag)
         ),
         *(kernel("quant.cu", "quantize_rows", IO_FP16=fp16) for fp16 in flag),
         *(kernel("sample.cu", entry, THREADS=512) for entry in ("sample", "token_logprobs")),

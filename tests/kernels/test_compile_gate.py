@@ -9,6 +9,7 @@ from tests.kernels.specialisations import ARCHS, attention, others
 
 MUST_USE = {
     "paged_attn.cu": ("mma.sync.aligned.m16n8k16", "ldmatrix.sync.aligned.m8n8.x4", "cp.async.cg.shared.global"),
+    "gemm.cu": ("mma.sync.aligned.m16n8k16", "ldmatrix.sync.aligned.m8n8.x4", "cp.async.cg.shared.global"),
     "norm.cu": ("ld.global.L1::no_allocate.v4.b32",),
     "act.cu": ("ld.global.L1::no_allocate.v4.b32",),
 }

@@ -34,6 +34,7 @@ MODELS: dict[str, Any] = {
 CASES = [
     ("mixtral", {}),
     ("llama", {"kv_quantization": True, "quantization": "int8"}),
+    pytest.param("mixtral", {"quantization": "int8"}, marks=pytest.mark.kernels_full),
     pytest.param("qwen3", {}, marks=pytest.mark.kernels_full),
     pytest.param("gemma4", {}, marks=pytest.mark.kernels_full),
 ]
@@ -68,7 +69,7 @@ def test_models_match_transformers(
         assert kl < 0.03
     else:
         assert rms < 0.12 and kl < 0.006
-    assert {implementation for _, implementation, _ in on_kernels.calls} == {"cuda", "cublas"}
+    assert {implementation for _, implementation, _ in on_kernels.calls} <= {"cuda", "cublas"}
     used = {op for op, implementation, _ in on_kernels.calls if implementation == "cuda"}
     own = {"gemma4": {"rms_norm", "gated_linear"}, "mixtral": {"route", "moe", "add_rms_norm"}}
     assert used >= {"linear", "write_kv", "paged_attention"} | own.get(name, {"gated_linear", "add_rms_norm"})

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cuda_kernels import moe
+from cuda_kernels.launch import using
+from cuda_kernels.simulator import SimulatedLauncher
 from tests.kernels.helpers import assert_close, count, simulate
 
 
@@ -63,6 +65,35 @@ def test_moe(
     assert_close(out, reference(x, weights, ids, gate_up, down, kind), slack=6)
 
 
+def test_experts_of_int8_weights() -> None:
+    """Weights of a byte with a scale per output and expert give what the widened ones give."""
+    torch.manual_seed(3)
+    x = torch.randn(21, 64).bfloat16()
+    gate_up, down = (torch.randint(-127, 128, shape, dtype=torch.int8) for shape in ((4, 128, 64), (4, 64, 64)))
+    scales = (torch.rand(4, 128) / 500).bfloat16(), (torch.rand(4, 64) / 500).bfloat16()
+    weights, ids = torch.rand(21, 4).topk(2)
+    load = torch.zeros(4, dtype=torch.int64)
+    (out,) = simulate(lambda: (moe.moe(x, weights, ids, gate_up, down, load, "silu", scales),), orders=(0, 2))
+    wide = (matrix * scale[..., None].double() for matrix, scale in zip((gate_up, down), scales, strict=True))
+    assert_close(out, reference(x, weights, ids, *wide, "silu"), slack=12)
+
+
+def test_padding_goes_to_no_expert() -> None:
+    """Tokens whose ids are -1, whatever they hold, change nothing for the others and count in no load."""
+    torch.manual_seed(4)
+    x, gate_up = torch.randn(9, 64).bfloat16(), (torch.randn(4, 128, 64) / 8).bfloat16()
+    down = (torch.randn(4, 64, 64) / 8).bfloat16()
+    weights, ids = torch.rand(9, 4).topk(2)
+    real, load = torch.tensor([0, 2, 3, 7]), torch.zeros(4, dtype=torch.int64)
+    padded = torch.ones(9, dtype=torch.bool).index_fill(0, real, False)
+    x[padded], weights[padded], ids[padded] = torch.nan, torch.nan, -1
+    (out,) = simulate(lambda: (moe.moe(x, weights, ids, gate_up, down, load, "silu")[real],), orders=(0, 2))
+    assert load.tolist() == (2 * ids[real].flatten().bincount(minlength=4)).tolist()  # once for each order
+    with using(SimulatedLauncher()):
+        alone = moe.moe(x[real], weights[real], ids[real], gate_up, down, load, "silu")
+    assert torch.equal(out, alone)
+
+
 def test_weights_of_chosen_experts_are_read_once() -> None:
     """For one token the traffic is the chosen experts' weights, and little else."""
     x = torch.randn(1, 256).bfloat16()
@@ -81,6 +112,7 @@ def test_supports_says_why_not() -> None:
     down = torch.zeros(4, 64, 64, dtype=torch.float16)
     assert moe.supports(x, gate_up, down) is None
     assert moe.supports(x.float(), gate_up, down) == "dtype torch.float32"
+    assert moe.supports(x, gate_up.to(torch.int8), down.to(torch.int8)) is None
     assert moe.supports(x, gate_up.to(torch.int8), down) == "weights of torch.int8"
     assert moe.supports(x, gate_up.expand(4, -1, -1).repeat(200, 1, 1), down) == "800 experts"
     assert moe.supports(x, gate_up, down[..., :24]) == "experts of 24 by 64"

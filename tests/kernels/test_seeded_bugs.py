@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from cuda_kernels import compile as compiling
-from cuda_kernels import gemv, kv_write, norm, sample
+from cuda_kernels import gemm, gemv, kv_write, moe, norm, sample
 from cuda_kernels.paged_attn import Tile
 from cuda_kernels.simulator import KernelFaultError, UnsupportedError
+from cuda_kernels.simulator.machine import ORDERS
 from tests.kernels.attention_cases import Case, make, reference
 from tests.kernels.helpers import assert_close, simulate
 
@@ -76,6 +77,30 @@ def check_gemv() -> None:
     (out,) = simulate(lambda: (gemv.linear(x, weight, scale=scale, activation="silu"),))
     gate, up = (x.double() @ weight.double().T * scale.double()).chunk(2, dim=-1)
     assert_close(out, torch.nn.functional.silu(gate) * up, slack=2)
+
+
+def check_gemm() -> None:
+    """Multiply twenty rows by gated int8 weights, more steps than stages, and a last tile that is not full."""
+    x, weight = torch.randn(20, 1024).bfloat16(), torch.randint(-127, 128, (72, 1024), dtype=torch.int8)
+    scale, bias = (torch.rand(72) / 100).bfloat16(), torch.randn(72).bfloat16()
+    (out,) = simulate(lambda: (gemm.linear(x, weight, scale, bias=bias, activation="silu"),))
+    gate, up = (x.double() @ weight.double().T * scale.double() + bias.double()).chunk(2, dim=-1)
+    assert_close(out, torch.nn.functional.silu(gate) * up, slack=2)
+
+
+def check_padding() -> None:
+    """Give five tokens to experts of 16-bit weights; the last only pads the batch."""
+    x, ids = torch.randn(5, 64).bfloat16(), torch.tensor([[0, 2], [2, 1], [0, 1], [1, 2], [-1, -1]])
+    x[4] = torch.nan
+    gate_up, down = (torch.randn(3, 128, 64) / 8).bfloat16(), (torch.randn(3, 64, 64) / 8).bfloat16()
+    weights, load = torch.full((5, 2), 0.5), torch.zeros(3, dtype=torch.int64)
+    (out,) = simulate(lambda: (moe.moe(x, weights, ids, gate_up, down, load, "silu")[:4],))
+    assert load.tolist() == [2 * len(ORDERS), 3 * len(ORDERS), 3 * len(ORDERS)]
+    for token in range(4):
+        parts = [gate_up[e].double() @ x[token].double() for e in ids[token]]
+        hidden = [torch.nn.functional.silu(part[:64]) * part[64:] for part in parts]
+        wanted = sum(0.5 * down[e].double() @ h for e, h in zip(ids[token], hidden, strict=True))
+        assert_close(out[token], torch.as_tensor(wanted), slack=12)
 
 
 def check_sample() -> None:
@@ -158,6 +183,19 @@ BUGS = {
     "frequency and presence swapped": Bug(
         "sample.cu", "presence = penalties[2 * num_seen + i]", "presence = penalties[3 * num_seen + i]", check_edits
     ),
+    "no barrier before a stage": Bug(
+        "gemm.cu", "__syncthreads();  // this stage is there for all, and all have left the one before", "", check_gemm
+    ),
+    "a stage not waited for": Bug("gemm.cu", "copies_wait<STAGES - 2>()", "copies_wait<STAGES - 1>()", check_gemm),
+    "the stage in use is loaded": Bug("gemm.cu", "shared + ahead % STAGES *", "shared + step % STAGES *", check_gemm),
+    "x in another order": Bug("gemm.cu", "{low.x, high.x, low.y, high.y}", "{low.x, low.y, high.x, high.y}", check_gemm),
+    "x of the neighbour's bytes": Bug("gemm.cu", "offset = t % 2 * 8", "offset = (t + 1) % 2 * 8", check_gemm),
+    "bytes swapped on widening": Bug("gemm.cu", "pack_io(wide[0], wide[1])", "pack_io(wide[1], wide[0])", check_gemm),
+    "up without its bias": Bug("gemm.cu", "scales, bias, n + output)", "scales, nullptr, n + output)", check_gemm),
+    "rows past the end": Bug("gemm.cu", ": at < num_rows ? at : -1", ": at", check_gemm),
+    "columns past the end": Bug("gemm.cu", "if (column < n) *rein", "*rein", check_gemm),
+    "pairs for tokens": Bug("gemm.cu", "order && GATED ? row / top_k", "false ? row / top_k", check_padding),
+    "padding counts": Bug("moe.cu", "1)] == expert;\n      count", "1)] <= expert;\n      count", check_padding),
     "no barrier before a tile": paged(TILE_BARRIER, "", DECODE),
     "copies not waited for": paged("copies_wait<0>();", "", DECODE),
     "the tile in use is overwritten": paged("(stage + 1) % STAGES * STAGE_BYTES, c", "stage * STAGE_BYTES, c", DECODE),
@@ -208,10 +246,12 @@ DEFAULT = [name for name, bug in BUGS.items() if bug.source != "paged_attn.cu"] 
 
 def assert_caught(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compile the source with the bug and see its check fail."""
-    text = compiling.expand(bug.source)
+    expand = compiling.expand
+    text = expand(bug.source)
     assert bug.old in text, "the source has changed: seed the bug anew"
     torch.manual_seed(1)
-    monkeypatch.setattr(compiling, "expand", lambda name: text.replace(bug.old, bug.new))
+    bad = text.replace(bug.old, bug.new)
+    monkeypatch.setattr(compiling, "expand", lambda name: bad if name == bug.source else expand(name))
     with pytest.raises((AssertionError, KernelFaultError, UnsupportedError)):
         bug.check()
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cuda_kernels import act, gemv, kv_write, norm, paged_attn, quant
+from cuda_kernels import act, gemm, gemv, kv_write, norm, paged_attn, quant
 from cuda_kernels import moe as experts_on_gpu
 from cuda_kernels import sample as choosing
 from trio_llm.model import ops, ops_torch
@@ -25,18 +25,28 @@ _WIDENED_ELEMENTS = 64 * 2**20  # weights widened at a time: 128 MiB (guessed)
 
 def linear(x: Tensor, matrix: Matrix) -> Tensor:
     """See `ops_torch.linear`."""
-    if len(x) > gemv.MAX_ROWS:
-        return ops_torch.linear(x, matrix) if isinstance(matrix, Dense) else _widened_linear(x, matrix)
-    scale = matrix.scale if isinstance(matrix, Int8) else None
-    return gemv.linear(x, matrix.weight, scale=scale, bias=matrix.bias)
+    if len(x) <= gemv.MAX_ROWS:
+        scale = matrix.scale if isinstance(matrix, Int8) else None
+        return gemv.linear(x, matrix.weight, scale=scale, bias=matrix.bias)
+    if isinstance(matrix, Dense):
+        return ops_torch.linear(x, matrix)
+    if _tiled(x, matrix):
+        return gemm.linear(x, matrix.weight, matrix.scale, bias=matrix.bias)
+    return _widened_linear(x, matrix)
 
 
 def gated_linear(x: Tensor, gate_up: Matrix, kind: Activation) -> Tensor:
     """See `ops.gated_linear`."""
-    if len(x) > gemv.MAX_ROWS:
-        return ops.act_and_mul(ops.linear(x, gate_up), kind)
-    scale = gate_up.scale if isinstance(gate_up, Int8) else None
-    return gemv.linear(x, gate_up.weight, scale=scale, bias=gate_up.bias, activation=kind)
+    if len(x) <= gemv.MAX_ROWS:
+        scale = gate_up.scale if isinstance(gate_up, Int8) else None
+        return gemv.linear(x, gate_up.weight, scale=scale, bias=gate_up.bias, activation=kind)
+    if isinstance(gate_up, Int8) and _tiled(x, gate_up):
+        return gemm.linear(x, gate_up.weight, gate_up.scale, bias=gate_up.bias, activation=kind)
+    return ops.act_and_mul(ops.linear(x, gate_up), kind)
+
+
+def _tiled(x: Tensor, matrix: Int8) -> bool:
+    return len(x) <= gemm.MAX_ROWS and gemm.supports(x, matrix.weight) is None
 
 
 def _widened_linear(x: Tensor, matrix: Int8) -> Tensor:
@@ -88,7 +98,9 @@ quantize_rows = quant.quantize_rows
 
 def moe(x: Tensor, weights: Tensor, ids: Tensor, experts: Experts, kind: Activation) -> Tensor:
     """See `ops_torch.moe`."""
-    return experts_on_gpu.moe(x, weights, ids, experts.gate_up.weight, experts.down.weight, experts.load, kind)
+    gate_up, down = experts.gate_up, experts.down
+    scales = (gate_up.scale, down.scale) if isinstance(gate_up, Int8) and isinstance(down, Int8) else None
+    return experts_on_gpu.moe(x, weights, ids, gate_up.weight, down.weight, experts.load, kind, scales)
 
 
 def sample(
@@ -110,9 +122,9 @@ def _block_size(batch: AttentionBatch, kv: LayerKV) -> int:
 
 
 def _linear(x: Tensor, matrix: Matrix) -> str | None:
-    if len(x) > gemv.MAX_ROWS:
-        return FOR_CUBLAS
-    return gemv.supports(x, matrix.weight)
+    if len(x) <= gemv.MAX_ROWS:
+        return gemv.supports(x, matrix.weight)
+    return None if isinstance(matrix, Int8) and _tiled(x, matrix) else FOR_CUBLAS
 
 
 def _moe(x: Tensor, experts: Experts) -> str | None:
