@@ -15,6 +15,7 @@
 #define WEIGHT_CHUNKS (INT8 ? BK / 16 : BK / 8)  // 16-byte pieces of a weight row in a stage
 #define STAGE_BYTES (X_BYTES + BN * WEIGHT_CHUNKS * 16)
 #define MTILES (BM / 16)
+#define BLOCKS (STAGES * STAGE_BYTES > 49152 ? 2 : 4)  // of a multiprocessor's shared memory and registers
 
 #if INT8
 typedef s8 weight_t;
@@ -106,7 +107,7 @@ DEV float finish(float sum, const io_t* scales, const io_t* bias, int column) {
   return bias ? sum + to_float(bias[column]) : sum;
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 4)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     grouped_linear(const io_t* __restrict__ x, const weight_t* __restrict__ weights, const io_t* __restrict__ scales,
                    const io_t* __restrict__ bias, const int* __restrict__ order, const int* __restrict__ tile_expert,
                    io_t* __restrict__ out, int num_rows, int n, int k, int row_stride, int top_k) {

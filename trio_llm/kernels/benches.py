@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cuda_kernels import act, gemv, moe, norm, sample
+from cuda_kernels import act, gemm, gemv, moe, norm, sample
 from trio_llm.kernels.attention import Attention, Problem
 from trio_llm.model import counter_rng, ops_torch
 
@@ -92,6 +92,16 @@ def _linear(*, small: bool) -> Iterator[Bench]:
             name = f"gate and up, {rows} rows{', int8' if int8 else ''}"
             num_bytes = inputs * outputs * (1 if int8 else 2)
             yield Bench("gemv.cu", name, num_bytes, 2 * rows * inputs * outputs, make)
+    for rows in (16, 64):
+
+        def make_many(device: torch.device, rows: int = rows) -> tuple[Work, dict[str, Work]]:
+            x, dense = (torch.randn(n, inputs, device=device, dtype=torch.bfloat16) for n in (rows, outputs))
+            weight, scale = dense.clamp(-9, 9).mul(14).to(torch.int8), dense.abs().amax(1)
+            return lambda: gemm.linear(x, weight, scale), {"cuBLAS": lambda: F.linear(x, dense)}
+
+        yield Bench(
+            "gemm.cu", f"gate and up, {rows} rows, int8", inputs * outputs, 2 * rows * inputs * outputs, make_many
+        )
 
 
 def _elementwise(*, small: bool) -> Iterator[Bench]:

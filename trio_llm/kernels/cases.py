@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cuda_kernels import act, gemv, kv_write, moe, norm, quant, sample
+from cuda_kernels import act, gemm, gemv, kv_write, moe, norm, quant, sample
 from trio_llm.kernels.attention import Attention
 from trio_llm.model import counter_rng, ops_torch
 
@@ -116,6 +116,9 @@ def _linear(device: torch.device, dtype: torch.dtype, scale: int) -> Iterator[Ch
                 lambda: (x.double() @ dense.double().T,))  # fmt: skip
     yield Check("gemv.cu", f"int8, gated {dtype}", lambda: (gemv.linear(x, q, scale=scales, activation="silu"),),
                 lambda: (gated(x.double() @ q.double().T * scales.double()),))  # fmt: skip
+    many = _random(device, dtype, 20, inputs)
+    yield Check("gemm.cu", f"int8 {dtype}", lambda: (gemm.linear(many, q, scales),),
+                lambda: (many.double() @ q.double().T * scales.double(),))  # fmt: skip
 
 
 def _experts(device: torch.device, dtype: torch.dtype, scale: int) -> Iterator[Check]:
