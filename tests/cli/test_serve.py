@@ -10,6 +10,7 @@ import sys
 import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -23,6 +24,7 @@ from trio_llm.cli.serve import _innermost, _Process
 from trio_llm.config import Config, ServerConfig
 from trio_llm.errors import ConfigError
 from trio_llm.messages import StepPlan
+from trio_llm.server.storage.database import Database
 
 STREAM = json.dumps({"prompt": "a", "max_tokens": 3, "stream": True, "ignore_eos": True}).encode()
 LOCAL = Config(server=ServerConfig(host="127.0.0.1", port=0, shutdown_timeout_s=60))
@@ -218,3 +220,14 @@ def test_the_demo_model_answers_over_http() -> None:
         process.send_signal(signal.SIGTERM)
     assert "Tokyo" in answer["choices"][0]["message"]["content"]
     assert process.returncode == 0
+
+
+def test_a_data_directory_has_one_server(tmp_path: Path) -> None:
+    """A second server on a data directory is refused in one line, before it loads a model, with exit code 2."""
+    with Database(tmp_path):
+        command = [sys.executable, "-m", "trio_llm", "serve", "--data-dir", str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    told = f"error: data directory: server.data_dir = '{tmp_path}': must not be in use by another server\n"
+    assert [line for line in done.stderr.splitlines(keepends=True) if not line.startswith("{")] == [told]

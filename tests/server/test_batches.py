@@ -12,22 +12,24 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 import trio
+from trio.testing import MockClock
 
 from tests.server.client import use_client
-from tests.server.helpers import Running, running
+from tests.server.helpers import Running, ask, running
 from tests.server.stub import GatedWorker, StubRunner, continuation, open_stub
-from trio_llm.config import AuthConfig, Config, ServerConfig
+from trio_llm.config import AuthConfig, Config, EngineConfig, ServerConfig
 from trio_llm.server.app import create_app
 
 KEYS = ("sk-0123456789abcdef", "sk-fedcba9876543210")
+JSON = {"content-type": "application/json"}
 ENDED = ("completed", "failed", "expired", "cancelled")
 
 
@@ -35,7 +37,8 @@ ENDED = ("completed", "failed", "expired", "cancelled")
 async def serving(directory: Path, **options: Any) -> AsyncIterator[Running]:
     """Serve with a data directory, and close it in order."""
     auth = AuthConfig(api_keys=KEYS, rate_limit_requests=0)
-    config = Config(server=ServerConfig(data_dir=str(directory)), auth=auth)
+    size = {name: value for name, value in options.items() if name == "max_batch_size"}
+    config = Config(server=ServerConfig(data_dir=str(directory)), auth=auth, engine=EngineConfig(**size))
     async with open_stub(StubRunner(), **options) as engine, running(create_app(engine, config)) as server:
         yield server
         server.stop.set()
@@ -228,6 +231,117 @@ async def test_cancelling(tmp_path: Path) -> None:
     assert len(errors) in {0, 20}  # none, if it was cancelled before its lines were read
 
 
+async def test_cancelling_in_the_middle(tmp_path: Path) -> None:
+    """What was answered before a batch is cancelled stands in its output file; every state tells the right counts."""
+    worker = GatedWorker()
+    states: list[tuple[str, int, int, int]] = []
+
+    def note(batch: Any) -> Any:
+        counts = batch.request_counts
+        states.append((batch.status, counts.total, counts.completed, counts.failed))
+        return batch
+
+    async with serving(tmp_path, worker=worker, max_batch_size=4) as server:
+
+        def begin(client: openai.OpenAI) -> str:
+            bodies: list[dict[str, Any]] = [{"prompt": f"n{number}", "max_tokens": 2} for number in range(10)]
+            bodies[1] = {"prompt": "x", "max_tokens": -1}
+            file = client.files.create(file=jsonl("/v1/completions", *bodies), purpose="batch")
+            return note(
+                client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+            ).id
+
+        def end(client: openai.OpenAI) -> tuple[Any, list[Any], list[Any]]:
+            deadline = time.monotonic() + 60
+            while note(client.batches.retrieve(batch_id)).request_counts.completed < 3:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            note(client.batches.cancel(batch_id))
+            batch = note(wait(client, client.batches.retrieve(batch_id)))
+            return batch, read_lines(client, batch.output_file_id), read_lines(client, batch.error_file_id)
+
+        batch_id = await use_client(server, begin, KEYS[0])
+        worker.let(6)  # Two lines run at once: so many steps are two pairs of lines, or three.
+        batch, output, errors = await use_client(server, end, KEYS[0])
+        worker.open = True
+        worker.let(1)
+    assert states[0] == ("validating", 0, 0, 0)
+    assert {status for status, *_ in states} <= {"validating", "in_progress", "cancelling", "cancelled"}
+    assert all(completed + failed <= total for _, total, completed, failed in states)
+    completed = [state[2] for state in states]
+    assert completed == sorted(completed)
+    assert states[-1] == ("cancelled", 10, len(output), 10 - len(output)) and 3 <= len(output) < 9
+    assert batch.cancelling_at is not None and batch.cancelled_at is not None
+    for line in output:
+        number = line["custom_id"][1:]
+        assert line["response"]["body"]["choices"][0]["text"] == continuation(f"n{number}", 2)
+    told = {line["custom_id"]: line for line in errors}
+    assert told.keys() | {line["custom_id"] for line in output} == {f"c{number}" for number in range(10)}
+    assert told["c1"]["response"]["status_code"] == 400
+    assert {line["error"]["code"] for line in errors if line["response"] is None} == {"batch_cancelled"}
+
+
+async def test_expiry(tmp_path: Path, mock_clock: MockClock) -> None:
+    """After its window a batch that still waits ends as expired, with the lines it has and a reason for the others."""
+    worker = GatedWorker()
+    config = Config(server=ServerConfig(data_dir=str(tmp_path)), engine=EngineConfig(max_batch_size=2))
+    body = {"prompts": ["a", "b", "c"], "endpoint": "completions", "max_tokens": 2}
+    async with open_stub(StubRunner(), worker=worker, max_batch_size=2) as engine:
+        app = create_app(engine, config)
+        async with running(app):
+            made = (await ask(app, "POST", "/v1/batches", body, headers=JSON)).json()
+            worker.let(3)  # One line runs at a time, of two tokens each.
+            batch = await poll(app, made["id"], lambda batch: batch["request_counts"]["completed"] == 1)
+            assert batch["status"] == "in_progress"
+            mock_clock.jump(86_400)
+            batch = await poll(app, made["id"], lambda batch: batch["status"] in ENDED)
+            worker.open = True
+            worker.let(1)
+            results = (await ask(app, "GET", f"/v1/batches/{made['id']}/results")).body
+    assert batch["status"] == "expired" and batch["expired_at"] is not None
+    assert batch["expires_at"] == batch["created_at"] + 86_400
+    assert batch["request_counts"] == {"total": 3, "completed": 1, "failed": 2}
+    lines = [json.loads(line) for line in results.splitlines()]
+    assert lines[0]["response"]["body"]["choices"][0]["text"] == continuation("a", 2)
+    assert [line["error"]["code"] for line in lines[1:]] == ["batch_expired"] * 2
+
+
+async def poll(app: Any, batch_id: str, done: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """Ask for a batch until it is as wanted."""
+    while not done(batch := (await ask(app, "GET", f"/v1/batches/{batch_id}")).json()):
+        await trio.lowlevel.checkpoint()
+    return batch
+
+
+async def test_lines_are_charged_to_their_key(tmp_path: Path, mock_clock: MockClock) -> None:
+    """What a batch has spent is gone from its key's bucket for requests too, and its lines wait for the refill."""
+    auth = AuthConfig(api_keys=KEYS, rate_limit_requests=0, rate_limit_tokens=6, rate_limit_window_secs=6)
+    config = Config(server=ServerConfig(data_dir=str(tmp_path)), auth=auth, engine=EngineConfig(max_batch_size=2))
+    body = {"prompts": ["a", "b", "c"], "endpoint": "completions", "max_tokens": 5}
+    async with open_stub(StubRunner(), max_batch_size=2) as engine:
+        app = create_app(engine, config)
+        mine, others = ({**JSON, "x-api-key": key} for key in KEYS)
+        async with running(app):
+            made = (await ask(app, "POST", "/v1/batches", body, headers=mine)).json()
+
+            def count() -> int:
+                row = sqlite3.connect(f"file:{tmp_path}/trio-llm.sqlite3?mode=ro", uri=True)
+                with closing(row):
+                    return row.execute("SELECT completed FROM batches WHERE id = ?", (made["id"],)).fetchone()[0]
+
+            for completed in (1, 2, 3):
+                while count() < completed:
+                    await trio.lowlevel.checkpoint()
+                answer = await ask(app, "POST", "/v1/completions", {"prompt": "x", "max_tokens": 1}, headers=mine)
+                assert answer.status == 429
+                answer = await ask(app, "GET", "/v1/models", headers=others)
+                assert answer.headers["x-ratelimit-remaining-tokens"] == "6"
+                assert count() == completed
+                mock_clock.jump(1.5)
+                await trio.testing.wait_all_tasks_blocked()
+                mock_clock.jump(4.5)
+
+
 async def test_a_batch_survives_a_restart(tmp_path: Path) -> None:
     """A server that stops in good order leaves lines pending; the next one answers them."""
     worker = GatedWorker()
@@ -357,6 +471,16 @@ def check_killed(tmp_path: Path, points: list[int]) -> None:
 def test_killed_once(tmp_path: Path) -> None:
     """SIGKILL in the middle of a batch: after a restart no line is lost, doubled or changed."""
     check_killed(tmp_path, [LINES // 3])
+
+
+@pytest.mark.slow
+def test_killed_at_random_instants() -> None:
+    """The script that kills servers whenever it likes, while they start too, finds every line once and unchanged."""
+    script = Path(__file__).parents[2] / "benchmarks" / "batch.py"
+    command = [sys.executable, str(script), "--lines", "600", "--mib", "1", "--kills", "4", "--seed", "1"]
+    done = subprocess.run([*command, "--max-batch-size", "8"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("600 lines: 0 lost, 0 doubled, 0 changed, in order: True") == 2
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from hypercorn.utils import LifespanFailureError
 from quart import request
 from quart_trio import QuartTrio
 from trio.testing import wait_all_tasks_blocked
@@ -541,3 +542,15 @@ async def test_lifetime_ends_with_the_request_however_it_ends() -> None:
     call.disconnect()
     await call.run()
     assert closed.is_set()
+
+
+async def test_an_app_that_cannot_start_is_never_announced() -> None:
+    """Where the app's start fails, nobody is told that it serves, and its reason comes out of serve()."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "lifespan.startup.failed", "message": "the disk is full"})
+
+    with pytest.RaisesGroup(pytest.RaisesExc(LifespanFailureError, match="the disk is full"), flatten_subgroups=True):
+        async with running(app):
+            raise AssertionError("it was announced")

@@ -20,6 +20,7 @@ from trio_llm.config import Config
 from trio_llm.engine import Engine
 from trio_llm.errors import ConfigError
 from trio_llm.server.app import ServerApp, create_app
+from trio_llm.server.disk import check_directory
 from trio_llm.server.serve import serve
 
 # What unwinding may take once everything was told to end. Pulled out of the air; a step of a large model fits in.
@@ -33,6 +34,7 @@ def run(settings: Settings) -> int:
     """Serve until told to stop; return the exit code. Raises what the engine or the server died of."""
     config = settings.config
     configure_logging(config.server.log_level, config.server.log_dir)
+    check_directory(config.server.data_dir)
     raise_file_limit(config.limits.max_connections + _OTHER_FILES)
     if (warning := open_to_all(config)) is not None:
         _log.warning(warning)

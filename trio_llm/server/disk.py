@@ -80,6 +80,16 @@ class Disk:
         return await trio.to_thread.run_sync(call, *args, limiter=self._limiter)
 
 
+def check_directory(directory: str | None) -> None:
+    """Say early, before a model is loaded for nothing, that a directory which was asked for cannot be used.
+
+    Raises:
+        ConfigError: It cannot be written to, or another server uses it.
+    """
+    if directory is not None:
+        Database(Path(directory)).close()
+
+
 def default_directory() -> Path:
     """Return where a user's programs keep their state (XDG base directories)."""
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "trio-llm"

@@ -66,6 +66,10 @@ async def serve(
     async with trio.open_nursery() as lifespan_nursery:
         await lifespan_nursery.start(lifespan.handle_lifespan)
         await lifespan.wait_for_startup()
+        if lifespan.shutdown.is_set():  # It could not start; the reason is on its way out of the nursery.
+            for listener in listeners:
+                listener.socket.close()
+            await trio.sleep_forever()
         async with trio.open_nursery() as nursery:
             async with trio.open_nursery() as accepting:
                 accepting.start_soon(partial(trio.serve_listeners, server.handle, listeners, handler_nursery=nursery))
