@@ -57,6 +57,31 @@ class ServerConfig:
         "Send OpenTelemetry traces to this OTLP/HTTP URL, e.g. http://localhost:4318/v1/traces; needs trio-llm[otel].",
         flags=("--otlp-traces-endpoint",),
     )
+    trusted_proxies: tuple[str, ...] = setting(
+        (),
+        "Addresses or networks of reverse proxies whose Forwarded and X-Forwarded-For headers are believed.",
+        flags=("--trusted-proxies",),
+    )
+    allowed_origins: tuple[str, ...] = setting(
+        (),
+        "Origins of web pages that may use the API, * for all; none switches CORS off.",
+        flags=("--allowed-origins",),
+    )
+    allowed_methods: tuple[str, ...] = setting(
+        (), "Methods that such pages may use; none stands for all.", flags=("--allowed-methods",)
+    )
+    allowed_headers: tuple[str, ...] = setting(
+        (), "Headers that such pages may send; none stands for all.", flags=("--allowed-headers",)
+    )
+    allow_credentials: bool = setting(
+        False, "Let such pages send cookies; not with origin *.", flags=("--allow-credentials",)
+    )
+    sse_keep_alive_interval: float = setting(
+        0.0,
+        "Seconds of silence after which a stream sends a comment, lest a proxy cut it; 0 for never.",
+        flags=("--sse-keep-alive-interval",),
+        at_least=0,
+    )
     enable_shutdown: bool = setting(
         True, "Answer GET /shutdown.", env="VLLM_ENABLE_SHUTDOWN", flags=("--enable-shutdown",)
     )
@@ -223,6 +248,11 @@ class AuthConfig:
 class LimitsConfig:
     """How much one client, connection or request may take. Whoever exceeds one is told the number and the flag."""
 
+    strict: bool = setting(
+        False,
+        "Refuse fields that nobody here knows; by default they are ignored and named in a Warning header.",
+        flags=("--strict",),
+    )
     max_body_bytes: int = setting(
         2 * 1024 * 1024,
         "Bytes of a JSON request body.",

@@ -128,7 +128,7 @@ async def test_each_request_is_one_log_line(app: ServerApp, caplog: pytest.LogCa
     """The log has a line per request with its id, in words of ours: nothing a client sends can forge another line."""
     caplog.set_level("INFO", "trio_llm.server.app")
     await ask(app, "GET", "/x\nforged", headers={"x-request-id": "mine"})
-    assert [record.message for record in caplog.records] == ["GET unmatched 404, request mine"]
+    assert [record.message for record in caplog.records] == ["GET unmatched from 127.0.0.1 404, request mine"]
 
 
 async def test_unknown_fields_are_answered_with_a_warning(app: ServerApp) -> None:

@@ -126,6 +126,7 @@ class _Process:
                 graceful_timeout_s=server.shutdown_timeout_s,
                 last_call=app.last_call,
                 limits=self.config.limits,
+                trusted_proxies=server.trusted_proxies,
                 task_status=task_status,
             )
         except OSError as error:

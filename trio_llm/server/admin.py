@@ -1,4 +1,4 @@
-"""What operators and their tools ask: /health, /ping, /version, /metrics and /shutdown."""
+"""What operators and their tools ask: /health, /ping, /load, /version, /metrics and /shutdown."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import trio_llm
 from trio_llm.engine.metrics import exposition
 from trio_llm.server import auth
 from trio_llm.server.errors import HttpError
+from trio_llm.server.proxies import VOUCHED
 from trio_llm.server.services import Services
 
 # A proxy on this machine makes every peer look local; these headers give it away.
@@ -29,6 +30,11 @@ def register(app: QuartTrio, services: Services, http_metrics: CollectorRegistry
     async def health() -> tuple[dict[str, str], int]:
         status = services.engine.health().status
         return {"status": status}, 200 if status == "ok" else 503
+
+    @app.get("/load")
+    async def load() -> dict[str, int]:
+        health = services.engine.health()
+        return {"server_load": health.num_running + health.num_waiting}
 
     @app.get("/version")
     async def version() -> dict[str, str]:
@@ -66,7 +72,7 @@ def _check_shutdown(services: Services) -> None:
     if request.headers.get("Sec-Fetch-Site", "none") != "none":
         raise HttpError(403, "/shutdown is not for web pages.")
     if _is_forwarded():
-        raise HttpError(403, "/shutdown is not available through a proxy.")
+        raise HttpError(403, "/shutdown is not available through a proxy that --trusted-proxies does not name.")
     if services.keys and g.key_id is None:
         raise HttpError(401, "/shutdown needs an API key.", code="invalid_api_key")
     administrators = auth.ApiKeys(services.config.auth.admin_api_keys)
@@ -86,7 +92,8 @@ def _is_expected_host(host: str, services: Services) -> bool:
 
 
 def _is_forwarded() -> bool:
-    return any(name in request.headers for name in _FORWARDING)
+    """Say whether the request came through a proxy whose word for its client is not taken."""
+    return VOUCHED not in request.scope and any(name in request.headers for name in _FORWARDING)
 
 
 def _host_name(host: str) -> str:

@@ -17,6 +17,11 @@ def too_much(what: str, most: int, setting: str, param: str | None = None) -> In
     return InvalidRequestError(f"{what}: at most {most} ({flag_of(setting)}).", param=param)
 
 
+def unknown_field(path: str) -> InvalidRequestError:
+    """Return the refusal of a field that nobody here knows, where none is let pass."""
+    return InvalidRequestError(f"Unknown field '{path[:64]}': none is let pass here (--strict).", param=path[:64])
+
+
 def flag_of(setting: str) -> str:
     """Return the flag by which an operator moves a limit."""
     return getattr(attrs.fields(LimitsConfig), setting).metadata["flags"][0]

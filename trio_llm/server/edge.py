@@ -23,7 +23,9 @@ import trio
 from trio_llm.config import LimitsConfig
 from trio_llm.server.amounts import flag_of
 from trio_llm.server.connection import ASGIApp
+from trio_llm.server.cors import Cors, Headers, origin_of
 from trio_llm.server.errors import HttpError, error_body
+from trio_llm.server.proxies import TrustedProxies
 
 logger = logging.getLogger(__name__)
 
@@ -65,13 +67,25 @@ class Edge:
 
     app: ASGIApp
     limits: LimitsConfig
+    proxies: TrustedProxies = attrs.field(factory=TrustedProxies)
+    cors: Cors | None = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
         elif scope["type"] != "http":
             await send({"type": "websocket.close"})
-        elif (refusal := self._refusal(scope)) is not None:
+        elif self.cors is None:
+            await self._answer(scope, receive, send)
+        elif (headers := self.cors.preflight(scope)) is not None:
+            marks = self.cors.marks(origin_of(scope))
+            await send({"type": "http.response.start", "status": 204, "headers": [*headers, *marks]})
+            await send({"type": "http.response.body"})
+        else:
+            await self._answer(scope, receive, _marking(send, self.cors.marks(origin_of(scope))))
+
+    async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
+        if (refusal := self._refusal(scope)) is not None:
             await _respond(send, refusal, scope["path"])
             with trio.move_on_after(_BODY_GRACE_S):  # Hypercorn waits for somebody to take the body off it.
                 while (await receive())["type"] != "http.disconnect":
@@ -109,7 +123,22 @@ class Edge:
             return HttpError(431, f"At most {most} bytes of target and headers ({flag_of('max_header_bytes')}).")
         if not _has_path(scope["path"]):
             return HttpError(400, "The request target is not a path.")
+        try:
+            self.proxies.see_through(scope)
+        except HttpError as error:
+            return error
         return None
+
+
+def _marking(send: Any, marks: Headers) -> Any:
+    """Return a `send` that adds headers to the response."""
+
+    async def marked(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message["headers"], *marks]}
+        await send(message)
+
+    return marked
 
 
 def _has_path(target: str) -> bool:

@@ -57,6 +57,7 @@ class Caller:
         warn: Tells it something beside the answer; plain characters only.
         background: Its requests wait behind everybody else's.
         deadline: When it must have its answer.
+        keep_alive_s: How long its stream may be silent; 0 for ever.
     """
 
     lifetime: Lifetime
@@ -64,13 +65,20 @@ class Caller:
     warn: Callable[[str], None]
     background: bool = False
     deadline: Deadline = attrs.field(factory=Deadline)
+    keep_alive_s: float = 0.0
 
     @classmethod
     def current(cls) -> Caller:
         """Return the caller of the current HTTP request."""
         lifetime: Lifetime = cast(Any, request.scope)[LIFETIME]
-        deadline = Deadline.after(lifetime.began_s, current_config().limits.request_timeout_s)
-        return cls(lifetime=lifetime, key_id=g.get("key_id"), warn=warn, deadline=deadline)
+        config = current_config()
+        return cls(
+            lifetime=lifetime,
+            key_id=g.get("key_id"),
+            warn=warn,
+            deadline=Deadline.after(lifetime.began_s, config.limits.request_timeout_s),
+            keep_alive_s=config.server.sse_keep_alive_interval,
+        )
 
 
 class UsageCounter:
@@ -160,27 +168,28 @@ class _Paced:
         self._stream = stream
         self._interval = interval
         self._wanted = 1
+        self._held: list[Delta] = []
         self._error: Exception | None = None
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Delta:
-        """Wait for enough. Raises what the stream raises, after what came before that."""
+        """Wait for enough; cancelled, it loses nothing. Raises what the stream raises, after what came before that."""
         if self._error is not None:
             raise self._error
-        deltas: list[Delta] = []
         try:
-            while sum(len(delta.token_ids) for delta in deltas) < self._wanted:
-                deltas.append(await anext(self._stream))
+            while sum(len(delta.token_ids) for delta in self._held) < self._wanted:
+                self._held.append(await anext(self._stream))
         except StopAsyncIteration:
-            if not deltas:
+            if not self._held:
                 raise
         except Exception as error:
-            if not deltas:
+            if not self._held:
                 raise
             self._error = error
         self._wanted = self._interval
+        deltas, self._held = self._held, []
         return Delta.joined(deltas)
 
 
@@ -195,7 +204,7 @@ async def answer(
         return form.answer(deltas)
     interval = body.stream_interval or 1
     paced = streams if interval == 1 else [_Paced(one, interval) for one in streams]
-    feed = sse.DeltaFeed(paced, caller.lifetime, caller.deadline)
+    feed = sse.DeltaFeed(paced, caller.lifetime, caller.deadline, caller.keep_alive_s)
     first = await feed.next()
     return Response(sse.event_stream(feed, first, form), headers=sse.HEADERS)
 
@@ -208,6 +217,6 @@ async def typed_answer(
         with caller.deadline.kept():
             delta = await stream.collect()
         return form.answer([delta])
-    feed = sse.DeltaFeed([stream], caller.lifetime, caller.deadline)
+    feed = sse.DeltaFeed([stream], caller.lifetime, caller.deadline, caller.keep_alive_s)
     first = await feed.next()
     return Response(sse.typed_event_stream(feed, first, form), headers=sse.HEADERS)

@@ -97,6 +97,7 @@ OPERATIONS = (
     Operation("get", "/health", "Say whether requests are served.", keys=("status",)),
     Operation("get", "/ping", "The same.", keys=("status",)),
     Operation("post", "/ping", "The same.", keys=("status",)),
+    Operation("get", "/load", "Count the sequences that run and wait.", keys=("server_load",)),
     Operation("get", "/version", "Say which version this is.", keys=("version",)),
     Operation("get", "/metrics", "Metrics in Prometheus' text format.", media=("text/plain",)),
     Operation("get", "/shutdown", "End the server in good order.", keys=("status",), status=202),

@@ -11,7 +11,7 @@ from msgspec import Meta, Struct
 
 from trio_llm.config import LimitsConfig
 from trio_llm.errors import InvalidRequestError
-from trio_llm.server.amounts import check_amounts
+from trio_llm.server.amounts import check_amounts, unknown_field
 from trio_llm.server.fields import NotSupported, Stray, stray_fields
 from trio_llm.server.json_body import convert, parse_object
 
@@ -256,14 +256,14 @@ def parse_body(data: bytes, kind: type[Body], limits: LimitsConfig) -> tuple[Bod
         InvalidRequestError: Not JSON, or a field that is wrong, missing or not supported; names it.
     """
     given = _given(parse_object(data, limits))
-    strays = _checked_strays(given, kind)
+    strays = _checked_strays(given, kind, limits)
     return _checked(given, kind, limits), tuple(stray.path for stray in strays)
 
 
 def check_body(value: Mapping[str, Any], kind: type[Body], limits: LimitsConfig) -> Body:
     """Check a parsed body. Raises InvalidRequestError, as `parse_body` does."""
     given = _given(value)
-    _checked_strays(given, kind)
+    _checked_strays(given, kind, limits)
     return _checked(given, kind, limits)
 
 
@@ -277,12 +277,14 @@ def _given(value: Mapping[str, Any]) -> dict[str, Any]:
     return {name: item for name, item in value.items() if item is not None}
 
 
-def _checked_strays(given: Mapping[str, Any], kind: type[Struct]) -> Sequence[Stray]:
+def _checked_strays(given: Mapping[str, Any], kind: type[Struct], limits: LimitsConfig) -> Sequence[Stray]:
     """Refuse the first field that asks for what is not supported; return those that nobody knows."""
     strays = stray_fields(given, kind, _not_supported(kind))
     for stray in strays:
         if stray.refused:
             raise InvalidRequestError(f"'{stray.path}' is not supported by this server.", param=stray.path)
+    if strays and limits.strict:
+        raise unknown_field(strays[0].path)
     return strays
 
 

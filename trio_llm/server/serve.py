@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from trio_llm.server.amounts import flag_of
 from trio_llm.server.auth import is_loopback, limited_name
 from trio_llm.server.connection import ASGIApp, Connection
 from trio_llm.server.errors import HttpError, error_body
+from trio_llm.server.proxies import TrustedProxies
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ async def serve(
     graceful_timeout_s: float = 30.0,
     last_call: Callable[[], None] = lambda: None,
     limits: LimitsConfig | None = None,
+    trusted_proxies: Sequence[str] = (),
     task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve `app` until `shutdown_trigger` returns and the requests under way have ended.
@@ -53,6 +55,7 @@ async def serve(
         last_call: Called when that time is up, a second before the connections are dropped, so that open
             streams can say goodbye.
         limits: How many connections there may be, and what each of them may do.
+        trusted_proxies: Addresses and networks whose connections count only towards the sum: they are everybody's.
         task_status: Started with the URLs it listens on.
 
     Raises:
@@ -62,7 +65,7 @@ async def serve(
     config = _hypercorn_config(limits)
     listeners = await trio.open_tcp_listeners(port, host=host, backlog=_BACKLOG)
     lifespan = Lifespan(ASGIWrapper(cast(Any, app)), config, {})
-    server = _Server(app, config, limits)
+    server = _Server(app, config, limits, TrustedProxies.parse(trusted_proxies))
     async with trio.open_nursery() as lifespan_nursery:
         await lifespan_nursery.start(lifespan.handle_lifespan)
         await lifespan.wait_for_startup()
@@ -85,18 +88,19 @@ async def serve(
 class _Server:
     """The open connections."""
 
-    def __init__(self, app: ASGIApp, config: Config, limits: LimitsConfig) -> None:
+    def __init__(self, app: ASGIApp, config: Config, limits: LimitsConfig, proxies: TrustedProxies) -> None:
         self._app = app
         self._config = config
         self._by_peer = Counter[str]()
         self._limits = limits
+        self._proxies = proxies
         self._context = WorkerContext(None)
         self._connections: set[Connection] = set()
         self._one_closed = trio.lowlevel.ParkingLot()
 
     async def handle(self, stream: trio.SocketStream) -> None:
         """Serve one connection; whatever goes wrong with it is logged and ends here."""
-        peer = _remote_peer(stream)
+        peer = self._counted_peer(stream)
         most, most_of_peer = self._limits.max_connections, self._limits.max_connections_per_peer
         if len(self._connections) >= most:
             await _refuse(stream, f"Too many connections: at most {most} ({flag_of('max_connections')}).")
@@ -123,6 +127,14 @@ class _Server:
                     del self._by_peer[peer]
             self._one_closed.unpark_all()
 
+    def _counted_peer(self, stream: trio.SocketStream) -> str | None:
+        """Return the name a connection is counted by; None for this machine, our proxies, and who has left already."""
+        try:
+            address = stream.socket.getpeername()[0]
+        except OSError:
+            return None
+        return None if is_loopback(address) or address in self._proxies else limited_name(address)
+
     async def stop(self, graceful_timeout_s: float, last_call: Callable[[], None]) -> None:
         """Let requests under way end, in bounded time."""
         await self._context.terminated.set()  # From now on each connection closes after its response.
@@ -137,15 +149,6 @@ class _Server:
     async def _wait_until_closed(self) -> None:
         while self._connections:
             await self._one_closed.park()
-
-
-def _remote_peer(stream: trio.SocketStream) -> str | None:
-    """Return the name a connection is counted by; None for this machine, and for one that has left already."""
-    try:
-        address = stream.socket.getpeername()[0]
-    except OSError:
-        return None
-    return None if is_loopback(address) else limited_name(address)
 
 
 async def _refuse(stream: trio.SocketStream, message: str) -> None:

@@ -1,15 +1,18 @@
 """Server-sent events: the deltas of a request's streams as they come, and an orderly end whatever happens.
 
 Nothing is sent before the first token exists, so that whatever is refused or fails until then is an ordinary HTTP
-error, and clients that time the first event time the first token. What has queued since the last write goes out in
-one write. An error after that is an event of its own, and the stream then ends as a good one does.
+error, and clients that time the first event time the first token. Only where keep-alives are asked for, a comment goes
+out once the first token has taken longer than their interval; what fails after that is an event. What has queued since
+the last write goes out in one write. An error after the first event is one of its own, and the stream then ends as a
+good one does.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import msgspec
 import trio
@@ -26,7 +29,11 @@ HEADERS = {
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",  # nginx would otherwise collect the events
 }
+Deltas: TypeAlias = list[tuple[int, Delta]]
+"""(stream index, delta), as they came."""
+
 _DONE = b"data: [DONE]\n\n"
+_KEEP_ALIVE = b": keep-alive\n\n"
 
 
 class ChunkFormat(Protocol):
@@ -44,8 +51,11 @@ class ChunkFormat(Protocol):
 class DeltaFeed:
     """The deltas of one request's streams, merged in the order in which they come."""
 
-    def __init__(self, streams: Sequence[AsyncIterator[Delta]], lifetime: Lifetime, deadline: Deadline) -> None:
+    def __init__(
+        self, streams: Sequence[AsyncIterator[Delta]], lifetime: Lifetime, deadline: Deadline, keep_alive_s: float
+    ) -> None:
         self._deadline = deadline
+        self._keep_alive_s = keep_alive_s or math.inf
         self._only = streams[0] if len(streams) == 1 else None
         self._error: Exception | None = None
         if self._only is None:
@@ -54,17 +64,20 @@ class DeltaFeed:
                 for index, stream in enumerate(streams):
                     lifetime.nursery.start_soon(_pump, index, stream, send.clone())
 
-    async def next(self) -> list[tuple[int, Delta]]:
+    async def next(self) -> Deltas | None:
         """Wait for something new and return all of it as (stream index, delta); nothing at the end of all streams.
+
+        None says that there was nothing for so long that the client should be told that its stream lives.
 
         Raises:
             HttpError: The request's deadline has come.
             Exception: What reading one of the streams raised.
         """
-        with self._deadline.kept():
+        with trio.move_on_after(self._keep_alive_s), self._deadline.kept():
             return await self._next()
+        return None
 
-    async def _next(self) -> list[tuple[int, Delta]]:
+    async def _next(self) -> Deltas:
         if self._only is not None:
             return [(0, delta)] if (delta := await anext(self._only, None)) is not None else []
         if self._error is not None:
@@ -80,8 +93,8 @@ class DeltaFeed:
         except (trio.EndOfChannel, trio.WouldBlock):
             return items
 
-    def _good(self, items: Sequence[tuple[int, Delta | Exception]]) -> list[tuple[int, Delta]]:
-        good: list[tuple[int, Delta]] = []
+    def _good(self, items: Sequence[tuple[int, Delta | Exception]]) -> Deltas:
+        good: Deltas = []
         for index, item in items:
             if isinstance(item, Exception):
                 self._error = item
@@ -111,19 +124,19 @@ class TypedFormat(ChunkFormat, Protocol):
         ...
 
 
-def event_stream(feed: DeltaFeed, first: list[tuple[int, Delta]], form: ChunkFormat) -> AsyncIterator[bytes]:
-    """Yield the body of a streamed answer, beginning with `first`."""
+def event_stream(feed: DeltaFeed, first: Deltas | None, form: ChunkFormat) -> AsyncIterator[bytes]:
+    """Yield the body of a streamed answer, beginning with `first`, what the feed gave first."""
     return _written(feed, first, form, lambda error: [error_object(error)], _event, _DONE)
 
 
-def typed_event_stream(feed: DeltaFeed, first: list[tuple[int, Delta]], form: TypedFormat) -> AsyncIterator[bytes]:
+def typed_event_stream(feed: DeltaFeed, first: Deltas | None, form: TypedFormat) -> AsyncIterator[bytes]:
     """Yield the same where every event bears its type's name and none says [DONE]."""
     return _written(feed, first, form, form.error_chunks, _typed_event, b"")
 
 
 async def _written(
     feed: DeltaFeed,
-    first: list[tuple[int, Delta]],
+    first: Deltas | None,
     form: ChunkFormat,
     error_chunks: Callable[[HttpError], Sequence[dict[str, Any]]],
     spell: Callable[[dict[str, Any]], bytes],
@@ -131,8 +144,10 @@ async def _written(
 ) -> AsyncIterator[bytes]:
     deltas = first
     try:
-        while deltas:
-            if data := b"".join(spell(chunk) for index, delta in deltas for chunk in form.chunks(index, delta)):
+        while deltas or deltas is None:
+            if deltas is None:
+                yield _KEEP_ALIVE
+            elif data := b"".join(spell(chunk) for index, delta in deltas for chunk in form.chunks(index, delta)):
                 yield data
             deltas = await feed.next()
         end = form.last_chunks()
