@@ -9,6 +9,7 @@ import torch
 
 from trio_llm.core.block_manager import BlockManager
 from trio_llm.core.scheduler import Scheduler
+from trio_llm.core.speculator import Speculation
 from trio_llm.errors import RequestFailedError
 from trio_llm.messages import (
     Embedding,
@@ -63,6 +64,8 @@ class Outcome:
     hit_tokens: int = 0
     num_preempted: int = 0
     num_steps: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
 
     @property
     def token_ids(self) -> list[list[int]]:
@@ -79,6 +82,7 @@ def run(
     num_blocks: int | None = None,
     repeat_steps: bool = False,
     watch: Callable[[BlockManager, StepPlan], None] | None = None,
+    speculation: Speculation | None = None,
 ) -> Outcome:
     """Serve requests to their ends.
 
@@ -102,6 +106,7 @@ def run(
         max_model_len=min(runner.info.max_model_len, blocks.max_tokens()),
         eos_token_ids=runner.info.eos_token_ids,
         long_prefill_token_threshold=chunk,
+        speculation=speculation,
     )
     for request_id in list(runner._rows._row_of):  # of a run before: its last sequences were never dropped
         runner._drop(request_id)
@@ -123,7 +128,10 @@ def run(
             result = in_halves(runner, plan)
         if watch is not None:
             watch(blocks, plan)
-        for request_id, event in scheduler.commit(result).events:
+        commit = scheduler.commit(result)
+        outcome.num_drafted += sum(commit.stats.drafted)
+        outcome.num_accepted += sum(commit.stats.accepted)
+        for request_id, event in commit.events:
             outcome.answers[request_id].take(event)
     return outcome
 
@@ -179,8 +187,9 @@ def rows_of(plan: StepPlan, part: slice) -> StepPlan:
 
 def poison(runner: Runner) -> None:
     """Fill the pool with NaN, so that reading a slot before it is written shows."""
-    for layer in runner._kv.layers:
-        _poison(layer, slice(None))
+    for layers in _layers_of_groups(runner):
+        for layer in layers:
+            _poison(layer, slice(None))
 
 
 def poison_new(runner: Runner, plan: StepPlan) -> None:
@@ -188,13 +197,22 @@ def poison_new(runner: Runner, plan: StepPlan) -> None:
 
     Blocks before a row's start were hit in the prefix cache and hold what the row reads.
     """
+    layers = _layers_of_groups(runner)
     for start, additions in zip(plan.starts, plan.new_blocks, strict=True):
         for index, (first, blocks) in enumerate(additions):
             size = runner.info.kv_groups[index].block_size
             for block in blocks[max(0, start // size - first) :]:
-                for layer in runner._kv.layers:
-                    if layer.group == index:
-                        _poison(layer, slice(block * size, (block + 1) * size))
+                for layer in layers[index]:
+                    _poison(layer, slice(block * size, (block + 1) * size))
+
+
+def _layers_of_groups(runner: Runner) -> list[list[LayerKV]]:
+    """Return what the blocks of each group hold, of the model and of its draft model."""
+    layers = [[layer for layer in runner._kv.layers if layer.group == at] for at in range(len(runner.info.kv_groups))]
+    if runner._drafter is not None:
+        for layer in runner._drafter._kv.layers:
+            layers[runner._drafter._draft.groups[layer.group]].append(layer)
+    return layers
 
 
 def _poison(layer: LayerKV, slots: slice) -> None:
