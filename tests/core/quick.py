@@ -16,7 +16,7 @@ from hypothesis import settings
 
 MODULES = (
     "test_block_manager", "test_hybrid", "test_scheduler", "test_commit", "test_overlap", "test_stop",
-    "test_detokenizer",
+    "test_detokenizer", "test_speculate", "test_speculator",
 )  # fmt: skip
 
 
@@ -45,7 +45,8 @@ def _calls(test: Any) -> Iterator[Callable[[], None]]:
 def traffic() -> None:
     """Drive random traffic through small pools of every kind."""
     from tests.core.loop import FULL, HYBRID, SLIDING, TWO_SIZES, Loop
-    from tests.core.test_oracle import simulate
+    from tests.core.test_oracle import guesser, simulate
+    from trio_llm.core.speculator import Speculation
 
     rng = random.Random(0)
     for number in range(32):
@@ -59,6 +60,8 @@ def traffic() -> None:
             caching=number % 7 != 6,
             depth=1 + number // 4 % 2,
             late=number // 8 % 2 == 1,
+            speculation=Speculation(3, None) if number % 3 == 2 else None,
+            guess=guesser(number, 0.7),
         )
         simulate(number, loop, num_requests=16, aborts=0.08, failures=0.05)
 
