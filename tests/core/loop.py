@@ -255,6 +255,7 @@ class Loop:
         ):
             full = start + self.chunk if request_id in ask.waiting else ends[request_id]
             assert start + count - drafts in (full, len(self.scheduler_tokens(request_id)))
+            assert not (drafts and request_id in ask.waiting), "drafts of a sequence that starts, or starts over"
         resting = {row for row, start in zip(ask.request_ids, ask.starts, strict=True) if start == ends[row]}
         assert set(ask.request_ids) <= resting | set(grant.request_ids) | set(grant.preempted)
 

@@ -178,3 +178,31 @@ def test_a_sequence_rests_until_its_drafts_are_judged() -> None:
     assert [plan.request_ids for plan in loop.plans] == [(first,), (second,)]
     loop.run()
     assert any(max(plan.drafts) == 2 for plan in loop.plans)
+
+
+def test_a_sequence_that_starts_over_has_no_drafts() -> None:
+    """Its prompt and output are computed again first; what was guessed before would make rows longer than allowed."""
+    loop = Loop(speculation=Speculation(2, None))
+    loop.submit(prompt_of(4), LONG)
+    loop.step()
+    (sequence,) = loop.scheduler.running
+    assert sequence.drafts
+    assert not sequence.restart().drafts
+
+
+def test_blocks_of_the_preempted_are_not_for_drafts() -> None:
+    """Where sequences lose their blocks in a step, what is left of these waits for them to come back."""
+    blocks = manager(4)
+    admitted(blocks, 4, 4, 4)
+    grant = decode(blocks, ((1, 4, 6, 12), (2, 4, 6, 12), (3, 4, 6, 12)))
+    assert grant.preempted == (3, 2)
+    assert grant.capacities == (8,)
+
+
+def test_a_row_with_drafts_is_no_longer_than_any_other() -> None:
+    """The limit on the tokens of one sequence in a step counts drafts, too."""
+    loop = Loop(threshold=3, speculation=Speculation(8, None))
+    loop.submit(prompt_of(4), LONG)
+    loop.run()
+    assert max(max(plan.counts) for plan in loop.plans) == 3
+    assert any(sum(plan.drafts) == 2 for plan in loop.plans)

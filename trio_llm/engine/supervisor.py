@@ -25,6 +25,7 @@ from trio_llm.engine.health import Pulse
 from trio_llm.engine.messages import Abort, Submit
 from trio_llm.engine.metrics import Metrics
 from trio_llm.engine.nursery import alone, open_nursery
+from trio_llm.engine.speculation_metrics import SpeculationMetrics
 from trio_llm.engine.step_thread import StepThread, Worker
 from trio_llm.engine.tickets import Tickets
 from trio_llm.errors import ConfigError
@@ -123,7 +124,7 @@ async def _serve(
     tickets, pulse, metrics = (
         Tickets(config.max_batch_size * (1 + config.max_waiting_batches)),
         Pulse(),
-        Metrics(info, _cache_config(config)),
+        _metrics(config, info),
     )
     trace = deque[StepTrace](maxlen=_TRACED_STEPS)
     # Room for a Submit and an Abort per ticket.
@@ -142,6 +143,13 @@ def _speculation(config: EngineConfig) -> Speculation | None:
         return None
     sizes = LookupSizes(config.prompt_lookup_min, config.prompt_lookup_max)
     return Speculation(config.max_draft_tokens, sizes if config.spec_method == "ngram" else None)
+
+
+def _metrics(config: EngineConfig, info: ModelInfo) -> Metrics:
+    metrics = Metrics(info, _cache_config(config))
+    if (speculation := _speculation(config)) is not None:
+        metrics.step_watchers.append(SpeculationMetrics(metrics.registry, info, speculation.most).record)
+    return metrics
 
 
 def _limits(config: EngineConfig, info: ModelInfo) -> Limits:
