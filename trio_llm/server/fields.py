@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, cast
 import attrs
 from msgspec import Struct, inspect
 
-NotSupported: TypeAlias = Mapping[str, Sequence[Any]]
+NotSupported: TypeAlias = Mapping[str, tuple[Any, ...]]
 """Names of fields that are refused -> the values that ask for nothing and are let pass."""
 
 

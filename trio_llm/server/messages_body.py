@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta, Struct
 
 from trio_llm.errors import InvalidRequestError
+from trio_llm.server.fields import NotSupported
 from trio_llm.server.requests import CalledFunction, ContentPart, Message, ToolCall
 
 ToolName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 
 class TextBlock(Struct, kw_only=True, tag_field="type", tag="text"):
-    """Text of a turn."""
+    """Text of a turn. Where to cache, here and below, is a hint: every prompt's beginning is cached."""
+
+    not_supported: ClassVar[NotSupported] = {"citations": ([],)}
 
     text: str
+    cache_control: dict[str, Any] | None = None
 
 
 class ThinkingBlock(Struct, kw_only=True, tag_field="type", tag="thinking"):
@@ -29,17 +33,23 @@ class ThinkingBlock(Struct, kw_only=True, tag_field="type", tag="thinking"):
 class ToolUseBlock(Struct, kw_only=True, tag_field="type", tag="tool_use"):
     """A call that the assistant made in an earlier turn."""
 
+    not_supported: ClassVar[NotSupported] = {"caller": ({"type": "direct"},), "toolset_name": ()}
+
     id: str
     name: str
     input: dict[str, Any]
+    cache_control: dict[str, Any] | None = None
 
 
 class ToolResultBlock(Struct, kw_only=True, tag_field="type", tag="tool_result"):
     """What such a call returned."""
 
+    not_supported: ClassVar[NotSupported] = {"toolset_name": ()}
+
     tool_use_id: str
     content: str | list[TextBlock] | None = None
     is_error: bool | None = None
+    cache_control: dict[str, Any] | None = None
 
 
 Block = TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock
@@ -55,11 +65,19 @@ class Turn(Struct, kw_only=True):
 class ToolParam(Struct, kw_only=True):
     """A tool that the client runs; `input_schema` is the JSON schema of its input."""
 
+    not_supported: ClassVar[NotSupported] = {
+        "allowed_callers": (["direct"],),
+        "defer_loading": (False,),
+        "eager_input_streaming": (False, True),  # Input comes as it is written, always.
+        "input_examples": ([],),
+    }
+
     name: ToolName
     input_schema: dict[str, Any]
     type: Literal["custom"] = "custom"
     description: str | None = None
     strict: bool | None = None
+    cache_control: dict[str, Any] | None = None
 
 
 class ToolChoice(Struct, kw_only=True):
@@ -89,13 +107,13 @@ class OutputConfig(Struct, kw_only=True):
     """What the answer is like."""
 
     format: OutputFormat | None = None
-    effort: Literal["low", "medium", "high"] | None = None
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
 
 
 class CountTokensBody(Struct, kw_only=True):
     """POST /v1/messages/count_tokens: a conversation, without what its answer is to be like."""
 
-    not_supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+    not_supported: ClassVar[NotSupported] = {
         "container": (),
         "context_management": ({"edits": []},),
         "diagnostics": (),
@@ -115,7 +133,6 @@ class CountTokensBody(Struct, kw_only=True):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
-    # Where to cache is a hint; every prompt's beginning is cached here.
     cache_control: dict[str, Any] | None = None
 
 

@@ -25,6 +25,8 @@ CacheSalt = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^@/\\\
 class StreamOptions(Struct, kw_only=True):
     """What else a stream reports."""
 
+    not_supported: ClassVar[NotSupported] = {"include_obfuscation": (False,)}
+
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 

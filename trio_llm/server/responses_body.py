@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from msgspec import Meta, Struct
 
 from trio_llm.errors import InvalidRequestError
 from trio_llm.server.conversation import call_arguments
-from trio_llm.server.requests import CalledFunction, ContentPart, Message, Metadata, ToolCall
+from trio_llm.server.fields import NotSupported
+from trio_llm.server.requests import CalledFunction, ContentPart, Effort, Message, Metadata, ToolCall
 
 T = TypeVar("T")
 
@@ -18,15 +19,31 @@ FunctionName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 
 class InputPart(Struct, kw_only=True):
-    """A piece of an item; text is the only kind."""
+    """A piece of an item; text is the only kind.
+
+    What a client hands back with an earlier answer's text (`annotations`, `logprobs`) was for it, not for the model.
+    """
 
     type: str
     text: str | None = None
     refusal: str | None = None
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
+    prompt_cache_breakpoint: dict[str, Any] | None = None
 
 
 class InputItem(Struct, kw_only=True):
-    """A turn of the conversation, or a part of one; which fields it has depends on its type."""
+    """A turn of the conversation, or a part of one; which fields it has depends on its type.
+
+    `id` and `status` come back with items of an earlier answer; nothing here is found by them.
+    """
+
+    not_supported: ClassVar[NotSupported] = {
+        "phase": ("final_answer",),
+        "namespace": (),
+        "caller": ({"type": "direct"},),
+        "async": (False,),
+    }
 
     type: Literal["message", "function_call", "function_call_output", "reasoning"] = "message"
     role: Role | None = None
@@ -35,11 +52,21 @@ class InputItem(Struct, kw_only=True):
     name: str | None = None
     arguments: str | None = None
     output: str | list[InputPart] | None = None
+    summary: list[InputPart] | None = None
+    id: str | None = None
+    status: str | None = None
     encrypted_content: str | None = None
 
 
 class FunctionTool(Struct, kw_only=True):
     """A function that the model may call."""
+
+    not_supported: ClassVar[NotSupported] = {
+        "allowed_callers": (["direct"],),
+        "async": (False,),
+        "defer_loading": (False,),
+        "output_schema": (),
+    }
 
     type: Literal["function"]
     name: FunctionName
@@ -75,7 +102,9 @@ class TextConfig(Struct, kw_only=True):
 class ReasoningConfig(Struct, kw_only=True):
     """How much the model thinks. It is told as it is: there are no summaries."""
 
-    effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
+    not_supported: ClassVar[NotSupported] = {"context": ("auto",), "mode": ("standard",)}
+
+    effort: Effort | None = None
     summary: str | None = None
     generate_summary: str | None = None
 
@@ -83,7 +112,7 @@ class ReasoningConfig(Struct, kw_only=True):
 class ResponsesBody(Struct, kw_only=True):
     """POST /v1/responses. Nothing is stored: what refers to an earlier response is refused."""
 
-    not_supported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+    not_supported: ClassVar[NotSupported] = {
         "access_programs": (),
         "background": (False,),
         "background_options": (),
@@ -174,7 +203,8 @@ class _Turns:
     def _think(self, item: InputItem, path: str) -> None:
         if item.encrypted_content is not None:
             raise InvalidRequestError("This server cannot read encrypted reasoning.", f"{path}.encrypted_content")
-        text = "".join(part.text or "" for part in _texts(item.content or [], f"{path}.content"))
+        told = "content" if item.content else "summary"
+        text = "".join(part.text or "" for part in _texts(getattr(item, told) or [], f"{path}.{told}"))
         if text:
             self._assistant(extends=lambda _: False).reasoning_content = text
 
@@ -203,7 +233,10 @@ def _texts(content: str | Sequence[InputPart], path: str) -> list[ContentPart]:
     parts: list[ContentPart] = []
     for index, part in enumerate(content):
         text = part.refusal if part.type == "refusal" else part.text
-        if part.type not in ("input_text", "output_text", "text", "reasoning_text", "refusal") or text is None:
+        if (
+            part.type not in ("input_text", "output_text", "text", "reasoning_text", "summary_text", "refusal")
+            or text is None
+        ):
             where = f"{path}[{index}]"
             raise InvalidRequestError(f"'{where}': only text is supported.", param=where)
         parts.append(ContentPart(type="text", text=text))
