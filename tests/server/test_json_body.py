@@ -102,7 +102,7 @@ REFUSED: dict[str, list[Any]] = {
     "min_p": [-0.1, 1.1],
     "presence_penalty": [-2.1, 2.1],
     "frequency_penalty": [-2.1, 2.1],
-    "repetition_penalty": [0, -1, 2.1],
+    "repetition_penalty": [0, -1, "1"],
     "logit_bias": [[], {"1": "x"}, {"1": 101}, {str(i): 1 for i in range(1025)}],
     "allowed_token_ids": [[], ["a"], 1],
     "bad_words": ["x", [1], [""], ["x"] * 129],
