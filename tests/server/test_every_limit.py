@@ -22,6 +22,8 @@ COMPLETION = {"prompt": "x", "max_tokens": 1}
 TURN = {"role": "user", "content": "x"}
 # A rendering that takes some milliseconds, and whose text is some thousand characters.
 SLOW_TEMPLATE = "{% for number in range(20000) %}{{ number % 7 }}{% endfor %}"
+# One that takes some milliseconds to compile.
+SLOW_SCHEMA = {"type": "object", "properties": {f"field{number}": {"type": "string"} for number in range(500)}}
 
 
 @attrs.frozen
@@ -63,6 +65,7 @@ REQUESTS: dict[str, Row] = {
     "max_headers": Row(9, 10, COMPLETION, headers={f"x-{number}": "" for number in range(8)}),
     "max_template_chars": Row(100, 100_000, CHAT, "/v1/chat/completions"),
     "template_timeout_s": Row(0.001, 60.0, CHAT, "/v1/chat/completions"),
+    "grammar_timeout_s": Row(0.001, 60.0, completion(structured_outputs={"json": SLOW_SCHEMA})),
 }
 
 
@@ -196,10 +199,9 @@ async def answer_to_upload(limits: LimitsConfig, directory: str) -> bytes:
 
 async def test_an_upload_is_held_to_its_limit(tmp_path: Any) -> None:
     """A file larger than max_file_bytes is refused, and the same file passes under a higher limit."""
-    assert b"at most 1999 bytes (--max-file-bytes)" in await answer_to_upload(
-        LimitsConfig(max_file_bytes=1999), str(tmp_path)
-    )
-    assert b'"bytes":2000' in await answer_to_upload(LimitsConfig(max_file_bytes=2000), str(tmp_path))
+    refused = await answer_to_upload(LimitsConfig(max_file_bytes=1999), str(tmp_path / "low"))
+    assert b"at most 1999 bytes (--max-file-bytes)" in refused
+    assert b'"bytes":2000' in await answer_to_upload(LimitsConfig(max_file_bytes=2000), str(tmp_path / "high"))
 
 
 @pytest.mark.parametrize("name", ["max_connections", "max_connections_per_peer"])
