@@ -11,11 +11,14 @@ import torch
 from tests.model.families import FAMILIES
 from tests.model_runner import static_ops
 from tests.model_runner.conftest import NUM_GENERATED, Golden
-from tests.model_runner.drive import Outcome, Params, run
-from tests.model_runner.tape import Tapes
+from tests.model_runner.drive import Outcome, Params, least_blocks, poison, run
+from tests.model_runner.tape import CaptureError, Tapes
+from tests.model_runner.test_launch import forgetful, run_ahead
+from tests.model_runner.test_runner import GREEDY, VARIED
 from trio_llm.config import EngineConfig
-from trio_llm.messages import SamplingParams
+from trio_llm.messages import Admission, SamplingParams, StepPlan
 from trio_llm.model import attention_torch, ops_torch
+from trio_llm.model.decode_graphs import graph_sizes
 from trio_llm.model.load import load_runner
 from trio_llm.model.runner import Runner
 
@@ -86,8 +89,153 @@ def test_replayed_decodes_are_those_of_single_calls(
     assert sum(count > 0 for count in tapes.num_replays) >= 2
 
 
-@pytest.mark.parametrize("name", ["qwen3", "mixtral", "gemma4-26b"])
-def test_tokens_that_fill_a_batch_up_are_no_tokens_of_an_expert(
-    golden: Callable[[str], Golden], captured_of: Callable[..., tuple[Runner, Tapes]], name: str
+def test_sizes() -> None:
+    """Graphs are for 1, 2, 4 and multiples of 8 rows, and for as many as a step may have."""
+    assert graph_sizes(1) == [1]
+    assert graph_sizes(3) == [1, 2, 3]
+    assert graph_sizes(24) == [1, 2, 4, 8, 16, 24]
+    assert graph_sizes(30) == [1, 2, 4, 8, 16, 24, 30]
+
+
+@pytest.mark.parametrize("name", ["gemma4-e2b", "mixtral"])
+def test_graphs_of_int8_keys_and_values(
+    golden: Callable[[str], Golden], runner_of: Callable[..., Runner],
+    captured_of: Callable[..., tuple[Runner, Tapes]], name: str,
+) -> None:  # fmt: skip
+    """Decodes quantise what they write and read it back as steps without graphs do, windows and experts included."""
+    requests = various(golden(name).prompts)
+    runner, tapes = captured_of(name, kv_quantization=True)
+    assert run(runner, requests).token_ids == run(runner_of(name, kv_quantization=True), requests).token_ids
+    assert sum(tapes.num_replays) > NUM_GENERATED
+
+
+@pytest.mark.parametrize("ways", [{"chunk": 7}, {"repeat_steps": True}, {"caching": False, "batch_size": 5}])
+def test_parameters_work_on_replayed_logits(
+    golden: Callable[[str], Golden], runner_of: Callable[..., Runner],
+    captured_of: Callable[..., tuple[Runner, Tapes]], ways: dict[str, Any],
+) -> None:  # fmt: skip
+    """Sixteen requests that want sixteen things get what they get without graphs; steps may be run again in halves."""
+    requests: Requests = list(zip(golden("qwen3").prompts, VARIED * 2, strict=True))
+    runner, tapes = captured_of("qwen3")
+    outcome, expected = run(runner, requests, **ways), run(runner_of("qwen3"), requests, **ways)
+    assert outcome.token_ids == expected.token_ids
+    for one, other in zip(outcome.answers, expected.answers, strict=True):
+        assert [e.logprob for e in one.logprobs] == pytest.approx([e.logprob for e in other.logprobs], abs=1e-4)
+    assert sum(tapes.num_replays) > 5
+
+
+def test_preempted_sequences_come_back_to_their_graphs(
+    golden: Callable[[str], Golden], runner_of: Callable[..., Runner], captured_of: Callable[..., tuple[Runner, Tapes]]
 ) -> None:
-    """Three rows in a graph of four count as three."""
+    """Tables whose rows change hands and blocks that change owners are read as they are at each replay."""
+    requests = various(golden("qwen3-window").prompts)
+    runner, _ = captured_of("qwen3-window")
+    num_blocks = least_blocks(runner, 63, chunk=2048) + 4
+    outcome = run(runner, requests, num_blocks=num_blocks)
+    assert outcome.num_preempted > 0
+    assert outcome.token_ids == run(runner_of("qwen3-window"), requests).token_ids
+
+
+def start(runner: Runner, num_rows: int) -> StepPlan:
+    """Return the first step of so many sequences of one token, which is a decode like any other."""
+    groups = range(len(runner.info.kv_groups))
+    blocks = [tuple((0, (1 + i * len(groups) + group,)) for group in groups) for i in range(num_rows)]
+    rows = tuple(range(num_rows))
+    admitted = tuple(Admission(i, (5 + i,), 1, GREEDY) for i in rows)
+    token_ids = tuple(5 + i for i in rows)
+    zeros, ones = (0,) * num_rows, (1,) * num_rows
+    return StepPlan(1, (), admitted, rows, zeros, ones, token_ids, (True,) * num_rows, tuple(blocks))
+
+
+@pytest.mark.parametrize(("name", "per_token"), [("mixtral", 3 * 2), ("gemma4-26b", 6 * 3)])
+@pytest.mark.parametrize("num_rows", [3, 4])
+def test_rows_that_fill_a_batch_up_harm_nobody(
+    captured_of: Callable[..., tuple[Runner, Tapes]], runner_of: Callable[..., Runner],
+    name: str, per_token: int, num_rows: int,
+) -> None:  # fmt: skip
+    """Three rows in a graph of four: experts count three, and only the rows' own blocks and block 0 are written."""
+    runner, tapes = captured_of(name, max_batch_size=4)
+    poison(runner)
+    result = runner.step(start(runner, num_rows))
+    assert tapes.num_replays == [1, 0, 0]
+    assert result.expert_tokens is not None
+    assert sum(result.expert_tokens) == per_token * num_rows
+    eager = runner_of(name)
+    for request_id in list(eager._rows._row_of):
+        eager._drop(request_id)
+    assert result.token_ids == eager.step(start(eager, num_rows)).token_ids
+    for layer in runner._kv.layers:
+        tokens = runner.info.kv_groups[layer.group].block_size
+        written = {slot // tokens for slot in (~layer.k.flatten(1).isnan().all(1)).nonzero().flatten().tolist()}
+        groups = len(runner.info.kv_groups)
+        # planes are shared by a layer of each group: other groups' blocks show here too
+        assert written <= set(range(num_rows * groups + 1))
+        assert {1 + i * groups + layer.group for i in range(num_rows)} <= written
+        assert (0 in written) == (num_rows == 3)
+
+
+def test_a_step_may_be_launched_before_the_replay_before_it_is_collected(
+    golden: Callable[[str], Golden], captured_of: Callable[..., tuple[Runner, Tapes]], runner_of: Callable[..., Runner]
+) -> None:
+    """Tokens that the plan does not know are filled into a graph's input where they were sampled."""
+    requests = various(golden("qwen3").prompts[:7])
+    plans: list[StepPlan] = []
+    eager = runner_of("qwen3")
+    expected = run(eager, requests, watch=lambda _, plan: plans.append(plan))
+    runner, tapes = captured_of("qwen3")
+    results = run_ahead(runner, forgetful(plans))
+    outputs: dict[int, list[int]] = {i: [] for i in range(len(requests))}
+    for plan, result in zip(plans, results, strict=True):
+        for request_id, token_ids in zip(plan.request_ids, result.token_ids, strict=True):
+            outputs[request_id] += token_ids
+    assert list(outputs.values()) == expected.token_ids
+    assert sum(tapes.num_replays) > NUM_GENERATED
+
+
+def test_what_needs_the_host_is_not_captured(golden: Callable[[str], Golden], caplog: pytest.LogCaptureFixture) -> None:
+    """The torch reference decides in Python: its decodes stay without graphs, the log says why, and they are right."""
+    runner = load_runner(EngineConfig(model=str(golden("qwen3").directory), block_size=4, num_kv_blocks=640))
+    tapes = Tapes()
+    runner.capture_decodes(tapes.capture)
+    assert tapes.graphs == []
+    assert "decodes run without graphs: the torch reference of paged_attention asks the host" in caplog.text
+    prompts = golden("qwen3").prompts[:2]
+    outputs = run(runner, [(prompt, GREEDY) for prompt in prompts]).token_ids
+    assert outputs == [golden("qwen3").follow(p, o) for p, o in zip(prompts, outputs, strict=True)]
+
+
+REFUSED: dict[str, Callable[[torch.Tensor], object]] = {
+    "item": lambda x: x.sum().item(),
+    "tolist": lambda x: x.tolist(),
+    "bool": lambda x: bool(x[0] > 0),
+    "index by mask": lambda x: x[x > 0],
+    "nonzero": lambda x: x.nonzero(),
+    "bincount": lambda x: x.long().bincount(),
+    "data of the host": lambda x: x + torch.tensor([1.0, 2.0]),
+    "numpy": lambda x: x.numpy(),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_tapes_refuse_what_cuda_does(name: str) -> None:
+    """What looks at values, or brings some in, cannot be captured."""
+    x = torch.tensor([1.0, 2.0])
+    with pytest.raises(CaptureError), torch.inference_mode():
+        Tapes().capture(lambda: REFUSED[name](x) and None)
+
+
+def test_tapes_make_the_calls_again() -> None:
+    """A replay reads its inputs anew, overwrites its outputs, and remembers nothing of the replay before."""
+    x, out = torch.tensor([1.0, 2.0]), torch.zeros(2)
+
+    def work() -> None:
+        doubled = (x * 2).view(2, 1)
+        doubled[0] += 1
+        out.copy_(doubled.flatten())
+
+    replay = Tapes().capture(work)
+    x.copy_(torch.tensor([10.0, 20.0]))
+    for _ in range(2):
+        out.zero_()
+        replay()
+        assert out.tolist() == [21.0, 40.0]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from collections.abc import Set as AbstractSet
 
 import attrs
 from torch import Tensor
@@ -36,16 +35,16 @@ class PromptScorer:
         self._vocab_size, self._logits = vocab_size, logits
         self._prompts: dict[int, _Prompt] = {}
 
-    @property
-    def rows(self) -> AbstractSet[int]:
-        return self._prompts.keys()
-
     def admit(self, row: int, admission: Admission, params: SamplingParams) -> None:
         """Remember a prompt if its sequence asked for logprobs of it."""
         self.forget(row)
         if params.prompt_logprobs is not None:
             num = self._vocab_size if params.prompt_logprobs < 0 else params.prompt_logprobs
             self._prompts[row] = _Prompt(admission.token_ids[: admission.num_prompt_tokens], num, {})
+
+    def wants(self, row: int, start: int) -> bool:
+        """Say whether a chunk of this row that begins at `start` holds tokens of a prompt to be scored."""
+        return row in self._prompts and start < len(self._prompts[row].token_ids)
 
     def forget(self, row: int) -> None:
         self._prompts.pop(row, None)

@@ -118,7 +118,8 @@ class Runner:
         for admission in plan.admitted:
             self._admit(admission)
         rows = self._rows.of(plan)
-        pooled, scored = (_positions_of(those, rows.index) for those in (self._pooler.rows, self._scorer.rows))
+        pooled = _positions_of(self._pooler.rows, rows.index)
+        scored = [i for i, row in enumerate(rows.index.tolist()) if self._scorer.wants(row, plan.starts[i])]
         at = np.setdiff1d(np.flatnonzero(rows.samples), pooled) if pooled else np.flatnonzero(rows.samples)
         began = self._device.mark()
         failed: dict[int, str] = {}
