@@ -14,8 +14,10 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,6 +171,26 @@ def build_text(source: str, name: str, defines: Mapping[str, str | int], arch: s
     return Built(built.ptx_path, built.cubin_path, log_path.read_text())
 
 
+def build_all(jobs: Iterable[tuple[str, Mapping[str, str | int], str]], processes: int) -> list[str | None]:
+    """Fill the cache in several processes, as NVRTC compiles one program at a time in each.
+
+    Args:
+        jobs: Arguments of `build`.
+    Returns:
+        What the compiler complained of, for each job; None where it did not.
+    """
+
+    def one(job: tuple[str, Mapping[str, str | int], str]) -> str | None:
+        name, defines, arch = job
+        macros = [f"{key}={value}" for key, value in defines.items()]
+        command = [sys.executable, "-m", "cuda_kernels.compile", name, arch, *macros]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=SOURCES.parent)  # noqa: S603
+        return done.stderr.strip() if done.returncode else None
+
+    with ThreadPoolExecutor(processes) as threads:
+        return list(threads.map(one, jobs))
+
+
 def _by_nvrtc(source: str, name: str, options: list[str], arch: str) -> tuple[bytes, bytes, str]:
     return nvrtc.compile_program(source, name, arch, [*OPTIONS, *options])
 
@@ -201,3 +223,15 @@ def _write_whole(path: Path, data: bytes) -> None:
     with os.fdopen(handle, "wb") as file:
         file.write(data)
     Path(temporary).replace(path)
+
+
+def _main(name: str, arch: str, *macros: str) -> None:
+    """Be one of the processes of `build_all`."""
+    try:
+        build(name, dict(macro.split("=", 1) for macro in macros), arch)
+    except CompileError as error:
+        raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -97,6 +97,17 @@ def test_every_gpu_has_a_target(with_nvrtc: bool, monkeypatch: pytest.MonkeyPatc
         compiling.target((7, 5))
 
 
+def test_several_processes_fill_the_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other processes compiled is found here without compiling; what does not compile is told for its job."""
+    defines = {"HIDDEN": 64, "THREADS": 32}
+    jobs = [("norm.cu", defines, "compute_90"), ("norm.cu", {"HIDDEN": "oops"}, "compute_90"), ("act.cu", {}, "no_arch")]
+    fine, wrong, nowhere = compiling.build_all(jobs, processes=2)
+    assert fine is None and "oops" in (wrong or "") and "act.cu" in (nowhere or "")
+    monkeypatch.setattr(compiling, "_by_nvrtc", None)
+    monkeypatch.setattr(compiling, "_by_nvcc", None)
+    assert ".entry rms_norm(" in compiling.build("norm.cu", defines, "compute_90").ptx
+
+
 def test_includes_are_expanded_once() -> None:
     """The text that is compiled and hashed holds common.cuh itself, not its name."""
     text = compiling.expand("norm.cu")

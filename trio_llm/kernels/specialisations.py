@@ -1,19 +1,73 @@
-"""Every way the kernels are compiled for the supported models: what the compile gate builds."""
+"""Every way the kernels are compiled for the supported models, and what must be true of each: the compile gate."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from itertools import product
 
+import attrs
+
+from cuda_kernels.compile import CompileError, Usage
 from cuda_kernels.launch import Kernel, kernel
 from cuda_kernels.paged_attn import Device, choose_tile
+from cuda_kernels.simulator.program import parse
 
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 SHARED_BYTES = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}  # KiB a block may ask for
+# What must be in an entry point's PTX, and what ptxas makes of it: the tensor cores' HMMA, LDSM into fragments, LDGSTS
+# past the registers, and 16 bytes a thread in LDG.128.
+_MMA, _LDMATRIX = "mma.sync.aligned.m16n8k16.row.col.f32", "ldmatrix.sync.aligned.m8n8.x4"
+_COPY16, _LOAD16, _LOAD16_CACHED = "cp.async.cg.shared.global", "ld.global.L1__no_allocate.v4", "ld.global.nc.v4"
+NEEDED = {
+    "paged_attention": (_MMA, _LDMATRIX + ".shared", _LDMATRIX + ".trans", _COPY16, _LOAD16, "st.global.v4"),
+    "grouped_linear": (_MMA, _LDMATRIX, _COPY16),
+    "gemv": (_LOAD16, _LOAD16_CACHED),
+    "rms_norm": (_LOAD16, "st.global.v4"),
+    "add_rms_norm": (_LOAD16, "st.global.v4"),
+    "act_and_mul": (_LOAD16, "st.global.v4"),
+    "quantize_rows": (_LOAD16_CACHED,),
+}
 HEADS = ((64, 7), (128, 4), (128, 1), (256, 8), (512, 8))  # head size, query heads per key head
 
 
 # Rows of a tile, int8 weights or not, and stages: of experts, then of one weight.
 GEMMS = ((16, 0, 4), (64, 0, 3), (16, 1, 8), (64, 1, 4), (16, 1, 16), (32, 1, 12), (64, 1, 8))
+
+
+@attrs.frozen
+class Made:
+    """One entry point of one specialisation, as compiled for one architecture.
+
+    Attributes:
+        usage: Registers and spills; None for PTX alone.
+        missing: Instructions of NEEDED that are not there.
+    """
+
+    kernel: Kernel
+    entry: str
+    arch: str
+    usage: Usage | None
+    missing: tuple[str, ...]
+
+    @property
+    def fault(self) -> str | None:
+        """What is wrong; None where nothing is. No kernel is allowed to spill."""
+        if self.usage and self.usage.spill_bytes:
+            return f"spills {self.usage.spill_bytes} bytes at {self.usage.registers} registers"
+        return f"lacks {', '.join(self.missing)}" if self.missing else None
+
+
+def inspect(kernel: Kernel, arch: str) -> Iterator[Made]:
+    """Compile a specialisation, or take it from the cache, and look at its entry points."""
+    built = kernel.build(arch)
+    entries = built.usage or {kernel.entry: None}
+    if kernel.entry not in entries:
+        raise CompileError(f"{kernel.source}: nothing is said of {kernel.entry}")
+    for entry, usage in entries.items():
+        there = Counter(".".join((i.opcode, *i.modifiers)) for i in parse(built.ptx, entry).instructions)
+        missing = tuple(name for name in NEEDED.get(entry, ()) if not any(one.startswith(name) for one in there))
+        yield Made(kernel, entry, arch, usage, missing)
 
 
 def attention(arch: str) -> list[Kernel]:
