@@ -23,7 +23,8 @@ Dim3 = tuple[int, int, int]
 Argument = torch.Tensor | int | float | None
 # `io_t` is the activation type, which a -D chooses; the rest are fixed.
 _DTYPES = {
-    "float": (torch.float32,), "int": (torch.int32,), "s8": (torch.int8,), "u8": (torch.uint8, torch.bool),
+    "float": (torch.float32,), "vec16": (torch.int32,),
+    "int": (torch.int32,), "s8": (torch.int8,), "u8": (torch.uint8, torch.bool),
     "u32": (torch.int32, torch.uint32), "s64": (torch.int64,), "u64": (torch.int64, torch.uint64),
 }  # fmt: skip
 _FREE_SHARED_BYTES = 48 * 1024  # above it a kernel has to ask for more

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,19 +11,10 @@ from cuda_kernels.launch import using
 from cuda_kernels.simulator import SimulatedLauncher
 from cuda_kernels.simulator.counters import Counters
 from cuda_kernels.simulator.machine import ORDERS
+from trio_llm.kernels.cases import poisoned
 
 # Twice the relative error of rounding to nearest: half a unit in the last place, and as much for the arithmetic.
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-20}
-
-
-@contextlib.contextmanager
-def poisoned() -> Generator[None]:
-    """Fill fresh tensors with NaN (the largest number, for integers): what a kernel forgets to write shows."""
-    torch.use_deterministic_algorithms(True)  # fills torch.empty as a part of what it does
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def simulate(run: Callable[[], tuple[Tensor, ...]], orders: tuple[int, ...] = ORDERS) -> tuple[Tensor, ...]:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from cuda_kernels.simulator.counters import Counters
-from tests.kernels.attention_cases import Case, make
 from tests.kernels.helpers import count
+from trio_llm.kernels.attention import Case, make
 
 # case, most warp instructions per cached token and key head (measured, plus a tenth)
 DECODES = [

@@ -1,8 +1,11 @@
-"""The script that checks and measures kernels, run on the simulator, and the ledger it keeps."""
+"""The script that checks and measures kernels, run on the simulator."""
 
 from __future__ import annotations
 
 import json
+import math
+import sys
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,10 +14,23 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from cuda_kernels import compile as compiling
 from trio_llm.kernels import __main__ as script
-from trio_llm.kernels import cases, ledger
+from trio_llm.kernels import bench, benches, cases, check, end_to_end, ledger, measure, phases, primitives
+from trio_llm.kernels.benches import Bench, Target
 from trio_llm.kernels.cases import Check
-from trio_llm.kernels.phases import Report
+from trio_llm.kernels.device import Captured, Simulated, interleaved_us
+from trio_llm.kernels.phases import Report, Skip
+
+NAN = math.nan
+CEILINGS = {"read_gb_s": 1000.0, "copy_gb_s": 500.0, "bf16_tflop_s": 100.0}
+
+
+@pytest.fixture(autouse=True)
+def nothing_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keep the package's ledger out of it."""
+    monkeypatch.setattr(ledger, "PATH", tmp_path / "VERIFIED.json")
+    return ledger.PATH
 
 
 def invoke(*args: str) -> Result:
@@ -23,34 +39,70 @@ def invoke(*args: str) -> Result:
 
 
 @pytest.mark.kernels_full
-def test_every_check_passes_simulated(tmp_path: Path) -> None:
-    """`check --sim` compares every kernel, twice, and writes what it found."""
+def test_every_check_passes_simulated(tmp_path: Path, nothing_verified: Path) -> None:
+    """`check --sim` goes through every phase with every kernel, and calls nothing verified."""
     done = invoke("check", "--sim", "--out", str(tmp_path / "out" / "check.json"))
     assert done.exit_code == 0, done.output
     found = json.loads((tmp_path / "out" / "check.json").read_text())
-    assert list(found) == ["environment", "correctness", "repeatability"]
-    assert {item.split(":")[0] for item in found["correctness"]["results"]} == set(ledger.sources())
+    assert list(found) == [
+        "environment", "ceilings", "problems", "compile", "primitives", "correctness", "repeatability", "graphs",
+        "sanitizer",
+    ]  # fmt: skip
+    checked = {item.split(":")[0] for phase in ("correctness", "primitives") for item in found[phase]["results"]}
+    assert checked == set(ledger.sources())
     assert all(result["error"] <= result["limit"] for result in found["correctness"]["results"].values())
+    assert all(result == {"equal": True} for result in found["graphs"]["results"].values())
+    assert not nothing_verified.exists()
 
 
-def test_check_runs_simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same with the first few checks; nothing simulated is called verified."""
-    monkeypatch.setattr(script, "all_checks", lambda device, scale: islice(cases.all_checks(device, scale=scale), 5))
-    monkeypatch.setattr(ledger, "PATH", tmp_path / "VERIFIED.json")
+def test_check_runs_simulated(monkeypatch: pytest.MonkeyPatch, nothing_verified: Path) -> None:
+    """The same phases with the first few checks; what there is no tool for is said to be left out."""
+    few = lambda device, small: islice(cases.all_checks(device, small=small), 5)  # noqa: E731
+    monkeypatch.setattr(check, "all_checks", few)
+    monkeypatch.setattr(check.tools.shutil, "which", lambda name, path=None: None)
     done = invoke("check", "--sim")
     assert done.exit_code == 0, done.output
-    assert "norm.cu: rms_norm torch.bfloat16: {'equal': True}" in done.output
-    assert "not verified on any GPU as they are now: " in done.output and not ledger.PATH.exists()
+    assert "sanitizer: racecheck: skipped: no compute-sanitizer here" in done.output
+    assert f"not verified on any GPU as they are now: {', '.join(ledger.sources())}" in done.output
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert ["norm.cu", "2", "2"] in [row[:3] for row in rows] and not nothing_verified.exists()
 
 
-def test_bench_runs_simulated(tmp_path: Path) -> None:
-    """`bench --sim` runs every kernel and every peer once."""
+def test_bench_runs_simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`bench --sim` runs a bench of each kernel with its peers, and the engine beside its peer; it tells no time."""
+    first = {b.source: b for b in reversed(list(benches.all_benches(small=True)))}
+    monkeypatch.setattr(bench, "all_benches", lambda small: first.values())
+    monkeypatch.setattr(bench.tools.shutil, "which", lambda name, path=None: None)
     done = invoke("bench", "--sim", "--out", str(tmp_path / "bench.json"))
     assert done.exit_code == 0, done.output
-    found = json.loads((tmp_path / "bench.json").read_text())["kernels"]["results"]
-    measured = {item.split(":")[0] for item in found}
-    assert measured == set(ledger.sources()) - {"quant.cu", "kv_write.cu"}  # at load, and a part of every step
-    assert all(result["ran"][0] == "ours" for result in found.values())
+    found = json.loads((tmp_path / "bench.json").read_text())
+    results = found["kernels"]["results"]
+    assert {item.split(":")[0] for item in results} == set(ledger.sources()) - {"quant.cu", "primitives.cu"}
+    assert all(result["us"] is None and result["reached"] == "-" for result in results.values())
+    absent = {name for result in results.values() for name, peer in result["peers"].items() if "failure" in peer}
+    assert absent == {"SDPA cuDNN, gathered", "varlen_attn, paged"}  # which torch has for GPUs alone
+    (step,) = found["end to end"]["results"].values()
+    assert step["peers"]["transformers' continuous batching"]["same tokens"] == 1
+    assert "profile: ncu: skipped: no ncu here" in done.output
+
+
+@pytest.mark.kernels_full
+def test_every_bench_runs_simulated() -> None:
+    """All of them give what their peers give."""
+    device, found = Simulated(), {}
+    with device.session():
+        for one in benches.all_benches(small=True):
+            found[one.name] = measure.measure(one, device, dict.fromkeys(CEILINGS, NAN), found)
+    wrong = [p for f in found.values() for p in f["peers"].values() if "differs" in p.get("failure", "")]
+    assert len(found) > 10 and wrong == []
+
+
+def test_without_a_gpu_only_simulations_run() -> None:
+    """The error says what to do; `once`, which a profiler runs, is there too."""
+    if not torch.cuda.is_available():
+        done = invoke("check")
+        assert done.exit_code == 1 and "there is no GPU here; --sim simulates one" in done.output
+    assert invoke("once", "--sim").exit_code == 0
 
 
 def test_a_wrong_kernel_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,11 +114,40 @@ def test_a_wrong_kernel_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None
         Check("a.cu", "id", lambda: (torch.tensor([3]),), lambda: (torch.tensor([4]),)),
         Check("a.cu", "right", lambda: (one,), lambda: (one.double(),)),
     ]
-    monkeypatch.setattr(script, "all_checks", lambda device, scale: checks)
+    monkeypatch.setattr(check, "all_checks", lambda device, small: checks)
     done = invoke("check", "--sim", "--small")
     assert done.exit_code == 1
-    assert "a.cu: off: {'failure': 'ArithmeticError: a.cu, off: error 1.00e-02, allowed 1.00e-04'}" in done.output
-    assert "a.cu: right: {'error': 0.0" in done.output and done.output.count("ArithmeticError") == 3
+    assert "a.cu: off: failed: ArithmeticError: a.cu, off: error 1.00e-02, allowed 1.00e-04" in done.output
+    assert done.output.count("ArithmeticError") == 3
+    assert ["a.cu", "4", "1"] in [line.split()[:3] for line in done.stdout.splitlines()]
+
+
+def test_runs_that_differ_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A result that another run, or a graph's replay, does not repeat bit for bit is reported."""
+    numbers = iter(range(100))
+    unsteady = Check("a.cu", "unsteady", lambda: (torch.tensor([float(next(numbers))]),), lambda: ())
+    for phase in (check._twice, check._replayed):
+        with pytest.raises(ArithmeticError, match="unsteady: "):
+            phase(Simulated(), unsteady)
+
+
+BROKEN = {
+    "integers and floats": ("__umulhi(", "("),
+    "tensor cores bfloat16": ('".trans"', '""'),
+    "roundings float16": ('"f"(high), "f"(low)', '"f"(low), "f"(high)'),
+    "asynchronous copies": ("ok ? 16 : 0", "16"),
+    "approximations": ("-LOG2E * v", "LOG2E * v"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_primitives_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each primitive's check fails where that primitive does something else."""
+    text, (old, new) = compiling.expand("primitives.cu"), BROKEN[name]
+    assert old in text
+    monkeypatch.setattr(compiling, "expand", lambda source: text.replace(old, new))
+    with Simulated().session(), pytest.raises((ArithmeticError, Exception), match=r"primitives\.cu|misaligned|bounds"):
+        dict(primitives.checks(Simulated()))[name]()
 
 
 def test_phases_end_at_their_deadlines(tmp_path: Path) -> None:
@@ -85,14 +166,100 @@ def test_phases_end_at_their_deadlines(tmp_path: Path) -> None:
     assert second == {"x": "done", "y": {"skipped": "out of time"}}
 
 
-def test_the_ledger_knows_what_was_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A source is verified when all its checks passed, and until its text changes; a failed one stays as it was."""
-    path = tmp_path / "VERIFIED.json"
-    assert ledger.unverified(path) == ledger.sources() and "norm.cu" in ledger.sources()
-    fine: dict[str, Any] = {"error": 0.0, "limit": 0.1}
-    results = {"norm.cu": {"a": fine}, "act.cu": {"a": fine, "b": {"failure": "?"}}, "moe.cu": {"a": {"skipped": "?"}}}
-    ledger.record({"gpu": "H200"}, results, path)
-    assert set(ledger.sources()) - set(ledger.unverified(path)) == {"norm.cu"}
-    assert ledger.read(path)["norm.cu"]["gpu"] == "H200"
-    monkeypatch.setattr(ledger, "source_hash", lambda source: "another")
-    assert "norm.cu" in ledger.unverified(path)
+def test_what_cannot_be_made_or_run_is_an_entry() -> None:
+    """A generator that fails ends its phase with that failure; an item that skips itself says why."""
+
+    def items() -> Iterator[tuple[str, Callable[[], Any]]]:
+        def skip() -> None:
+            raise Skip("not here")
+
+        yield "skipped", skip
+        raise MemoryError("too large")
+
+    report = Report(None, budget_s=10)
+    found = report.run("a", items(), limit_s=5)
+    assert found["skipped"] == {"skipped": "not here"}
+    assert found["making the next item"]["failure"] == "MemoryError: too large"
+    assert report.failed == ["a/making the next item"]
+
+
+def test_a_process_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole run is under a watchdog that outlasts the budget by its grace and is called off at the end."""
+    calls: list[Any] = []
+    watchdog = phases.faulthandler
+    monkeypatch.setattr(watchdog, "dump_traceback_later", lambda seconds, **options: calls.append((seconds, options)))
+    monkeypatch.setattr(watchdog, "cancel_dump_traceback_later", lambda: calls.append("off"))
+    with Report(None, budget_s=100).bounded():
+        assert calls == [(120.0, {"exit": True, "file": sys.__stderr__})]
+    assert calls[1:] == ["off"]
+
+
+def test_peers_are_timed_in_turn_forward_and_back() -> None:
+    """Each pass is ours, peer, peer, ours, and gives the median of each; a drift hits all alike."""
+    order: list[str] = []
+
+    class Fake(Simulated):
+        sim = False
+
+        def time_us(self, work: Callable[[], None]) -> float:
+            work()
+            return float(len(order))
+
+    graphs = {n: (Captured(lambda n=n: order.append(n), []), 2) for n in ("ours", "peer")}
+    times = interleaved_us(Fake(), graphs)
+    assert order == (["ours"] * 10 + ["peer"] * 20 + ["ours"] * 10) * 2
+    assert times["ours"] == [20.5 / 2, 60.5 / 2] and times["peer"] == [20.5 / 2, 60.5 / 2]
+
+
+def measured(passes: dict[str, float], monkeypatch: pytest.MonkeyPatch, one: Bench, **earlier: Any) -> dict[str, Any]:
+    """Measure a bench with given times."""
+    monkeypatch.setattr(measure, "interleaved_us", lambda device, graphs: {n: [passes[n]] * 2 for n in graphs})
+    return measure.measure(one, Simulated(), CEILINGS, earlier)
+
+
+def test_times_are_set_against_ceilings_peers_and_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Floor from this run's bandwidth, ratio to each peer, and whether the target was reached."""
+    x = torch.ones(4)
+    makers = {
+        "slower": lambda: x.clone,
+        "wrong": lambda: lambda: x * 2,
+        "absent": lambda: (_ for _ in ()).throw(NotImplementedError("no such thing")),
+    }
+    one = Bench("a.cu", "a", 80_000_000, 0, Target("of floor", 0.5, 0.9), lambda device: (x.clone, makers))
+    found = measured({"ours": 100.0, "slower": 150.0}, monkeypatch, one)
+    assert (found["us"], found["floor_us"], found["of_floor"], found["reached"]) == (100, 80, 0.8, "first")
+    assert found["peers"]["slower"] == {"difference": 0.0, "buffers": 1, "us": 150.0, "times_faster": 1.5}
+    assert "differs from ours by 1 " in found["peers"]["wrong"]["failure"]
+    assert found["peers"]["absent"] == {"failure": "NotImplementedError: no such thing"}
+
+
+@pytest.mark.parametrize(
+    ("target", "us", "reached"),
+    [
+        (Target("of floor", 0.5, 0.9), 160.1, "no"),
+        (Target("of floor", 0.5, 0.9), 85.0, "good"),
+        (Target("us", 120, 90), 119.0, "first"),
+        (Target("us", 120, 90), 121.0, "no"),
+        (Target("TFLOP/s", 10, 20), 90.0, "first"),
+        (Target("times", 1.3, 1.6, versus="other"), 100.0, "good"),
+        (Target("times", 1.3, 1.6, versus="never run"), 100.0, "-"),
+        (Target("us", 120, 90), NAN, "-"),
+    ],
+)
+def test_targets(target: Target, us: float, reached: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind of target is judged in its own direction; what was not measured reaches nothing."""
+    one = Bench("a.cu", "a", 80_000_000, 10**9, target, lambda device: (lambda: torch.ones(1), {}))
+    assert measured({"ours": us}, monkeypatch, one, other={"us": 170.0})["reached"] == reached
+
+
+def test_the_engines_floor_is_all_weights_and_the_context(tmp_path: Path) -> None:
+    """A step reads the checkpoint once and each sequence's keys and values once."""
+    model = end_to_end.write_checkpoint(tmp_path, {"hidden_size": 64, "vocab_size": 1536})
+    run = end_to_end.Run(model, 3, Simulated(), (10, 2, 4))
+    weights, config = (
+        (tmp_path / "model.safetensors").stat().st_size,
+        json.loads((tmp_path / "config.json").read_text()),
+    )
+    elements = 2 * config["num_key_value_heads"] * config["head_dim"] * config["num_hidden_layers"]
+    assert run.floor_bytes == weights + 3 * (10 + (2 + 4) / 2) * elements * 2
+    assert [len(prompt) for prompt in run.prompts] == [10] * 3 and run.prompts[0] != run.prompts[1]

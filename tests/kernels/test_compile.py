@@ -100,7 +100,11 @@ def test_every_gpu_has_a_target(with_nvrtc: bool, monkeypatch: pytest.MonkeyPatc
 def test_several_processes_fill_the_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What other processes compiled is found here without compiling; what does not compile is told for its job."""
     defines = {"HIDDEN": 64, "THREADS": 32}
-    jobs = [("norm.cu", defines, "compute_90"), ("norm.cu", {"HIDDEN": "oops"}, "compute_90"), ("act.cu", {}, "no_arch")]
+    jobs = [
+        ("norm.cu", defines, "compute_90"),
+        ("norm.cu", {"HIDDEN": "oops"}, "compute_90"),
+        ("act.cu", {}, "no_arch"),
+    ]
     fine, wrong, nowhere = compiling.build_all(jobs, processes=2)
     assert fine is None and "oops" in (wrong or "") and "act.cu" in (nowhere or "")
     monkeypatch.setattr(compiling, "_by_nvrtc", None)

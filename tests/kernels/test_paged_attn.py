@@ -6,35 +6,8 @@ import pytest
 import torch
 
 from cuda_kernels.paged_attn import Device, Tile, choose_splits, choose_tile, supports
-from tests.kernels.attention_cases import Case, make, reference
 from tests.kernels.helpers import assert_close, simulate
-
-CASES = [
-    Case(),
-    Case(sequences=((1, 130), (1, 0), (1, 64), (1, 65)), splits=3),
-    Case(head_dim=64, group=7, sequences=((5, 40), (1, 17))),
-    Case(kv_heads=1, group=1, sequences=((40, 40), (3, 90)), softcap=5.0),
-    Case(head_dim=256, group=2, kv_heads=1, sequences=((1, 70),), window=33, block_size=32),
-    Case(head_dim=512, group=4, kv_heads=1, sequences=((1, 40), (1, 33))),
-    Case(int8=True, sequences=((1, 100), (1, 31)), splits=2, padding=128),
-    Case(int8=True, head_dim=64, group=7, kv_heads=1, sequences=((12, 80),), window=17),
-]
-FULL = [
-    Case(head_dim=256, group=8, kv_heads=1, sequences=((9, 50),), window=20),
-    Case(head_dim=256, group=2, kv_heads=1, sequences=((9, 40),), int8=True),
-    Case(head_dim=512, group=8, kv_heads=1, sequences=((5, 37),), padding=64),
-    Case(dtype=torch.float16, int8=True, kv_heads=1, sequences=((30, 70),)),
-    Case(dtype=torch.float16, head_dim=64, sequences=((1, 50),), splits=2),
-] + [
-    Case(head_dim=head_dim, group=group, kv_heads=1, int8=int8, window=window, softcap=softcap, splits=splits,
-         sequences=sequences, block_size=block_size, dtype=dtype)
-    for head_dim, group in ((64, 1), (64, 7), (128, 4), (128, 8), (256, 4), (512, 8))
-    for int8 in (False, True)
-    for window, softcap, splits in ((None, None, None), (19, None, 2), (None, 30.0, 3))
-    for sequences, block_size in ((((1, 1), (1, 15), (1, 16), (1, 17), (1, 0), (1, 193)), 16),
-                                  (((5, 5), (40, 77), (1, 33)), 32))
-    for dtype in (torch.bfloat16, torch.float16)
-]  # fmt: skip
+from trio_llm.kernels.attention import CASES, MATRIX, Case, make
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -43,11 +16,11 @@ def test_paged_attention(case: Case) -> None:
     problem = make(case)
     (out,) = simulate(lambda: (problem.run(),))
     # Products with int8 values are of scaled bfloat16 probabilities, whatever q is: each is off by up to 2^-9.
-    assert_close(out, reference(problem), slack=4, of_largest=2**-8 if case.int8 else 0)
+    assert_close(out, problem.expect(), slack=4, of_largest=2**-8 if case.int8 else 0)
 
 
 @pytest.mark.kernels_full
-@pytest.mark.parametrize("case", FULL, ids=str)
+@pytest.mark.parametrize("case", MATRIX, ids=str)
 def test_paged_attention_matrix(case: Case) -> None:
     """The same over the whole matrix."""
     test_paged_attention(case)

@@ -14,8 +14,8 @@ from cuda_kernels import gemm, gemv, kv_write, moe, norm, sample
 from cuda_kernels.paged_attn import Tile
 from cuda_kernels.simulator import KernelFaultError, UnsupportedError
 from cuda_kernels.simulator.machine import ORDERS
-from tests.kernels.attention_cases import Case, make, reference
 from tests.kernels.helpers import assert_close, simulate
+from trio_llm.kernels.attention import Case, make
 
 DECODE = Case(head_dim=64, kv_heads=2, group=7, sequences=((1, 130), (1, 17)), splits=1)
 WINDOW = Case(head_dim=64, kv_heads=1, group=7, sequences=((1, 200), (2, 90)), window=40, splits=1)
@@ -32,7 +32,7 @@ def attention(case: Case) -> Callable[[], None]:
     def check() -> None:
         problem = make(case)
         (out,) = simulate(lambda: (problem.run(),))
-        assert_close(out, reference(problem), slack=4)
+        assert_close(out, problem.expect(), slack=4)
 
     return check
 

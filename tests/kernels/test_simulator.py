@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
 from cuda_kernels import compile as compiling
+from cuda_kernels.launch import using
 from cuda_kernels.simulator import KernelFaultError, SimulatedLauncher, UnsupportedError
 from cuda_kernels.simulator.machine import ORDERS
+from trio_llm.kernels import primitives
+from trio_llm.kernels.device import Simulated
 
-SOURCE = Path(__file__).with_name("primitives.cu").read_text()
 HEADER = '#include "common.cuh"\n'
-N, LANES = 200, 256
 
 
 def built(source: str, arch: str = "compute_90", **defines: int) -> str:
@@ -34,69 +35,19 @@ def snippet(body: str) -> str:
     return built(f'{HEADER}extern "C" __global__ void k(int* x, int n) {{ {body} }}')
 
 
-def expected_integers(v: np.ndarray) -> np.ndarray:
-    """Return what `primitives` writes to `out`, computed in Python integers."""
-    lane, out = np.arange(LANES) % 32, np.zeros((LANES, 10), np.uint32)
-    warp = np.arange(LANES) - lane
-    out[:, 0] = v[np.where(lane + 3 < 32, warp + lane + 3, warp + lane)]
-    out[:, 1] = v[np.where(lane >= 5, warp + lane - 5, warp + lane)]
-    out[:, 2] = v[warp + lane * 7 % 32]
-    out[:, 3] = v[warp + (lane & 16) + ((lane & 15) ^ 9)]
-    for i, value in enumerate(int(x) for x in v):
-        mates = v[warp[i] : warp[i] + 32]
-        out[i, 4] = sum(int(m & 1) << k for k, m in enumerate(mates))
-        out[i, 5] = value.bit_count() + (32 - (value | 1).bit_length()) * 100
-        out[i, 6] = int((mates > 990).any()) + 2
-        pool = (value & 0xFFFFFFFF | (~value & 0xFFFFFFFF) << 32).to_bytes(8, "little")
-        out[i, 7] = int.from_bytes(bytes(pool[k] for k in (4, 2, 5, 3)), "little")
-        high = (value * 2654435761 & 0xFFFFFFFF) * 0x9E3779B9 >> 32
-        both, by = (~value & 0xFFFFFFFF) << 32 | value, value & 31
-        out[i, 8] = high ^ (both << by >> 32 & 0xFFFFFFFF)
-        out[i, 9] = (-(value // 7) * 31 + value % 9 + (value >> 3) // 5) & 0xFFFFFFFF
-    return out
-
-
-def expected_floats(v: np.ndarray) -> np.ndarray:
-    """Return what `primitives` writes to `floats`, in float64."""
-    a = v * np.float64(np.float32(0.01))
-    for k in range(3):
-        a = np.where((v & 3) > k, np.sqrt(a + k) / np.sqrt(1 + a), a)
-    gelu = 0.5 * a * (1 + np.tanh(0.7978845608028654 * (a + 0.044715 * a**3)))
-    signed = np.frombuffer((v.astype(np.uint64) * 2654435761 % 2**32).astype(np.uint32).tobytes(), np.int8)
-    out = np.zeros((LANES, 4))
-    out[:, 0] = np.where(v & 16, a, -a + v % 7)
-    out[:, 1] = np.tanh(a) + a / (1 + np.exp(-a)) + gelu + np.log2(1 + a)
-    out[:, 2] = signed.reshape(-1, 4) @ np.array([1.0, 256, 65536, 7])
-    out[:, 3] = a * 1.001 + 3 * a + np.rint(a.astype(np.float32) * np.float32(7.3))
-    return out
-
-
 @pytest.mark.parametrize("arch", ["compute_80", "compute_100"])
 @pytest.mark.parametrize("order", ORDERS)
 def test_primitives_match_their_definitions(arch: str, order: int) -> None:
     """Shuffles, votes, bit operations, division, atomics and divergent loops give what they are defined to give."""
-    given = np.zeros(LANES, np.int64)
-    given[:N] = np.random.default_rng(0).integers(0, 1000, N)
-    out, floats = torch.zeros(LANES, 10, dtype=torch.int32), torch.zeros(LANES, 4)
-    histogram = torch.zeros(9, dtype=torch.int32)
-    args = (torch.from_numpy(given[:N].astype(np.int32)), out, floats, histogram, np.int32(N))
-    run(built(SOURCE, arch), "primitives", *args, threads=128, blocks=2, order=order, read_only=1)
-    np.testing.assert_array_equal(out.numpy().view(np.uint32), expected_integers(given))
-    np.testing.assert_allclose(floats.numpy()[:, :3], expected_floats(given)[:, :3], rtol=2e-5, atol=2e-6)
-    np.testing.assert_allclose(floats.numpy()[:, 3], expected_floats(given)[:, 3], rtol=8e-3)
-    assert histogram[:8].tolist() == np.bincount(given % 8, minlength=8).tolist()
-    assert histogram[8] == given[given % 3 == 0].max()
+    with using(SimulatedLauncher(arch, order)):
+        primitives.check_primitives(Simulated())
 
 
-@pytest.mark.parametrize("fp16", [0, 1])
-def test_tensor_cores_multiply(fp16: int) -> None:
-    """A product through cp.async, ldmatrix, its transpose and mma.sync is the product, to the last bit."""
-    torch.manual_seed(0)
-    dtype = torch.float16 if fp16 else torch.bfloat16
-    a, b = torch.randint(-9, 9, (16, 16)).to(dtype), torch.randint(-9, 9, (16, 8)).to(dtype)
-    out, out_t = torch.full((16, 8), torch.nan), torch.full((16, 8), torch.nan)
-    run(built(SOURCE, IO_FP16=fp16), "product", a, b, b.T.contiguous(), out, out_t, read_only=3)
-    assert torch.equal(out, a.float() @ b.float()) and torch.equal(out_t, out)
+@pytest.mark.parametrize("check", dict(primitives.checks(Simulated())).items(), ids=lambda item: item[0])
+def test_each_instruction_gives_its_definition(check: tuple[str, Callable[[], object]]) -> None:
+    """Conversions, copies, tensor cores and approximations are the same functions that a GPU is asked for."""
+    with Simulated().session():
+        check[1]()
 
 
 FAULTS = {

@@ -1,19 +1,46 @@
-"""What `bench` measures: each kernel at the shapes of real models, beside what torch offers for the same."""
+"""What `bench` measures: each kernel at the shapes of real models, what it must reach, and its peers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Literal
 
 import attrs
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from cuda_kernels import act, gemm, gemv, moe, norm, sample
-from trio_llm.kernels.attention import Attention, Problem
+from cuda_kernels import act, gemm, gemv, kv_write, moe, norm, sample
+from trio_llm.kernels import peers
+from trio_llm.kernels.attention import Case, make
+from trio_llm.kernels.device import Call
 from trio_llm.model import counter_rng, ops_torch
 
-Work = Callable[[], object]
+EPS = 1e-6
+
+
+@attrs.frozen
+class Target:
+    """What a measurement must reach: `first` before the kernel may be the fast path, `good` is the aim.
+
+    Attributes:
+        unit: "of floor", "times" (as fast as the bench or peer named in `versus`) and "TFLOP/s" want to be large, "us" small.
+    """
+
+    unit: Literal["of floor", "times", "TFLOP/s", "us"]
+    first: float
+    good: float
+    versus: str | None = None
+
+    def reached(self, value: float) -> str:
+        """Return "good", "first" or "no"; "-" where nothing was measured."""
+        if math.isnan(value):
+            return "-"
+        for name, wanted in (("good", self.good), ("first", self.first)):
+            if value <= wanted if self.unit == "us" else value >= wanted:
+                return name
+        return "no"
 
 
 @attrs.frozen
@@ -22,134 +49,188 @@ class Bench:
 
     Attributes:
         num_bytes, flops: The least that must be moved and computed: what the ceilings are set against.
-        make: Builds fresh buffers; returns our call and the peers' by name.
+        writes: Whether as much is written as read, so that copying is the ceiling and not reading.
+        make: Builds fresh buffers; returns our call and the makers of the peers'.
     """
 
     source: str
     name: str
     num_bytes: int
     flops: int
-    make: Callable[[torch.device], tuple[Work, dict[str, Work]]]
+    target: Target | None
+    make: Callable[[torch.device], tuple[Call, Mapping[str, peers.Maker]]]
+    writes: bool = False
+
+    def floor_us(self, ceilings: Mapping[str, float]) -> float:
+        """Return how long this takes at the machine's ceilings."""
+        bandwidth = ceilings["copy_gb_s" if self.writes else "read_gb_s"]
+        return max(self.num_bytes / bandwidth / 1e3, self.flops / ceilings["bf16_tflop_s"] / 1e6)
 
 
 def all_benches(*, small: bool) -> Iterator[Bench]:
-    """Yield every bench; small ones are for the simulator."""
-    yield from _attention(small=small)
+    """Yield every bench, the most wanted first; small ones are for the simulator."""
+    yield from _decode(small=small)
+    yield from _prefill(small=small)
     yield from _linear(small=small)
     yield from _elementwise(small=small)
-    yield from _rest(small=small)
+    yield from _experts(small=small)
+    yield _sample(small=small)
 
 
-def _attention(*, small: bool) -> Iterator[Bench]:
-    context = 40 if small else 2048
-    shapes = {
-        "Qwen2.5-0.5B": (64, 2, 7),
-        "Qwen3-8B": (128, 8, 4),
-    }
-    for model, (head_dim, kv_heads, group) in list(shapes.items())[: 1 if small else None]:
-        for batch in (1,) if small else (1, 32, 256):
+MODELS = {"Qwen3-8B": (128, 8, 4), "Qwen2.5-0.5B": (64, 2, 7)}  # head size, key heads, query heads per key head
+
+
+def _decode(*, small: bool) -> Iterator[Bench]:
+    of_floor, few = Target("of floor", 0.65, 0.82), Target("us", 15, 9)
+    shapes = ((1, 2048, few), (1, 32768, Target("of floor", 0.55, 0.7)), (32, 2048, of_floor), (256, 2048, of_floor))
+    if small:
+        shapes = ((1, 40, few), (2, 24, of_floor))
+    for model, (head_dim, kv_heads, group) in list(MODELS.items())[: 1 if small else None]:
+        for batch, context, target in shapes:
             for int8 in (False, True):
-                case = Attention(head_dim, kv_heads, group, ((1, context),) * batch, int8=int8)
-                name = f"decode {model} B={batch} {context}{' int8' if int8 else ''}"
+                case = Case(head_dim, kv_heads, group, ((1, context),) * batch, int8=int8)
+                name = f"decode {model} B={batch} {context}"
+                wanted = Target("times", 1.3, 1.6, versus=name) if int8 else target
                 flops = 4 * batch * context * kv_heads * group * head_dim
-                yield Bench("paged_attn.cu", name, case.cache_bytes, flops, _attend(case))
-        case = Attention(head_dim, kv_heads, group, ((context, context),))
-        flops = 2 * context * context * kv_heads * group * head_dim
-        yield Bench("paged_attn.cu", f"prefill {model} {context}", case.cache_bytes, flops, _attend(case))
+                name = f"{name} int8" if int8 else name
+                yield Bench("paged_attn.cu", name, case.cache_bytes, flops, wanted, partial(_attend, case))
 
 
-def _attend(case: Attention) -> Callable[[torch.device], tuple[Work, dict[str, Work]]]:
-    def make(device: torch.device) -> tuple[Work, dict[str, Work]]:
-        problem = case.make(device)
-        return problem.run, {} if case.int8 else {"SDPA, keys gathered beforehand": _sdpa(problem)}
+def _prefill(*, small: bool) -> Iterator[Bench]:
+    for model, (head_dim, kv_heads, group) in list(MODELS.items())[: 1 if small else None]:
+        for context in (24,) if small else (2048, 8192):
+            case = Case(head_dim, kv_heads, group, ((context, context),))
+            flops = 2 * context * context * kv_heads * group * head_dim
+            target = Target("TFLOP/s", 230, 330) if head_dim == 128 else None
+            name = f"prefill {model} {context}"
+            yield Bench("paged_attn.cu", name, case.cache_bytes, flops, target, partial(_attend, case))
 
-    return make
 
-
-def _sdpa(problem: Problem) -> Work:
-    case = problem.case
-    tokens = case.sequences[0][0]
-    pairs = [problem.gather(row) for row in range(len(case.sequences))]
-    k, v = (torch.stack([pair[i] for pair in pairs]).transpose(1, 2) for i in range(2))
-    q = problem.q.view(len(pairs), tokens, -1, case.head_dim).transpose(1, 2)
-    return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=tokens > 1, enable_gqa=True)
+def _attend(case: Case, device: torch.device) -> tuple[Call, Mapping[str, peers.Maker]]:
+    problem = make(case, device)
+    return problem.run, peers.attention(problem)
 
 
 def _linear(*, small: bool) -> Iterator[Bench]:
     inputs, outputs = (64, 32) if small else (4096, 24576)  # gate and up of Qwen3-8B
     for rows in (1, 4):
         for int8 in (False, True):
-
-            def make(device: torch.device, rows: int = rows, int8: bool = int8) -> tuple[Work, dict[str, Work]]:
-                x = torch.randn(rows, inputs, device=device, dtype=torch.bfloat16)
-                dense = torch.randn(outputs, inputs, device=device, dtype=torch.bfloat16)
-                peers: dict[str, Work] = {"cuBLAS and act": lambda: ops_torch.act_and_mul(F.linear(x, dense), "silu")}
-                if not int8:
-                    return lambda: gemv.linear(x, dense, activation="silu"), peers
-                weight, scale = dense.clamp(-9, 9).mul(14).to(torch.int8), dense.abs().amax(1)
-                return lambda: gemv.linear(x, weight, scale=scale, activation="silu"), peers
-
-            name = f"gate and up, {rows} rows{', int8' if int8 else ''}"
+            name = f"gate and up of Qwen3-8B, {rows} rows{', int8' if int8 else ''}"
             num_bytes = inputs * outputs * (1 if int8 else 2)
-            yield Bench("gemv.cu", name, num_bytes, 2 * rows * inputs * outputs, make)
+            target = Target("of floor", 0.55, 0.7) if int8 else Target("of floor", 0.75, 0.85)
+            gated = partial(_gated, rows, inputs, outputs, int8)
+            yield Bench("gemv.cu", name, num_bytes, 2 * rows * inputs * outputs, target, gated)
     for rows in (16, 64):
+        build, target = partial(_many, rows, inputs, outputs), Target("times", 1, 1.1, versus="cuBLAS")
+        name = f"gate and up of Qwen3-8B, {rows} rows, int8"
+        yield Bench("gemm.cu", name, inputs * outputs, 2 * rows * inputs * outputs, target, build)
 
-        def make_many(device: torch.device, rows: int = rows) -> tuple[Work, dict[str, Work]]:
-            x, dense = (torch.randn(n, inputs, device=device, dtype=torch.bfloat16) for n in (rows, outputs))
-            weight, scale = dense.clamp(-9, 9).mul(14).to(torch.int8), dense.abs().amax(1)
-            return lambda: gemm.linear(x, weight, scale), {"cuBLAS": lambda: F.linear(x, dense)}
 
-        yield Bench(
-            "gemm.cu", f"gate and up, {rows} rows, int8", inputs * outputs, 2 * rows * inputs * outputs, make_many
-        )
+def _gated(
+    rows: int, inputs: int, outputs: int, int8: bool, device: torch.device
+) -> tuple[Call, Mapping[str, peers.Maker]]:
+    x = torch.randn(rows, inputs, device=device, dtype=torch.bfloat16)
+    dense = torch.randn(outputs, inputs, device=device, dtype=torch.bfloat16)
+    if not int8:
+        return lambda: gemv.linear(x, dense, activation="silu"), peers.gated_linear(x, dense, None)
+    scale = dense.abs().amax(1) / 127
+    weight = (dense / scale[:, None]).round().to(torch.int8)
+    ours = lambda: gemv.linear(x, weight, scale=scale, activation="silu")  # noqa: E731 - a call, as the other
+    return ours, peers.gated_linear(x, weight.to(x.dtype) * scale[:, None], (weight, scale))
+
+
+def _many(rows: int, inputs: int, outputs: int, device: torch.device) -> tuple[Call, Mapping[str, peers.Maker]]:
+    x, dense = (torch.randn(n, inputs, device=device, dtype=torch.bfloat16) for n in (rows, outputs))
+    scale = dense.abs().amax(1) / 127
+    weight = (dense / scale[:, None]).round().to(torch.int8)
+    return lambda: gemm.linear(x, weight, scale), peers.linear(x, weight.to(x.dtype) * scale[:, None])
 
 
 def _elementwise(*, small: bool) -> Iterator[Bench]:
     hidden = 64 if small else 4096
     for rows in (2,) if small else (256, 8192):
-
-        def make_norm(device: torch.device, rows: int = rows) -> tuple[Work, dict[str, Work]]:
-            x, residual, weight = (torch.randn(rows, hidden, device=device).bfloat16() for _ in range(3))
-            w = weight[0]
-            return lambda: norm.add_rms_norm(x, residual, w, 1e-6), {
-                "eager": lambda: ops_torch.add_rms_norm(x, residual, w, 1e-6)
-            }
-
-        def make_act(device: torch.device, rows: int = rows) -> tuple[Work, dict[str, Work]]:
-            gate_up = torch.randn(rows, 6 * hidden, device=device).bfloat16()
-            return lambda: act.act_and_mul(gate_up, "silu"), {"eager": lambda: ops_torch.act_and_mul(gate_up, "silu")}
-
-        yield Bench("norm.cu", f"add and norm, {rows} rows", rows * hidden * 8, 0, make_norm)
-        yield Bench("act.cu", f"silu and multiply, {rows} rows", rows * hidden * 18, 0, make_act)
+        target = Target("of floor", 0.75, 0.88) if rows > 2048 else Target("us", 3, 2.2)
+        for source, name, num_bytes, maker in (
+            ("norm.cu", "add and norm", rows * hidden * 8, _norm),
+            ("act.cu", "silu and multiply", rows * hidden * 18, _act),
+            ("kv_write.cu", "norm, rotate and write keys and values", rows * hidden * 6, _write),
+        ):
+            build = partial(maker, rows, hidden)
+            yield Bench(source, f"{name}, {rows} rows of Qwen3-8B", num_bytes, 0, target, build, writes=True)
 
 
-def _rest(*, small: bool) -> Iterator[Bench]:
+def _norm(rows: int, hidden: int, device: torch.device) -> tuple[Call, Mapping[str, peers.Maker]]:
+    x, residual, weight = (torch.randn(rows, hidden, device=device).bfloat16() for _ in range(3))
+    args = (x, residual, weight[0], EPS)
+    return lambda: norm.add_rms_norm(*args), peers.elementwise(ops_torch.add_rms_norm, *args)
+
+
+def _act(rows: int, hidden: int, device: torch.device) -> tuple[Call, Mapping[str, peers.Maker]]:
+    gate_up = torch.randn(rows, 6 * hidden, device=device).bfloat16()
+    return lambda: act.act_and_mul(gate_up, "silu"), peers.elementwise(ops_torch.act_and_mul, gate_up, "silu")
+
+
+def _write(rows: int, hidden: int, device: torch.device) -> tuple[Call, Mapping[str, peers.Maker]]:
+    """Take as many query heads as fill `hidden`, and a fourth of it each of keys and of values."""
+    head_dim = 128 if hidden > 1024 else 64
+    heads, kv_heads = hidden // head_dim, max(1, hidden // head_dim // 4)
+    qkv = torch.randn(rows, (heads + 2 * kv_heads) * head_dim, device=device).bfloat16()
+    angles = torch.randn(rows, head_dim // 2, device=device)
+    cos, sin, slots = angles.cos(), angles.sin(), torch.randperm(rows, device=device)
+    pools = [torch.zeros(rows, kv_heads, head_dim, device=device, dtype=qkv.dtype) for _ in range(4)]
+    weight = torch.rand(heads + kv_heads, head_dim, device=device)
+
+    def ours() -> Tensor:
+        options = {"num_heads": heads, "qk_norm": weight, "v_norm": False, "eps": EPS}
+        return kv_write.write_kv(qkv, cos, sin, slots, *pools[:2], None, None, **options)  # type: ignore[arg-type]
+
+    return ours, peers.elementwise(_write_in_torch, qkv, cos, sin, slots, *pools[2:], weight)
+
+
+def _write_in_torch(
+    qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k_pool: Tensor, v_pool: Tensor, weight: Tensor
+) -> Tensor:
+    kv_heads, head_dim = k_pool.shape[1:]
+    q_and_k, v = qkv.view(len(qkv), -1, head_dim).split((len(weight), kv_heads), dim=1)
+    first, second = (ops_torch.rms_norm(q_and_k.float(), None, EPS) * weight).chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(qkv.dtype)
+    k_pool[slots] = turned[:, -kv_heads:]
+    v_pool[slots] = v
+    return turned[:, :-kv_heads]
+
+
+def _experts(*, small: bool) -> Iterator[Bench]:
+    hidden, width, experts = (64, 64, 4) if small else (4096, 14336, 8)
+    for tokens in (1, 2) if small else (1, 32):
+        used = min(experts, 2 * tokens)  # by so many tokens all experts are used, with two each
+        flops, num_bytes = 2 * tokens * 2 * 3 * hidden * width, used * 3 * hidden * width * 2
+        build = partial(_moe, tokens, hidden, width, experts)
+        yield Bench("moe.cu", f"Mixtral layer, {tokens} tokens", num_bytes, flops, Target("of floor", 0.6, 0.78), build)
+
+
+def _moe(
+    tokens: int, hidden: int, width: int, experts: int, device: torch.device
+) -> tuple[Call, Mapping[str, peers.Maker]]:
+    x = torch.randn(tokens, hidden, device=device).bfloat16()
+    gate_up = torch.randn(experts, 2 * width, hidden, device=device, dtype=torch.bfloat16) / hidden**0.5
+    down = torch.randn(experts, hidden, width, device=device, dtype=torch.bfloat16) / width**0.5
+    load = torch.zeros(experts, dtype=torch.int64, device=device)
+    chosen = (torch.arange(tokens * 2, device=device) % experts).view(tokens, 2)
+    weights = torch.rand(tokens, 2, device=device)
+    ours = lambda: moe.moe(x, weights, chosen, gate_up, down, load, "silu")  # noqa: E731 - a call
+    return ours, peers.experts(x, weights, chosen, gate_up, down)
+
+
+def _sample(*, small: bool) -> Bench:
     rows, vocab = (2, 300) if small else (32, 151_936)
 
-    def make_sample(device: torch.device) -> tuple[Work, dict[str, Work]]:
+    def build(device: torch.device) -> tuple[Call, Mapping[str, peers.Maker]]:
         logits = torch.randn(rows, vocab, device=device) * 3
         hashes = counter_rng.token_hashes(vocab).to(device)
         keys = torch.ones(rows, 2, dtype=torch.int32, device=device)
         params = torch.tensor([[0.8, 50, 0.95, 0]], device=device).repeat(rows, 1)
+        return lambda: sample.sample(logits, params, keys, hashes), peers.sampling(logits / 0.8, 50, 0.95)
 
-        def sort() -> Tensor:
-            return logits.sort(dim=-1, descending=True).values.softmax(-1).cumsum(-1)
-
-        return lambda: sample.sample(logits, params, keys, hashes), {"sort, softmax, cumsum": sort}
-
-    yield Bench("sample.cu", f"top_k 50, top_p 0.95, {rows} rows of {vocab}", rows * vocab * 4, 0, make_sample)
-    hidden, width, experts = (64, 64, 4) if small else (4096, 14336, 8)
-    for tokens in (1,) if small else (1, 32):
-
-        def make_moe(device: torch.device, tokens: int = tokens) -> tuple[Work, dict[str, Work]]:
-            x = torch.randn(tokens, hidden, device=device).bfloat16()
-            gate_up = torch.randn(experts, 2 * width, hidden, device=device, dtype=torch.bfloat16)
-            down = torch.randn(experts, hidden, width, device=device, dtype=torch.bfloat16)
-            load = torch.zeros(experts, dtype=torch.int64, device=device)
-            weights, ids = torch.rand(tokens, experts, device=device).topk(2)
-            # torch's own loop over experts reads counts on the host: no graph can hold it, so it is no peer here.
-            return lambda: moe.moe(x, weights, ids, gate_up, down, load, "silu"), {}
-
-        used = min(experts, 2 * tokens)
-        flops, num_bytes = 2 * tokens * 2 * 3 * hidden * width, used * 3 * hidden * width * 2
-        yield Bench("moe.cu", f"Mixtral layer, {tokens} tokens", num_bytes, flops, make_moe)
+    name = f"top_k 50, top_p 0.95, {rows} rows of {vocab}"
+    return Bench("sample.cu", name, rows * vocab * 4, 0, Target("us", 60, 30), build)

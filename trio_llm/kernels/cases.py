@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Generator, Iterator
 
 import attrs
 import torch
@@ -10,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cuda_kernels import act, gemm, gemv, kv_write, moe, norm, quant, sample
-from trio_llm.kernels.attention import Attention
+from trio_llm.kernels.attention import CASES, LARGE, MATRIX, make
 from trio_llm.model import counter_rng, ops_torch
 
 EPS = 1e-6
+LARGER = 16  # times the sizes of what is simulated, on a GPU
 # Largest error allowed, as a part of the largest value: twice the rounding of the stored type, and room for sums.
 TOLERANCE = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3, torch.float32: 1e-4}
 
@@ -44,13 +46,25 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return float(difference.nan_to_num(nan=torch.inf))
 
 
+@contextlib.contextmanager
+def poisoned() -> Generator[None]:
+    """Fill fresh tensors with NaN (the largest number, for integers): what a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True)  # fills torch.empty as a part of what it does
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def compare(check: Check) -> dict[str, float]:
     """Run a check; returns its error and the limit.
 
     Raises:
         ArithmeticError: The error is over the limit.
     """
-    pairs = list(zip(check.run(), check.expect(), strict=True))
+    with poisoned():
+        results = check.run()
+    pairs = list(zip(results, check.expect(), strict=True))
     worst = max(error(actual, expected) for actual, expected in pairs)
     limit = max(TOLERANCE.get(check.computed_in or actual.dtype, 0.0) for actual, _ in pairs)
     if not worst <= limit:
@@ -58,21 +72,29 @@ def compare(check: Check) -> dict[str, float]:
     return {"error": worst, "limit": limit}
 
 
-def all_checks(device: torch.device, *, scale: int) -> Iterator[Check]:
-    """Yield every check; `scale` multiplies the sizes (1 is small enough to simulate)."""
+def assert_same_bits(check: Check, first: tuple[Tensor, ...], second: tuple[Tensor, ...], what: str) -> None:
+    """Raise ArithmeticError where two results of a check differ in a bit."""
+    for one, other in zip(first, second, strict=True):
+        if not torch.equal(one.view(torch.uint8), other.view(torch.uint8)):
+            raise ArithmeticError(f"{check.source}, {check.name}: {what}")
+
+
+def all_checks(device: torch.device, *, small: bool) -> Iterator[Check]:
+    """Yield every check; small ones can be simulated."""
     torch.manual_seed(0)
+    scale = 1 if small else LARGER
     for dtype in (torch.bfloat16, torch.float16):
         yield from _elementwise(device, dtype, scale)
         yield from _linear(device, dtype, scale)
         yield from _experts(device, dtype, scale)
-        for case in Attention.cases(dtype, scale):
-            problem = case.make(device)
-            # Beside int8 values, probabilities are bfloat16.
-            coarse = torch.bfloat16 if case.int8 else None
-            run, expect = (lambda p=problem: (p.run(),)), (lambda p=problem: (p.expect(),))
-            yield Check("paged_attn.cu", str(case), run, expect, coarse)
     yield from _kv_write(device, scale)
     yield from _sample(device, scale)
+    for case in CASES if small else (*CASES, *MATRIX, *LARGE):
+        problem = make(case, device)
+        # Beside int8 values, probabilities are bfloat16.
+        coarse = torch.bfloat16 if case.int8 else None
+        run, expect = (lambda p=problem: (p.run(),)), (lambda p=problem: (p.expect(),))
+        yield Check("paged_attn.cu", str(case), run, expect, coarse)
 
 
 def _random(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:

@@ -1,4 +1,5 @@
-// Every instruction that the kernels' compilers are known to emit and that the kernels' own tests might miss.
+// What the other kernels are built of, each alone: a simulator and a GPU must give the same, and `kernels check` asks
+// both. Also the smallest kernels there are, which tell what a launch and a read cost on a machine.
 #include "common.cuh"
 
 extern "C" __global__ void primitives(const int* __restrict__ in, u32* __restrict__ out, float* __restrict__ floats,
@@ -56,4 +57,66 @@ extern "C" __global__ void product(const io_t* __restrict__ a, const io_t* __res
     out[row * 8 + column] = c[e] - (e + 1);
     out_t[row * 8 + column] = d[e];
   }
+}
+
+// The approximate functions, [n, 7]: ex2, lg2, rcp, rsqrt, tanh, silu, gelu of x [n] (of |x| where it must be positive).
+extern "C" __global__ void approximations(const float* __restrict__ x, float* __restrict__ out, int n) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+  const float v = x[i], positive = fabsf(v);
+  const float values[7] = {exp2_fast(v), log2_fast(positive), reciprocal(v), rsqrt_fast(positive),
+                           tanh_fast(v), silu(v),             gelu_tanh(v)};
+#pragma unroll
+  for (int k = 0; k < 7; k++) out[i * 7 + k] = values[k];
+}
+
+// Roundings of x [n]: bits [n, 3] of io_t, of a packed pair (x, -x) and of a packed bfloat16 pair; back [n, 2] widened
+// again; the nearest integers [n].
+extern "C" __global__ void roundings(const float* __restrict__ x, u32* __restrict__ bits, float* __restrict__ back,
+                                     int* __restrict__ integers, int n) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+  const u32 pair = pack_io(x[i], -x[i]);
+  bits[i * 3] = to_io(x[i]).bits;
+  bits[i * 3 + 1] = pair;
+  bits[i * 3 + 2] = pack_bf16(x[i], -x[i]);
+  back[i * 2] = io_low(pair);
+  back[i * 2 + 1] = io_high(pair);
+  integers[i] = round_to_int(x[i]);
+}
+
+// 32 threads copy 16 bytes each, then 4 bytes each, of which only the even threads' are there: zeros fill the rest.
+extern "C" __global__ void copies(const u32* __restrict__ in, u32* __restrict__ out) {
+  DYN_SMEM(u32, s);
+  const int lane = threadIdx.x;
+  const bool ok = lane % 2 == 0;
+  for (int i = 0; i < 5; i++) s[i * 32 + lane] = ~0u;
+  __syncthreads();
+  copy16_async(s + lane * 4, in + (ok ? lane * 4 : 0), ok);
+  copies_commit();
+  copy4_async(s + 128 + lane, in + (ok ? lane : 0), ok);
+  copies_commit();
+  copies_wait<1>();
+  __syncthreads();
+  for (int i = 0; i < 4; i++) out[i * 32 + lane] = s[i * 32 + lane];
+  copies_wait<0>();
+  __syncthreads();
+  out[128 + lane] = s[128 + lane];
+}
+
+// Read all of x (n pieces of 16 bytes) as fast as memory gives it: the ceiling that kernels which only read are held to.
+extern "C" __global__ void read_all(const vec16* __restrict__ x, u32* __restrict__ out, int n) {
+  u32 all = 0;
+  const int stride = gridDim.x * blockDim.x;
+#pragma unroll 4
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += stride) {
+    const vec16 v = load16(x + i);
+    all ^= v.x[0] ^ v.x[1] ^ v.x[2] ^ v.x[3];
+  }
+  out[blockIdx.x * blockDim.x + threadIdx.x] = all;
+}
+
+// What a launch costs when there is nothing to do.
+extern "C" __global__ void nothing(int* x) {
+  if (x) *x = 1;
 }
