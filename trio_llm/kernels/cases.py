@@ -20,6 +20,9 @@ LARGER = 16  # times the sizes of what is simulated, on a GPU
 TOLERANCE = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3, torch.float32: 1e-4}
 
 
+Results = Callable[[], tuple[Tensor, ...]]
+
+
 @attrs.frozen
 class Check:
     """One comparison.
@@ -33,8 +36,8 @@ class Check:
 
     source: str
     name: str
-    run: Callable[[], tuple[Tensor, ...]]
-    expect: Callable[[], tuple[Tensor, ...]]
+    run: Results
+    expect: Results
     computed_in: torch.dtype | None = None
 
 
@@ -179,12 +182,43 @@ def _kv_write(device: torch.device, scale: int) -> Iterator[Check]:
 
         def expect(qkv: Tensor = qkv, angles: Tensor = angles) -> tuple[Tensor, ...]:
             heads = qkv.double().view(len(qkv), 4, -1)
-            first, second = heads[:, :3].chunk(2, dim=-1)
-            cos, sin = angles.double().cos()[:, None], angles.double().sin()[:, None]
-            turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+            turned = _rotated(heads[:, :3], angles)
             return turned[:, :2], turned[:, 2:], ops_torch.rms_norm(heads[:, 3:], None, EPS)
 
         yield Check("kv_write.cu", f"head size {head_dim}", run, expect)
+
+    yield Check("kv_write.cu", "int8, normalised, padded", *_quantised_write(device, scale))
+
+
+def _rotated(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate x [S, heads, D] by angles [S, D / 2], in float64."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = angles.double().cos()[:, None], angles.double().sin()[:, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _quantised_write(device: torch.device, scale: int) -> tuple[Results, Results]:
+    """Return our write of int8 keys and values, and what it should be; every third row is padding."""
+    tokens, head_dim = 3 * scale, 128
+    qkv, angles = _random(device, torch.bfloat16, tokens, 4 * head_dim), torch.randn(tokens, head_dim // 2).to(device)
+    weight = torch.rand(3, head_dim).to(device) + 0.5
+    slots = torch.randperm(tokens).to(device)
+    written = torch.arange(tokens, device=device) % 3 < 2
+    slots, kept = slots.where(written, -1), slots[written]
+
+    def run() -> tuple[Tensor, ...]:
+        k, v = torch.zeros(2, tokens, 1, head_dim, dtype=torch.int8, device=device)
+        k_scale, v_scale = torch.zeros(2, tokens, 1, device=device)
+        args = (qkv, angles.cos(), angles.sin(), slots, k, v, k_scale, v_scale)
+        q = kv_write.write_kv(*args, num_heads=2, qk_norm=weight, v_norm=False, eps=EPS)
+        return q, *((x * s[..., None]).to(q.dtype)[kept] for x, s in ((k, k_scale), (v, v_scale)))
+
+    def expect() -> tuple[Tensor, ...]:
+        heads = qkv.double().view(tokens, 4, head_dim)
+        turned = _rotated(ops_torch.rms_norm(heads[:, :3], None, EPS) * weight.double(), angles)
+        return turned[:, :2], turned[written, 2:], heads[written, 3:]
+
+    return run, expect
 
 
 def _sample(device: torch.device, scale: int) -> Iterator[Check]:
@@ -199,4 +233,15 @@ def _sample(device: torch.device, scale: int) -> Iterator[Check]:
         ids[1] = counter_rng.race(logits[1:2] - logits[1].amax(), keys[1:2], hashes).argmax()
         return (ids,)
 
+    chosen = torch.tensor([0, vocab // 2, vocab - 1], device=device)
+
+    def logprobs() -> tuple[Tensor, Tensor]:
+        own = logits.gather(1, chosen[:, None])
+        return logits.double().log_softmax(-1).gather(1, chosen[:, None])[:, 0], (logits > own).sum(1) + 1
+
     yield Check("sample.cu", "greedy, plain, top 1", lambda: (sample.sample(logits, params, keys, hashes),), expect)
+    yield Check("sample.cu", "log-probabilities and ranks", lambda: sample.token_logprobs(logits, chosen), logprobs)
+    sampled, drafts = torch.tensor([[5, 7, 9, 1, 1, 1, 8], [5, 6, -1, 1, 1, -1, -1]]).to(device)
+    starts = torch.tensor([0, 3, 6, 7], dtype=torch.int32, device=device)
+    accepted = torch.tensor([1, 2, 0], device=device)
+    yield Check("sample.cu", "drafts", lambda: (sample.verify_drafts(sampled, drafts, starts),), lambda: (accepted,))

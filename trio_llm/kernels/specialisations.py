@@ -27,6 +27,7 @@ NEEDED = {
     "add_rms_norm": (_LOAD16, "st.global.v4"),
     "act_and_mul": (_LOAD16, "st.global.v4"),
     "quantize_rows": (_LOAD16_CACHED,),
+    "read_all": (_LOAD16,),
 }
 HEADS = ((64, 7), (128, 4), (128, 1), (256, 8), (512, 8))  # head size, query heads per key head
 
@@ -111,6 +112,7 @@ def others() -> list[Kernel]:
             kernel("gemm.cu", "grouped_linear", BM=rows, INT8=int8, GATED=gated, GELU=0, STAGES=stages, IO_FP16=fp16)
             for (rows, int8, stages), gated, fp16 in product(GEMMS, flag, flag)
         ),
+        *(kernel("primitives.cu", "primitives", IO_FP16=fp16) for fp16 in flag),
         *(kernel("quant.cu", "quantize_rows", IO_FP16=fp16) for fp16 in flag),
         *(kernel("sample.cu", entry, THREADS=512) for entry in ("sample", "token_logprobs")),
     ]
