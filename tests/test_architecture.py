@@ -113,6 +113,7 @@ def test_every_library_is_declared() -> None:
         "cupy",
         "cuda",
         "huggingface_hub",
+        "transformers",
         "IPython",
         "opentelemetry",
     }  # Imported inside functions, and missed in plain words.

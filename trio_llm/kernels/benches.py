@@ -25,7 +25,7 @@ class Target:
     """What a measurement must reach: `first` before the kernel may be the fast path, `good` is the aim.
 
     Attributes:
-        unit: "of floor", "times" (as fast as the bench or peer named in `versus`) and "TFLOP/s" want to be large, "us" small.
+        unit: "of floor", "times" (as fast as the bench or peer of `versus`) and "TFLOP/s" want to be large, "us" small.
     """
 
     unit: Literal["of floor", "times", "TFLOP/s", "us"]
