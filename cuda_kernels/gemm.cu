@@ -15,7 +15,7 @@
 #define WEIGHT_CHUNKS (INT8 ? BK / 16 : BK / 8)  // 16-byte pieces of a weight row in a stage
 #define STAGE_BYTES (X_BYTES + BN * WEIGHT_CHUNKS * 16)
 #define MTILES (BM / 16)
-#define BLOCKS (STAGES * STAGE_BYTES > 49152 ? 2 : 4)  // of a multiprocessor's shared memory and registers
+#define BLOCKS (STAGES * STAGE_BYTES > 49152 ? 2 : INT8 ? 3 : 4)  // that share a multiprocessor's registers
 
 #if INT8
 typedef s8 weight_t;

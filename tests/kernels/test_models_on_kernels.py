@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 import torch
 
+from cuda_kernels import sample
 from cuda_kernels.launch import using
 from cuda_kernels.simulator import SimulatedLauncher
 from tests.model import families
 from tests.model.golden import make_golden
 from tests.model.paged import Paged, load
 from tests.model.test_reduced_precision import errors
+from tests.model_runner.drive import run
 from trio_llm.config import EngineConfig
 from trio_llm.errors import ConfigError, UnsupportedError
+from trio_llm.messages import KernelCall, SamplingParams, StepPlan, StepResult
 from trio_llm.model import dispatch, ops, ops_torch
 from trio_llm.model.dispatch import Dispatch, dispatching
 from trio_llm.model.load import load_runner
@@ -74,6 +77,35 @@ def test_models_match_transformers(
     own = {"gemma4": {"rms_norm", "gated_linear"}, "mixtral": {"route", "moe", "add_rms_norm"}}
     assert used >= {"linear", "write_kv", "paged_attention"} | own.get(name, {"gated_linear", "add_rms_norm"})
     assert ("quantize_rows" in used) == ("quantization" in settings)
+
+
+def test_a_runner_says_what_its_steps_ran_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_kernels: Dispatch
+) -> None:
+    """Every operation of a step, sampling with edits and log-probabilities included, runs on a kernel and counts."""
+    monkeypatch.setattr(sample, "THREADS", 64)
+    monkeypatch.setitem(families.FAMILIES, "on-kernels", lambda: families._llama(**{**SHAPE, "num_hidden_layers": 1}))
+    golden = make_golden("on-kernels", tmp_path)
+    settings: dict[str, Any] = {"dtype": "bfloat16", "block_size": 16, "num_kv_blocks": 16, "max_batch_size": 4}
+    runner = load_runner(EngineConfig(model=str(tmp_path), **settings))
+    calls: list[KernelCall] = []
+    step = runner.step
+
+    def watched(plan: StepPlan) -> StepResult:
+        result = step(plan)
+        calls.extend(result.kernel_calls or ())
+        return result
+
+    monkeypatch.setattr(runner, "step", watched)
+    greedy = SamplingParams(temperature=0, max_tokens=1, logprobs=0)
+    edited = SamplingParams(seed=1, top_p=0.9, max_tokens=1, repetition_penalty=1.2, allowed_token_ids=(5, 6, 7))
+    outcome = run(runner, [(golden.prompts[0][:5], greedy), (golden.prompts[1][:3], edited)])
+    assert all(len(answer.token_ids) == 1 and answer.error is None for answer in outcome.answers)
+    assert set(outcome.answers[1].token_ids) <= {5, 6, 7}
+    assert {(implementation, reason) for _, implementation, reason, _ in calls} == {("cuda", "")}
+    counted = {op: sum(count for name, *_, count in calls if name == op) for op, *_ in calls}
+    assert {counted[op] for op in ("sample", "token_logprobs", "write_kv", "paged_attention")} == {1}
+    assert not on_kernels.calls  # a runner counts for itself
 
 
 def test_a_fallback_is_said_once_and_counted(on_kernels: Dispatch, caplog: pytest.LogCaptureFixture) -> None:
