@@ -2,8 +2,8 @@
 // Weights are io_t, or int8 with a scale per output (-DINT8=1): widened in registers, so that memory sees a byte each.
 // -DGATED=1: a weight is [2 n, k], gate first; act(gate) * up comes out, silu or (-DGELU=1) gelu with tanh.
 // One weight: x [rows, k] with a row stride, out [rows, n]; `order` and `tile_expert` are null.
-// Experts (see moe.cu): weights [E, n or 2 n, k], scales [E, n or 2 n]. Tile t multiplies the pairs order[t * BM ...] by the
-// weight of tile_expert[t], and out is [pairs, n]. GATED: x is by token; else by pair.
+// Experts (see moe.cu): weights [E, n or 2 n, k], scales [E, n or 2 n]. Tile t multiplies the pairs order[t * BM ...]
+// by the weight of tile_expert[t], and out is [pairs, n]. GATED: x is by token; else by pair.
 // Compile-time: BM (16, 32 or 64), INT8, GATED, GELU, STAGES. k is a multiple of BK. Grid: (columns / COLUMNS, tiles).
 #include "common.cuh"
 
@@ -23,8 +23,8 @@ typedef s8 weight_t;
 typedef io_t weight_t;
 #endif
 
-// Where a 16-byte piece of a row stands in its part of a stage. x: ldmatrix reads a piece of each of eight rows at once, or
-// (INT8) half a warp two neighbouring pieces of each of four. Weights: a piece of each of eight rows.
+// Where a 16-byte piece of a row stands in its part of a stage. x: ldmatrix reads a piece of each of eight rows at
+// once, or (INT8) half a warp two neighbouring pieces of each of four. Weights: a piece of each of eight rows.
 DEV int x_place(int row, int chunk) { return (row * 8 + (chunk ^ (INT8 ? row % 4 * 2 : row % 8))) * 16; }
 DEV int weight_place(int row, int chunk) {
   return (row * WEIGHT_CHUNKS + (chunk ^ (INT8 ? row / 2 % 4 : row % 8))) * 16;
@@ -155,7 +155,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
         for (int h = 0; h < 2; h++) {
           const int output = min(column + h, n - 1);
           y[h] = finish(c[m][j][2 * i + h], scales, bias, output);
-          if (GATED) y[h] = (GELU ? gelu_tanh(y[h]) : silu(y[h])) * finish(c[m][1][2 * i + h], scales, bias, n + output);
+          if (!GATED) continue;
+          const float up = finish(c[m][1][2 * i + h], scales, bias, n + output);
+          y[h] = (GELU ? gelu_tanh(y[h]) : silu(y[h])) * up;
         }
         if (column < n) *reinterpret_cast<u32*>(out + (s64)row * n + column) = pack_io(y[0], y[1]);
       }

@@ -1,8 +1,8 @@
 // Mixture of experts: choose experts, sort the (token, choice) pairs by expert, and, after gemm.cu has multiplied each
 // expert's tokens by its weights, add each token's outputs up. Nothing here depends on the order in which blocks run.
 // A pair is numbered token * top_k + choice. `order` lists pairs expert by expert, each expert's padded with -1 to
-// whole tiles of BM rows; tile t belongs to expert tile_expert[t], -1 past the last. A pair whose id is -1, of a token that
-// only pads the batch, belongs to no expert: it is in no tile, and counts in no load.
+// whole tiles of BM rows; tile t belongs to expert tile_expert[t], -1 past the last. A pair whose id is -1, of a token
+// that only pads the batch, belongs to no expert: it is in no tile, and counts in no load.
 // Compile-time: BM; NUM_EXPERTS and TOP_K for `route` and `sort_pairs`.
 #include "common.cuh"
 

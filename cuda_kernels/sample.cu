@@ -9,10 +9,10 @@
 //
 // logits [R, vocab] float, edited in place; params [R, 4]: temperature (0: greedy), top_k, top_p, min_p, or null: all
 // greedy; keys [R, 2]; hashes [vocab]. Out: ids [R], NOT_FINITE or NOTHING_LEFT where the row failed.
-// Edits come first, or are null: starts [4, R + 1], where each row's begin in the lists of masked entries (set to -inf),
-// biased ones (bias is added), tokens seen (penalties [4, seen]: count in the output, repetition, presence, frequency)
-// and masks [masks, words], a bit per token that may be chosen. Entries are row * vocab + token, each at most once a list
-// (masked ones may come twice).
+// Edits come first, or are null: starts [4, R + 1], where each row's begin in the lists of masked entries (set to
+// -inf), biased ones (bias is added), tokens seen (penalties [4, seen]: count in the output, repetition, presence,
+// frequency) and masks [masks, words], a bit per token that may be chosen. Entries are row * vocab + token, each at most
+// once a list (masked ones may come twice).
 #include "common.cuh"
 
 #define WARPS (THREADS / 32)
@@ -197,7 +197,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   row.top = from_ordered((u32)(best >> 32));
   int id = !finite ? NOT_FINITE : row.top == -INF ? NOTHING_LEFT : id_of(best);
   const float temperature = params ? params[r * 4] : 0.f;
-  if (temperature > 0.f && id >= 0) {
+  if (temperature > 0.f && id >= 0 && row.top < INF) {  // a penalty may have made an infinity: that token wins
     row.inverse_temperature = 1.f / temperature;
     row.offset = (u32)keys[r * 2];
     row.factor = (u32)keys[r * 2 + 1];
