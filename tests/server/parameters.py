@@ -186,6 +186,7 @@ ROWS = [
     Row("tool_choice", [("none", nothing)], ["auto", "required", "sometimes"], (CHAT,)),
     Row("parallel_tool_calls", [(True, nothing), (False, nothing)], ["yes"], (CHAT,)),
     Row("reasoning_effort", [("none", nothing)], ["high", "extreme"], (CHAT,)),
+    Row("thinking_token_budget", [], [-1, 5, "5"]),  # Good ones: test_thinking_budget.
     Row("include_reasoning", [(True, nothing), (False, nothing)], ["yes"], (CHAT,)),
     Row("add_generation_prompt", [(False, lambda s: s.prompt.endswith("hi<|im_end|>\n"))], ["yes"], (CHAT,)),
     Row("continue_final_message", [({"continue_final_message": True, "messages": [*USER, LATER]},
@@ -225,7 +226,7 @@ ROWS = [
         ("suffix", "", "x"), ("use_beam_search", False, True), ("length_penalty", 1.0, 0.5),
         ("functions", None, [{"name": "f"}]), ("function_call", "none", "auto"), ("guided_json", None, "{}"),
         ("guided_regex", None, "a"), ("guided_choice", None, ["a"]), ("guided_grammar", None, "x"),
-        ("thinking_token_budget", None, 1), ("chat_template", None, "x"), ("modalities", ["text"], ["audio"]),
+        ("chat_template", None, "x"), ("modalities", ["text"], ["audio"]),
         ("audio", None, "x"), ("prediction", None, "x"), ("web_search_options", None, "x"), ("moderation", None, "x"),
         ("verbosity", "medium", "low"), ("store", False, True), ("service_tier", "auto", "flex"),
         ("prompt_cache_options", None, "x"), ("prompt_cache_retention", "in_memory", "24h"),

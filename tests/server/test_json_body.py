@@ -182,7 +182,7 @@ def test_paths_name_the_place(kind: Any, body: dict[str, Any], param: str) -> No
         ("logprob_token_ids", None, [1]),
         ("kv_transfer_params", None, {}),
         ("vllm_xargs", None, {}),
-        ("thinking_token_budget", None, 1),
+        ("thinking_token_budget", 0, -1),
         ("verbosity", "medium", "low"),
         ("store", False, True),
         ("service_tier", "auto", "flex"),

@@ -26,6 +26,7 @@ from trio_llm.server.requests import ChatBody
 from trio_llm.server.sampling import check_max_tokens, sampling_params
 from trio_llm.server.services import Services
 from trio_llm.server.structured import compile_grammar, output_grammar
+from trio_llm.server.thinking_budget import ThinkingBudget
 from trio_llm.server.tool_choice import ToolUse, tool_use
 
 
@@ -89,10 +90,25 @@ async def _bind(
     forms = [form for form in (tools.grammar, wanted) if form is not None]
     if (source := answer_grammar(forms, thinking, special_tokens)) is not None:
         params = attrs.evolve(params, grammar=await compile_grammar(services, source))
+    params = _limit_thinking(services, body, thinking, params)
     markers = (*(MARKERS[tools.form] if tools.form is not None else ()), *((OPEN, CLOSE) if services.thinks else ()))
     if any(marker in special_tokens for marker in markers):
         params = attrs.evolve(params, skip_special_tokens=False)
     return params
+
+
+def _limit_thinking(services: Services, body: ChatBody, thinking: Thinking, params: SamplingParams) -> SamplingParams:
+    """End thinking when the request's budget for it is spent."""
+    if (budget := body.thinking_token_budget) is None:
+        return params
+    open_id, close_id = services.thinking_markers
+    if not services.thinks or close_id is None:
+        why = "this model does not think" if not services.thinks else "this model's thinking ends with no single token"
+        raise InvalidRequestError(f"thinking_token_budget = {budget}: {why}.", param="thinking_token_budget")
+    if thinking == "none":
+        return params
+    grammar = ThinkingBudget(budget, open_id, close_id, begun=thinking == "begun", inner=params.grammar)
+    return attrs.evolve(params, grammar=grammar)
 
 
 def _max_tokens(body: ChatBody, info: ModelInfo) -> int | None:

@@ -24,6 +24,7 @@ from trio_llm.server.translation import fields_renamed, new_id
 _FIELDS = {
     "max_completion_tokens": "max_tokens",
     "stop": "stop_sequences",
+    "thinking_token_budget": "thinking.budget_tokens",
     "response_format.json_schema": "output_config.format",
     "response_format": "output_config.format",
 }
@@ -50,12 +51,15 @@ def register(app: QuartTrio, services: Services) -> None:
 async def answer_message(services: Services, body: MessagesBody, caller: Caller) -> Response | dict[str, Any]:
     """Answer a checked body."""
     head = Head(new_id("msg"), int(time.time()), services.check_model(body.model))
-    if body.thinking is not None and body.thinking.budget_tokens is not None:
+    budget = body.thinking.budget_tokens if body.thinking is not None else None
+    if budget is not None and services.thinking_markers[1] is None:
+        budget = None
         caller.warn("thinking.budget_tokens is not enforced; max_tokens is")
     with fields_renamed(_FIELDS):
         chat = _as_chat(services, body)
         chat.max_completion_tokens = body.max_tokens
         chat.stop = body.stop_sequences
+        chat.thinking_token_budget = budget
         chat.temperature, chat.top_p, chat.top_k = body.temperature, body.top_p, body.top_k
         opened = await open_chat(services, chat, caller)
     (stream,) = opened.streams

@@ -211,6 +211,7 @@ class ChatBody(GenerationBody, kw_only=True):
     parallel_tool_calls: bool | None = None
     reasoning_effort: Effort | None = None
     include_reasoning: bool | None = None
+    thinking_token_budget: Annotated[int, Meta(ge=0)] | None = None
     documents: Annotated[list[dict[str, Any]], Meta(min_length=1)] | None = None
 
 

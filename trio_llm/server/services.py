@@ -18,7 +18,7 @@ from trio_llm.server.amounts import too_much
 from trio_llm.server.auth import ApiKeys
 from trio_llm.server.chat_template import ChatTemplate
 from trio_llm.server.edge import Lifetime
-from trio_llm.server.parsing.reasoning import CLOSE
+from trio_llm.server.parsing.reasoning import CLOSE, OPEN
 from trio_llm.server.parsing.tools import ToolForm, tool_form
 from trio_llm.server.tracing import Operation, Tracing
 from trio_llm.tokenizer import Tokenizer
@@ -71,6 +71,13 @@ class Services:
     def thinks(self) -> bool:
         """Whether this model may think before it answers, as its template tells."""
         return CLOSE in self._template_source
+
+    @property
+    def thinking_markers(self) -> tuple[int | None, int | None]:
+        """The tokens that open and close this model's thinking; None for one that is spelled in several."""
+        spelled = (self.tokenizer.encode(marker, add_special_tokens=False) for marker in (OPEN, CLOSE))
+        first, last = (ids[0] if len(ids) == 1 else None for ids in spelled)
+        return first, last
 
     def knows_variable(self, name: str) -> bool:
         """Say whether the template looks at a variable."""
