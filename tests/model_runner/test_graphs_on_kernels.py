@@ -25,8 +25,8 @@ from trio_llm.model.runner import Runner
 PROMPTS = ((9, 8, 7, 6, 5, 4, 3, 2, 11, 12, 13, 14, 15, 16, 17), (21, 22), (31, 32, 33))
 
 
-@pytest.fixture(autouse=True)
-def _on_kernels(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
+@pytest.fixture
+def on_kernels(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
     """Treat CPU tensors as a GPU's, simulate the GPU, and capture one graph of four rows."""
     monkeypatch.setattr(dispatch, "_on_gpu", lambda x: x.is_cpu)
     monkeypatch.setattr(decode_graphs, "graph_sizes", lambda most: [most])
@@ -58,33 +58,11 @@ def serve(runner: Runner, logits: list[torch.Tensor]) -> list[StepResult]:
     return [collect() for collect in waiting]
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("mixtral", {}),
-        ("llama", {"kv_quantization": True}),
-        pytest.param("qwen3", {}, marks=pytest.mark.kernels_full),
-        pytest.param("gemma4", {"kv_quantization": True}, marks=pytest.mark.kernels_full),
-    ],
-)
-def test_replayed_kernels_do_what_launched_ones_do(
-    name: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Three rows in a graph of four: equal tokens, logits within bfloat16's rounding, equal calls and expert counts.
-
-    Nothing falls back, and the row that fills the batch up goes to no expert.
-    """
-    monkeypatch.setitem(families.FAMILIES, "on-kernels", MODELS[name])
-    families.save(families.make_oracle("on-kernels"), tmp_path)
-    config = EngineConfig(
-        model=str(tmp_path), dtype="bfloat16", num_kv_blocks=32, max_batch_size=4, max_model_len=48, **options
-    )
-    eager, graphed = load_runner(config), load_runner(config)
-    tapes = Tapes()
-    graphed.capture_decodes(tapes.capture)
-    expected_logits, logits = [], []
+def compare(eager: Runner, graphed: Runner) -> None:
+    """Serve with both: equal tokens, logits within bfloat16's rounding, equal calls and expert counts; no fallback."""
+    expected_logits: list[torch.Tensor] = []
+    logits: list[torch.Tensor] = []
     expected, results = serve(eager, expected_logits), serve(graphed, logits)
-    assert tapes.num_replays == [3]
     for one, other in zip(results, expected, strict=True):
         assert one.token_ids == other.token_ids
         assert one.expert_tokens == other.expert_tokens
@@ -93,3 +71,35 @@ def test_replayed_kernels_do_what_launched_ones_do(
         assert {where for _, where in calls} <= {"cuda", "cublas"}
     for row, wanted in zip(logits, expected_logits, strict=True):
         assert torch.allclose(row, wanted, atol=0.03 * wanted.abs().max().item())
+
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("mixtral", {}),
+    ("llama", {"kv_quantization": True}),
+    ("qwen3", {}),
+    ("gemma4", {"kv_quantization": True}),
+]
+
+
+def settings(name: str, directory: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> EngineConfig:
+    """Write a checkpoint that kernels take, and return settings to serve it."""
+    monkeypatch.setitem(families.FAMILIES, "on-kernels", MODELS[name])
+    families.save(families.make_oracle("on-kernels"), directory)
+    return EngineConfig(
+        model=str(directory), dtype="bfloat16", num_kv_blocks=32, max_batch_size=4, max_model_len=48, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [*CASES[:2], *(pytest.param(*case, marks=pytest.mark.kernels_full) for case in CASES[2:])]
+)
+def test_replayed_kernels_do_what_launched_ones_do(
+    name: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_kernels: None
+) -> None:
+    """Three rows in a graph of four, the fourth of which goes to no expert."""
+    config = settings(name, tmp_path, monkeypatch, **options)
+    eager, graphed = load_runner(config), load_runner(config)
+    tapes = Tapes()
+    graphed.capture_decodes(tapes.capture)
+    compare(eager, graphed)
+    assert tapes.num_replays == [3]
