@@ -11,8 +11,8 @@
 // greedy; keys [R, 2]; hashes [vocab]. Out: ids [R], NOT_FINITE or NOTHING_LEFT where the row failed.
 // Edits come first, or are null: starts [4, R + 1], where each row's begin in the lists of masked entries (set to
 // -inf), biased ones (bias is added), tokens seen (penalties [4, seen]: count in the output, repetition, presence,
-// frequency) and masks [masks, words], a bit per token that may be chosen. Entries are row * vocab + token, each at most
-// once a list (masked ones may come twice).
+// frequency) and masks [masks, words], a bit per token that may be chosen. Entries are row * vocab + token, each at
+// most once a list (masked ones may come twice).
 #include "common.cuh"
 
 #define WARPS (THREADS / 32)
@@ -28,7 +28,8 @@ DEV u32 ordered(float v) {
   return bits ^ ((u32)((int)bits >> 31) | 0x80000000u);
 }
 DEV float from_ordered(u32 key) { return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
-DEV u64 candidate(float value, int id) { return (u64)ordered(value) << 32 | (0xffffffffu - (u32)id); }  // lowest id wins
+// Of equal values the one with the lowest id is the largest candidate.
+DEV u64 candidate(float value, int id) { return (u64)ordered(value) << 32 | (0xffffffffu - (u32)id); }
 DEV int id_of(u64 c) { return (int)(0xffffffffu - (u32)c); }
 
 struct Row {

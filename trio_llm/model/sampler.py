@@ -79,11 +79,14 @@ class Sampler:
         self._hashes = token_hashes(vocab_size).to(device)
 
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Sampled:
-        """Sample one token per row.
+        """Sample one token per row; on a GPU by one kernel, and without waiting for it.
+
+        The kernel chooses the reference's tokens, except where rounding decides: where two lots, or a score and a
+        cut, are nearer than the last digits of float32 tell.
 
         Args:
             logits: [R, V] float32, contiguous; overwritten.
-            batch: The same R rows.
+            batch: The same R rows, none of them padding.
         """
         rows = batch.asking_rows
         raw = None if rows is None else logits.index_select(0, rows)  # as they are before the edits
