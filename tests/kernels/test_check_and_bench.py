@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from trio_llm.kernels import __main__ as script
 from trio_llm.kernels import bench, benches, cases, check, end_to_end, ledger, measure, phases, primitives
 from trio_llm.kernels.benches import Bench, Target
 from trio_llm.kernels.cases import Check
-from trio_llm.kernels.device import Captured, Simulated, interleaved_us
+from trio_llm.kernels.device import Captured, Gpu, Simulated, interleaved_us, num_buffers
 from trio_llm.kernels.phases import Report, Skip
 
 NAN = math.nan
@@ -263,3 +265,48 @@ def test_the_engines_floor_is_all_weights_and_the_context(tmp_path: Path) -> Non
     elements = 2 * config["num_key_value_heads"] * config["head_dim"] * config["num_hidden_layers"]
     assert run.floor_bytes == weights + 3 * (10 + (2 + 4) / 2) * elements * 2
     assert [len(prompt) for prompt in run.prompts] == [10] * 3 and run.prompts[0] != run.prompts[1]
+
+
+def test_a_gpu_captures_after_one_run_and_times_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call runs once before the capture and once in it; a time is between two events, other data read before."""
+    told: list[Any] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            told.append("event")
+
+        def synchronize(self) -> None:
+            told.append("wait")
+
+        def elapsed_time(self, end: object) -> float:
+            return 0.25
+
+    @contextlib.contextmanager
+    def named(*given: object, **options: object) -> Iterator[None]:
+        told.append(("in", options.get("capture_error_mode")))
+        yield
+        told.append("out")
+
+    stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: told.append("wait"))
+    graph = SimpleNamespace(replay=lambda: told.append("replay"))
+    fakes = {"Event": Event, "Stream": lambda: stream, "CUDAGraph": lambda: graph, "stream": named, "graph": named,
+             "current_stream": lambda: stream, "synchronize": lambda: None}  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    gpu = Gpu()
+    captured = gpu.capture([lambda: told.append("a"), lambda: told.append("b")])
+    assert told == [("in", None), "a", "b", "out", "wait", ("in", "thread_local"), "a", "b", "out"]
+    told.clear()
+    gpu.__dict__["_other_data"] = SimpleNamespace(sum=lambda: told.append("other data"))
+    assert gpu.time_us(captured.replay) == 250
+    assert told == ["other data", "event", "replay", "event", "wait"]
+
+
+def test_buffers_push_each_other_out_of_the_cache() -> None:
+    """As many as fill three times the second-level cache; one where it is small, or larger than that by itself."""
+    h200 = SimpleNamespace(cache_bytes=50 * 2**20)
+    assert num_buffers(h200, 8 * 2**20) == 19 and num_buffers(h200, 10**9) == 1  # type: ignore[arg-type]
+    assert num_buffers(Simulated(), 100) == 1

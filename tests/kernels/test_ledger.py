@@ -55,6 +55,8 @@ def test_times_belong_to_verified_sources(path: Path) -> None:
     ledger.record_times(H200, benches, {"step": TIMED, "other": {"skipped": "?"}})
     entries = ledger.read()
     assert set(entries) == {"norm.cu", "engine"} and set(entries["engine"]["times"]) == {"step"}
+    ledger.record_checks(H200, {"norm.cu": {"a": FINE}})
+    assert ledger.read()["norm.cu"]["times"] == entries["norm.cu"]["times"]  # checked again, it is no slower
     (found,) = entries["norm.cu"]["times"].values()
     assert (found["us"], found["peer"], found["times_faster"]) == (20.0, "fast", 1.5) and "peers" not in found
 

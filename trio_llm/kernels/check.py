@@ -56,14 +56,16 @@ def describe(report: Report, device: Device, *, ceilings: bool) -> tuple[dict[st
 
 def build(report: Report, device: Device, calls: Iterable[Call]) -> None:
     """Compile what calls will launch, in as many processes as there are cores, and write down its registers."""
-    kernels = kernels_of(iter(calls))
-    jobs = [(kernel.source, dict(kernel.defines), device.arch) for kernel in kernels]
-    complaints = compiling.build_all(jobs, os.cpu_count() or 1)
-    built: dict[str, Call] = {}
-    for kernel, complaint in zip(kernels, complaints, strict=True):
-        macros = " ".join(f"{name}={value}" for name, value in kernel.defines)
-        built[f"{kernel.source}: {kernel.entry} {macros}"] = partial(_usage, kernel, device.arch, complaint)
-    report.run("compile", built.items(), 90)
+
+    def items() -> Iterator[tuple[str, Call]]:
+        kernels = kernels_of(iter(calls))
+        jobs = [(kernel.source, dict(kernel.defines), device.arch) for kernel in kernels]
+        complaints = compiling.build_all(jobs, os.cpu_count() or 1)
+        for kernel, complaint in zip(kernels, complaints, strict=True):
+            macros = " ".join(f"{name}={value}" for name, value in kernel.defines)
+            yield f"{kernel.source}: {kernel.entry} {macros}", partial(_usage, kernel, device.arch, complaint)
+
+    report.run("compile", items(), 90)
 
 
 def _usage(kernel: Kernel, arch: str, complaint: str | None) -> dict[str, Any]:

@@ -52,9 +52,11 @@ def record_checks(
             continue
         errors = {name: result["error"] for name, result in checks.items() if "error" in result}
         worst = max(errors, key=lambda name: errors[name], default=None)
+        stamp, before = {"sha256": source_hash(source), **_stamp(environment)}, entries.get(source, {})
+        same = all(before.get(name) == stamp[name] for name in ("sha256", "gpu"))
         entries[source] = {
-            "sha256": source_hash(source), **_stamp(environment), "checks": len(checks),
-            "worst": None if worst is None else {"check": worst, "error": errors[worst]}, "times": {},
+            **stamp, "checks": len(checks), "times": before["times"] if same else {},
+            "worst": None if worst is None else {"check": worst, "error": errors[worst]},
         }  # fmt: skip
     _write(entries, path)
 
