@@ -81,3 +81,15 @@ async def test_tuning_ends_with_the_engine() -> None:
         assert gc.get_threshold() != before[0]
         assert gc.get_freeze_count() > 0
     assert (gc.get_threshold(), sys.getswitchinterval(), gc.get_freeze_count()) == before
+
+
+def test_guessing_tokens_changes_no_answer() -> None:
+    """The demo model answers the same with either method, its own draft model found without being named."""
+    prompts = [PROMPT, "Tom has a red kite. Tom has a blue kite. Tom has a"]
+    params = [SamplingParams(temperature=at, seed=3, max_tokens=24, ignore_eos=True) for at in range(2)]
+    answers: list[list[tuple[int, ...]]] = []
+    for method in ("none", "ngram", "draft_model"):
+        with LLM(num_kv_blocks=64, dtype="float32", spec_method=method, max_draft_tokens=3) as llm:
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+        answers.append([tuple(output.outputs[0].token_ids) for output in outputs])
+    assert answers[0] == answers[1] == answers[2]

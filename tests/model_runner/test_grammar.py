@@ -11,6 +11,8 @@ import tokenizers
 from tests.model_runner.drive import least_blocks, run
 from trio_llm import grammar
 from trio_llm.config import EngineConfig
+from trio_llm.core.speculate import LookupSizes
+from trio_llm.core.speculator import Speculation
 from trio_llm.errors import RequestFailedError
 from trio_llm.messages import SamplingParams
 from trio_llm.model.load import load_runner
@@ -47,8 +49,8 @@ def _compiler(tokenizer: tokenizers.Tokenizer) -> grammar.GrammarCompiler:
     return grammar.GrammarCompiler(tokenizer.to_str(), vocab_size=VOCAB, eos_token_ids=[EOS])
 
 
-@pytest.fixture(name="runner", scope="module")
-def _runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
+@pytest.fixture(name="directory", scope="module")
+def _directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory: Path = tmp_path_factory.mktemp("dummy")
     config = {
         "architectures": ["Qwen3ForCausalLM"],
@@ -68,7 +70,23 @@ def _runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
         "eos_token_id": EOS,
     }
     (directory / "config.json").write_text(json.dumps(config))
-    return load_runner(EngineConfig(model=str(directory), load_format="dummy", block_size=4, num_kv_blocks=400))
+    return directory
+
+
+def load(directory: Path, **options: str) -> Runner:
+    """Load the model with random weights, the same ones every time."""
+    config = EngineConfig(model=str(directory), load_format="dummy", block_size=4, num_kv_blocks=400, **options)
+    return load_runner(config)
+
+
+@pytest.fixture(name="runner", scope="module")
+def _runner(directory: Path) -> Runner:
+    return load(directory)
+
+
+@pytest.fixture(name="drafting", scope="module")
+def _drafting(directory: Path) -> Runner:
+    return load(directory, spec_method="draft_model", spec_model=str(directory))
 
 
 def bound(compiler: grammar.GrammarCompiler, source: grammar.GrammarSource, **changes) -> SamplingParams:
@@ -114,3 +132,15 @@ def test_a_grammar_that_the_parameters_contradict_fails_its_request_alone(compil
     outcome = run(runner, [([5, 6], contradicted), ([5, 7], fine)])
     assert isinstance(outcome.answers[0].error, RequestFailedError)
     assert len(outcome.answers[1].token_ids) == 5
+
+
+def test_drafts_stay_within_the_grammar(compiler, runner: Runner, drafting: Runner) -> None:
+    """A draft model drafts what the grammar allows, and its drafts are judged where the ones before them lead."""
+    schema = grammar.json_schema(SCHEMA, param="p")
+    requests = [([9, 8, 7, 6, 5 + i], bound(compiler, schema, temperature=i % 2, seed=i)) for i in range(6)]
+    expected = run(runner, requests)
+    drafted = run(drafting, requests, speculation=Speculation(4, None))
+    looked_up = run(runner, requests, speculation=Speculation(4, LookupSizes(1, 2)))
+    assert drafted.token_ids == looked_up.token_ids == expected.token_ids
+    assert drafted.num_accepted > 0.8 * drafted.num_drafted
+    assert looked_up.num_drafted > 0
