@@ -115,7 +115,8 @@ def test_its_memory_is_in_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_draft_model_that_breaks_down_is_of_no_use_and_no_harm(tmp_path: Path) -> None:
     """Where its numbers are not finite it guesses nothing; the output is the model's as ever."""
     config = settings(model(tmp_path, "model"), model(tmp_path, "draft"), num_kv_blocks=50, max_batch_size=4)
-    requests = [(range(at, at + 9), SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)) for at in range(4, 7)]
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    requests = [(range(at, at + 9), params) for at in range(4, 7)]
     expected = run(load_runner(settings(tmp_path / "model", tmp_path, spec_method="none", num_kv_blocks=50)), requests)
     runner = load_runner(config)
     assert runner._drafter is not None
