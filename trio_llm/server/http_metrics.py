@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 
 _DURATION_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 # Asked for by monitors all the time; the same ones that vLLM does not count.
-_NOT_COUNTED = frozenset({"/metrics", "/health", "/ping", "/version"})
+_NOT_COUNTED = frozenset({"/metrics", "/health", "/load", "/ping", "/version"})
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 

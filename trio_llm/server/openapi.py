@@ -1,13 +1,14 @@
 """The HTTP interface as one OpenAPI document: GET /openapi.json, and GET /docs for people.
 
 Bodies come from the types that requests are checked with, so their fields and limits are what the server enforces.
-The table of operations is held to the app's routes, both ways, by the tests.
+Answers are described by types of their own, which the tests hold them to, as they hold the table of operations to the
+app's routes, both ways.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import attrs
@@ -17,6 +18,8 @@ from quart_trio import QuartTrio
 
 import trio_llm
 from trio_llm.config import LimitsConfig
+from trio_llm.server import openapi_answers as answers
+from trio_llm.server import openapi_stored as stored
 from trio_llm.server.amounts import schema_bounds
 from trio_llm.server.batches import BatchBody
 from trio_llm.server.embeddings import EmbeddingBody
@@ -39,7 +42,9 @@ class Operation:
         body: The type its JSON body is checked with.
         query: Query parameters: name -> JSON schema.
         media: What it answers in.
-        keys: What a JSON answer always has.
+        answer: What a JSON answer is.
+        keys: Where that depends on the model, what it always has.
+        events: What the data of each event of a stream is, in JSON or in words.
         status: Of a good answer.
     """
 
@@ -49,59 +54,59 @@ class Operation:
     body: type[msgspec.Struct] | None = None
     query: Mapping[str, dict[str, Any]] = attrs.field(factory=dict[str, dict[str, Any]])
     media: tuple[str, ...] = (_JSON,)
+    answer: type[msgspec.Struct] | None = None
     keys: tuple[str, ...] = ()
+    events: type[msgspec.Struct] | str = ""
     status: int = 200
 
 
 _ID = {"type": "string", "maxLength": 64}
 _ORDER = {"enum": ["asc", "desc"], "default": "desc"}
-_PAGE = ("object", "data", "has_more")
-_FILE = ("id", "object", "bytes", "created_at", "filename", "purpose")
-_BATCH = ("id", "object", "endpoint", "input_file_id", "status", "created_at", "request_counts")
 _SHOWN_AS_STREAM = (_JSON, _EVENTS)
 
 OPERATIONS = (
     Operation("post", "/v1/chat/completions", "Answer a conversation.", ChatBody, media=_SHOWN_AS_STREAM,
-              keys=("id", "object", "created", "model", "choices", "usage")),
+              answer=answers.ChatCompletion, events=answers.ChatCompletionChunk),
     Operation("post", "/v1/completions", "Continue a text.", CompletionBody, media=_SHOWN_AS_STREAM,
-              keys=("id", "object", "created", "model", "choices", "usage")),
+              answer=answers.Completion, events=answers.Completion),
     Operation("post", "/v1/responses", "Answer in OpenAI's newer form; nothing is stored.", ResponsesBody,
-              media=_SHOWN_AS_STREAM, keys=("id", "object", "status", "output")),
+              media=_SHOWN_AS_STREAM, answer=answers.ModelResponse, events="an event of OpenAI's Responses API"),
     Operation("post", "/v1/messages", "Answer a conversation in Anthropic's form.", MessagesBody,
-              media=_SHOWN_AS_STREAM, keys=("id", "type", "role", "content", "usage")),
+              media=_SHOWN_AS_STREAM, answer=answers.AnthropicMessage, events="an event of Anthropic's Messages API"),
     Operation("post", "/v1/messages/count_tokens", "Count what a message would cost.", CountTokensBody,
-              keys=("input_tokens",)),
-    Operation("post", "/v1/embeddings", "Turn texts into vectors.", EmbeddingBody, keys=("object", "data", "usage")),
+              answer=answers.TokenCount),
+    Operation("post", "/v1/embeddings", "Turn texts into vectors.", EmbeddingBody, answer=answers.Embeddings),
     Operation("post", "/tokenize", "Turn a text or conversation into token ids.", TokenizeBody,
-              keys=("count", "max_model_len", "tokens")),
-    Operation("post", "/v1/tokenize", "The same.", TokenizeBody, keys=("count", "max_model_len", "tokens")),
-    Operation("post", "/detokenize", "Turn token ids into text.", DetokenizeBody, keys=("prompt",)),
-    Operation("post", "/v1/detokenize", "The same.", DetokenizeBody, keys=("prompt",)),
+              answer=answers.Tokenized),
+    Operation("post", "/v1/tokenize", "The same.", TokenizeBody, answer=answers.Tokenized),
+    Operation("post", "/detokenize", "Turn token ids into text.", DetokenizeBody, answer=answers.Detokenized),
+    Operation("post", "/v1/detokenize", "The same.", DetokenizeBody, answer=answers.Detokenized),
     Operation("get", "/tokenizer_info", "Say what the tokenizer is.", keys=("vocab_size",)),
-    Operation("get", "/v1/models", "List the model under its names.", keys=("object", "data")),
-    Operation("get", "/v1/models/{model}", "Describe a model.", keys=("id", "object", "max_model_len")),
-    Operation("post", "/v1/files", "Upload a file (multipart/form-data: file, purpose).", keys=_FILE),
-    Operation("get", "/v1/files", "List your files.", keys=_PAGE,
+    Operation("get", "/v1/models", "List the model under its names.", answer=answers.Models),
+    Operation("get", "/v1/models/{model}", "Describe a model.", answer=answers.Model),
+    Operation("post", "/v1/files", "Upload a file (multipart/form-data: file, purpose).", answer=stored.File),
+    Operation("get", "/v1/files", "List your files.", answer=stored.Files,
               query={"limit": {"type": "integer", "minimum": 1, "maximum": 10_000}, "after": _ID, "order": _ORDER,
                      "purpose": {"type": "string"}}),
-    Operation("get", "/v1/files/{file_id}", "Describe a file.", keys=_FILE),
+    Operation("get", "/v1/files/{file_id}", "Describe a file.", answer=stored.File),
     Operation("get", "/v1/files/{file_id}/content", "Read a file.", media=("application/octet-stream",)),
-    Operation("delete", "/v1/files/{file_id}", "Delete a file.", keys=("id", "object", "deleted")),
-    Operation("post", "/v1/batches", "Submit a batch: an uploaded file, or a list of prompts.", BatchBody, keys=_BATCH),
-    Operation("get", "/v1/batches", "List your batches.", keys=_PAGE,
+    Operation("delete", "/v1/files/{file_id}", "Delete a file.", answer=stored.Deleted),
+    Operation("post", "/v1/batches", "Submit a batch: an uploaded file, or a list of prompts.", BatchBody,
+              answer=stored.Batch),
+    Operation("get", "/v1/batches", "List your batches.", answer=stored.Batches,
               query={"limit": {"type": "integer", "minimum": 1, "maximum": 100}, "after": _ID}),
-    Operation("get", "/v1/batches/{batch_id}", "Describe a batch.", keys=_BATCH),
-    Operation("post", "/v1/batches/{batch_id}/cancel", "Cancel a batch; what is answered stays.", keys=_BATCH),
+    Operation("get", "/v1/batches/{batch_id}", "Describe a batch.", answer=stored.Batch),
+    Operation("post", "/v1/batches/{batch_id}/cancel", "Cancel a batch; what is answered stays.", answer=stored.Batch),
     Operation("get", "/v1/batches/{batch_id}/results", "Read output and errors of a batch.",
               media=("application/jsonl",)),
-    Operation("get", "/health", "Say whether requests are served.", keys=("status",)),
-    Operation("get", "/ping", "The same.", keys=("status",)),
-    Operation("post", "/ping", "The same.", keys=("status",)),
-    Operation("get", "/load", "Count the sequences that run and wait.", keys=("server_load",)),
-    Operation("get", "/version", "Say which version this is.", keys=("version",)),
+    Operation("get", "/health", "Say whether requests are served.", answer=answers.Status),
+    Operation("get", "/ping", "The same.", answer=answers.Status),
+    Operation("post", "/ping", "The same.", answer=answers.Status),
+    Operation("get", "/load", "Count the sequences that run and wait.", answer=answers.Load),
+    Operation("get", "/version", "Say which version this is.", answer=answers.Version),
     Operation("get", "/metrics", "Metrics in Prometheus' text format.", media=("text/plain",)),
-    Operation("get", "/shutdown", "End the server in good order.", keys=("status",), status=202),
-    Operation("post", "/shutdown", "The same.", keys=("status",), status=202),
+    Operation("get", "/shutdown", "End the server in good order.", answer=answers.Status, status=202),
+    Operation("post", "/shutdown", "The same.", answer=answers.Status, status=202),
     Operation("get", "/openapi.json", "This document.", keys=("openapi", "paths")),
     Operation("get", "/docs", "This document, for people.", media=("text/html",)),
 )  # fmt: skip
@@ -166,10 +171,11 @@ def register(app: QuartTrio, limits: LimitsConfig) -> None:
 
 def document(limits: LimitsConfig) -> dict[str, Any]:
     """Return the OpenAPI document of a server with these limits."""
-    kinds = list(dict.fromkeys(operation.body for operation in OPERATIONS if operation.body is not None))
-    _, components = msgspec.json.schema_components(kinds, ref_template=_REF)
+    components = _components(operation.body for operation in OPERATIONS)
     for schema in components.values():
         _bound(schema.get("properties", {}), schema_bounds(limits))
+    told = _components(kind for operation in OPERATIONS for kind in (operation.answer, operation.events))
+    assert components.keys().isdisjoint(told), "a type of a request and one of an answer have the same name"
     paths: dict[str, dict[str, Any]] = {}
     for operation in OPERATIONS:
         paths.setdefault(operation.path, {})[operation.method] = _operation(operation)
@@ -178,12 +184,19 @@ def document(limits: LimitsConfig) -> dict[str, Any]:
         "info": {"title": "trio-llm", "version": trio_llm.__version__},
         "paths": paths,
         "components": {
-            "schemas": {**components, "Error": _ERROR, "AnthropicError": _ANTHROPIC_ERROR},
+            "schemas": {**components, **told, "Error": _ERROR, "AnthropicError": _ANTHROPIC_ERROR},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
         # A key is needed where the server has any.
         "security": [{}, {"key": []}],
     }
+
+
+def _components(kinds: Iterable[type[msgspec.Struct] | str | None]) -> dict[str, Any]:
+    """Return the schemas of types and of all that is in them, by name."""
+    types = dict.fromkeys(kind for kind in kinds if isinstance(kind, type))
+    _, components = msgspec.json.schema_components(types, ref_template=_REF)
+    return components
 
 
 def _bound(properties: Mapping[str, Any], bounds: Mapping[str, Mapping[str, Any]]) -> None:
@@ -210,9 +223,9 @@ def _operation(operation: Operation) -> dict[str, Any]:
     elif operation.body is not None:
         schema = {"$ref": _REF.format(name=operation.body.__name__)}
         described["requestBody"] = {"required": True, "content": {_JSON: {"schema": schema}}}
-    answers: dict[str, Any] = {media: _answer(operation, media) for media in operation.media}
+    contents: dict[str, Any] = {media: _answer(operation, media) for media in operation.media}
     described["responses"] = {
-        str(operation.status): {"description": "Done.", "content": answers},
+        str(operation.status): {"description": "Done.", "content": contents},
         "default": {
             "description": "Refused or failed.",
             "content": {_JSON: {"schema": {"$ref": _REF.format(name=_error_name(operation.path))}}},
@@ -226,6 +239,19 @@ def _error_name(path: str) -> str:
 
 
 def _answer(operation: Operation, media: str) -> dict[str, Any]:
+    if media == _JSON and operation.answer is not None:
+        return {"schema": {"$ref": _REF.format(name=operation.answer.__name__)}}
     if media == _JSON:
         return {"schema": {"type": "object", "required": list(operation.keys)}}
-    return {"schema": {"type": "string"}}
+    return {"schema": {"type": "string", **(_events(operation.events) if media == _EVENTS else {})}}
+
+
+def _events(data: type[msgspec.Struct] | str) -> dict[str, Any]:
+    """Describe server-sent events."""
+    if isinstance(data, str):
+        return {"description": f"Server-sent events; the data of each is {data} in JSON."}
+    return {
+        "description": f"Server-sent events; the data of each is a {data.__name__} in JSON, of the last one [DONE].",
+        "contentMediaType": _JSON,
+        "contentSchema": {"$ref": _REF.format(name=data.__name__)},
+    }

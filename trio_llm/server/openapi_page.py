@@ -64,7 +64,17 @@ def _operations(document: dict[str, Any]) -> Iterator[str]:
                 yield f"<p>Body: {_type(schema)} as <code>{escape(media)}</code></p>"
                 if "properties" in schema:
                     yield _table(schema["properties"], schema["required"])
+            yield from _answers(operation["responses"])
             yield "</details>"
+
+
+def _answers(responses: dict[str, Any]) -> Iterator[str]:
+    for status, response in responses.items():
+        for media, content in response["content"].items():
+            schema = content["schema"]
+            what = escape(schema["description"]) if "description" in schema else _type(schema)
+            when = "Otherwise" if status == "default" else status
+            yield f"<p>{when}, as <code>{escape(media)}</code>: {what}</p>"
 
 
 def _curl(document: dict[str, Any], method: str, path: str, operation: dict[str, Any]) -> str:
