@@ -80,3 +80,18 @@ async def test_the_client_is_told_of_the_path() -> None:
         answer = await ask(create_app(engine, Config()), "POST", "/v1/chat/completions", body)
     assert answer.status == 200
     assert answer.headers["warning"] == '299 trio-llm "Ignored unknown fields: messages[0].foo"'
+
+
+async def test_in_strict_mode_the_path_is_refused() -> None:
+    """With --strict a field that nobody knows is a 400 that names its path."""
+    async with open_stub(StubRunner()) as engine:
+        app = create_app(engine, Config(limits=LimitsConfig(strict=True)))
+        answer = await ask(app, "POST", "/v1/chat/completions", {"messages": [HI, {**HI, "foo": 1}]})
+    assert (answer.status, answer.json()["error"]["param"]) == (400, "messages[1].foo")
+
+
+def test_lines_of_batches_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody waits for the answer to a line of a batch: what it holds that nobody knows stands in the log."""
+    with caplog.at_level("INFO"):
+        check_body({"messages": [{**HI, "f\no": 1}]}, ChatBody, LimitsConfig())
+    assert "'messages[0].f\\no'" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -14,6 +15,8 @@ from trio_llm.errors import InvalidRequestError
 from trio_llm.server.amounts import check_amounts, unknown_field
 from trio_llm.server.fields import NotSupported, Stray, stray_fields
 from trio_llm.server.json_body import convert, parse_object
+
+logger = logging.getLogger(__name__)
 
 Metadata = dict[str, str]
 CallersName = Annotated[str, Meta(max_length=512)]
@@ -264,9 +267,13 @@ def parse_body(data: bytes, kind: type[Body], limits: LimitsConfig) -> tuple[Bod
 
 
 def check_body(value: Mapping[str, Any], kind: type[Body], limits: LimitsConfig) -> Body:
-    """Check a parsed body. Raises InvalidRequestError, as `parse_body` does."""
+    """Check a parsed body, a line of a batch. Raises InvalidRequestError, as `parse_body` does.
+
+    Whoever sent it is not there to be told of fields that nobody knows: the log has them.
+    """
     given = _given(value)
-    _checked_strays(given, kind, limits)
+    if strays := _checked_strays(given, kind, limits):
+        logger.info("ignored unknown fields of a line: %r", [stray.path[:64] for stray in strays[:10]])
     return _checked(given, kind, limits)
 
 
