@@ -40,5 +40,11 @@ from tests.model_runner.test_runner import (
     test_steps_tell_what_experts_were_given,
     varied,
 )
+from tests.model_runner.test_speculation import (
+    test_a_prefix_hit_is_one_for_the_draft_model_too,
+    test_every_family_says_the_same,
+    test_every_parameter_goes_with_drafts,
+    test_int8_keys_and_values_go_with_drafts,
+)
 
 pytestmark = pytest.mark.gpu
