@@ -155,6 +155,9 @@ class EngineConfig:
     scheduling_policy: Literal["fcfs", "priority"] = setting(
         "fcfs", "Order of waiting requests.", flags=("--scheduling-policy",)
     )
+    async_scheduling: bool = setting(
+        True, "Plan the next step while the model runs one.", flags=("--async-scheduling",)
+    )
     kv_quantization: bool = setting(
         False, "Store keys and values as INT8.", env="VLLM_KV_QUANTIZATION", flags=("--kv-quantization",)
     )
@@ -204,6 +207,21 @@ class EngineConfig:
         if self.prompt_lookup_min > self.prompt_lookup_max:
             allowed = f"must be at most prompt_lookup_max, which is {self.prompt_lookup_max}"
             raise ConfigError("prompt_lookup_min", self.prompt_lookup_min, "EngineConfig", allowed)
+
+    @property
+    def steps_in_flight(self) -> int:
+        """Steps that are planned and not yet done.
+
+        Only one where tokens are guessed: a sequence that knows not where it goes on has no row in the step planned
+        meanwhile, so two half batches would take turns.
+        """
+        return 2 if self.async_scheduling and self.spec_method == "none" else 1
+
+    @property
+    def max_tokens_in_flight(self) -> int:
+        """Tokens of one sequence in these steps."""
+        chunk = min(self.long_prefill_token_threshold or self.max_num_batched_tokens, self.max_num_batched_tokens)
+        return self.steps_in_flight * chunk
 
 
 @attrs.frozen(kw_only=True)

@@ -51,6 +51,7 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "engine.enable_prefix_caching": (False, False, False),
     "engine.long_prefill_token_threshold": (1, 2, 3),
     "engine.scheduling_policy": ("priority", "priority", "priority"),
+    "engine.async_scheduling": (False, False, False),
     "engine.kv_quantization": (True, True, True),
     "engine.quantization": ("int8", "int8", "int8"),
     "engine.tensor_parallel_size": (2, 3, 4),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import attrs
@@ -16,6 +17,7 @@ from trio_llm.config import EngineConfig
 from trio_llm.engine import Engine
 from trio_llm.engine.supervisor import run_engine
 from trio_llm.messages import (
+    UNKNOWN,
     Admission,
     KVGroup,
     ModelInfo,
@@ -100,12 +102,14 @@ class StubRunner:
         columns = zip(plan.request_ids, plan.starts, plan.counts, plan.samples, strict=True)
         for request_id, start, count, samples in columns:
             tokens, params = self.tokens[request_id], self.admissions[request_id].params
-            tokens[start : start + count] = plan.token_ids[at : at + count]
+            if plan.token_ids[at] != UNKNOWN:
+                tokens[start : start + count] = plan.token_ids[at : at + count]
             at += count
             row: tuple[int, ...] = ()
             if isinstance(params, SamplingParams):
                 if samples:
                     row = (next_token(tokens[: start + count], params.seed or 0 if params.temperature else 0),)
+                    tokens[start + count :] = row
                 if params.prompt_logprobs is not None:
                     entries = [None if i == 0 else _logprob(tokens[i]) for i in range(start, start + count)]
                     prompt_logprobs[request_id] = tuple(entries)
@@ -122,6 +126,11 @@ class StubRunner:
             embeddings=embeddings or None,
         )
 
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Run a plan at once; its result is known."""
+        result = self.step(plan)
+        return lambda: result
+
     def close(self) -> None:
         self.closed = True
 
@@ -132,6 +141,10 @@ def _logprob(token_id: int) -> TokenLogprobs:
 
 class InlineWorker:
     """Runs the model's calls in the event loop's own thread, so that a mock clock sees everything."""
+
+    def post(self, function: Callable[..., Any], *args: Any) -> Callable[[], Awaitable[Any]]:
+        """Return what runs the call when somebody waits for it."""
+        return partial(self.run, function, *args)
 
     async def run(self, function: Callable[..., Any], *args: Any) -> Any:
         await trio.lowlevel.checkpoint()
@@ -150,7 +163,9 @@ async def open_stub(
     config = EngineConfig(**settings)
     tokenizer: Any = FakeTokenizer()
     worker = InlineWorker() if worker is None else worker
-    async with run_engine(config, lambda: runner, tokenizer, worker=worker, stall_after_s=stall_after_s) as engine:
+    async with run_engine(
+        config, lambda: runner, tokenizer, worker=worker, collector=InlineWorker(), stall_after_s=stall_after_s
+    ) as engine:
         yield engine
 
 

@@ -166,7 +166,8 @@ async def test_what_is_not_finite_is_counted() -> None:
 async def test_times_are_the_clocks(mock_clock: MockClock) -> None:
     """Latencies are differences of Trio's clock: a model that takes 2 s a step gives 2 s to the first token."""
     runner = StubRunner(hook=lambda plan: mock_clock.jump(2))
-    async with open_stub(runner) as engine:
+    # One step at a time: the next one would set the clock before this one's tokens are noted.
+    async with open_stub(runner, async_scheduling=False) as engine:
         await finish(engine, [1, 2], SamplingParams(temperature=0, max_tokens=4))
         assert value(engine, "time_to_first_token_seconds_sum") == 2
         assert value(engine, "inter_token_latency_seconds_sum") == 6
@@ -231,7 +232,7 @@ class SparseStub(StubRunner):
 
 async def test_expert_load_is_exported_per_expert() -> None:
     """A sparse model's experts are one series each, which adds up every token computed, retried steps included."""
-    runner = SparseStub(hook=lambda plan: 1 / 0 if 50 in plan.token_ids else None)
+    runner = SparseStub(hook=lambda plan: 1 / 0 if 1 in plan.request_ids else None)
     async with open_stub(runner, enable_prefix_caching=False) as engine:
         bad = engine.open_stream([50, 50], SamplingParams(temperature=0))
         await finish(engine, range(10), SamplingParams(temperature=0, max_tokens=4))

@@ -106,3 +106,37 @@ async def test_closing_frees_thread_and_descriptor() -> None:
     thread.close()
     assert threading.active_count() == threads
     assert open_descriptors() == descriptors
+
+
+async def test_posted_calls_run_in_order_without_anybody_waiting(thread: StepThread) -> None:
+    """Calls follow each other on the thread; each result goes to whoever waits for that call, in whatever order."""
+    seen: list[int] = []
+
+    def call(number: int) -> int:
+        seen.append(number)
+        return 10 * number
+
+    waits = [thread.post(call, number) for number in range(4)]
+    assert await thread.run(len, seen) == 4
+    assert seen == [0, 1, 2, 3]
+    assert [await waits[number]() for number in (2, 0, 3, 1)] == [20, 0, 30, 10]
+
+
+async def test_a_posted_call_raises_where_it_is_waited_for(thread: StepThread) -> None:
+    """An exception does not stop the calls behind it."""
+    waits = [thread.post(lambda: 1 / 0), thread.post(abs, -1)]
+    with pytest.raises(ZeroDivisionError):
+        await waits[0]()
+    assert await waits[1]() == 1
+
+
+async def test_closing_runs_what_was_posted() -> None:
+    """A call that nobody waits for has ended when close returns, and leaves no descriptor."""
+    descriptors = open_descriptors()
+    thread = StepThread()
+    seen: list[int] = []
+    thread.post(seen.append, 1)
+    thread.post(seen.append, 2)
+    thread.close()
+    assert seen == [1, 2]
+    assert open_descriptors() == descriptors

@@ -11,7 +11,8 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from tests.engine.fakes import HashStub, StubRunner, continuation, open_stub
 from trio_llm.core.block_manager import BlockManager
 from trio_llm.engine import Engine
-from trio_llm.engine.recovery import run_step
+from trio_llm.engine.health import FAILING_AFTER_STEPS
+from trio_llm.engine.recovery import launch_step
 from trio_llm.engine.step_thread import StepThread
 from trio_llm.errors import (
     ConfigError,
@@ -205,11 +206,12 @@ async def test_a_model_that_does_not_load_is_an_ordinary_error() -> None:
 
 
 @pytest.mark.parametrize("poisonous", range(1, 9))
-async def test_a_poisonous_request_fails_alone(poisonous: int) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+async def test_a_poisonous_request_fails_alone(poisonous: int, ahead: bool) -> None:
     """When a step raises, the request that makes it raise fails; the others' answers are those of a fault-free run."""
     runner = StubRunner(hook=lambda plan: 1 / 0 if poisonous in plan.request_ids and plan.step > 2 else None)
     prompts = [(i, i + 1, i + 2) * i for i in range(1, 9)]
-    async with open_stub(runner) as engine:
+    async with open_stub(runner, async_scheduling=ahead) as engine:
         streams = [engine.open_stream(prompt, short(12)) for prompt in prompts]
         for stream, prompt in zip(streams, prompts, strict=True):
             if stream.request_id == poisonous:
@@ -252,7 +254,8 @@ async def test_what_the_runner_says_failed_fails() -> None:
 
 
 @pytest.mark.parametrize("num_kv_blocks", [65, 12])
-async def test_halves_carry_what_their_rows_need(num_kv_blocks: int) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+async def test_halves_carry_what_their_rows_need(num_kv_blocks: int, ahead: bool) -> None:
     """Every third step is refused whole and runs in halves: admissions, drops and block tables still reach the model.
 
     With 12 blocks sequences are preempted, dropped and admitted again in the same plans.
@@ -264,7 +267,7 @@ async def test_halves_carry_what_their_rows_need(num_kv_blocks: int) -> None:
 
     runner = HashStub(num_kv_blocks=num_kv_blocks, hook=hook)
     prompts = [tuple(range(i, i + 20)) for i in range(8)]
-    async with open_stub(runner) as engine:
+    async with open_stub(runner, async_scheduling=ahead) as engine:
         streams = [engine.open_stream(prompt, short(30)) for prompt in prompts]
         for stream, prompt in zip(streams, prompts, strict=True):
             assert (await stream.collect()).token_ids == runner.answer(prompt, short(30))
@@ -278,13 +281,15 @@ async def test_a_half_drops_no_row_of_the_other() -> None:
     plan = StepPlan(7, (9, *ids), admissions, ids, (0,) * 4, (1,) * 4, ids, (True,) * 4, ((),) * 4)
     parts: list[StepPlan] = []
 
-    async def step(part: StepPlan) -> StepResult:
+    def launch(part: StepPlan) -> Callable[[], StepResult]:
         if len(part.request_ids) > 2:
             raise MemoryError
         parts.append(part)
-        return StepResult(part.step, tuple((i,) for i in part.request_ids))
+        return lambda: StepResult(part.step, tuple((i,) for i in part.request_ids))
 
-    result = await run_step(plan, step)
+    collect = launch_step(plan, launch)
+    assert len(parts) == 2, "a later plan could overtake a half"
+    result = collect()
     assert result.token_ids == ((1,), (2,), (3,), (4,))
     assert [part.dropped for part in parts] == [(9, 1, 2), (9, 3, 4)]
     assert [tuple(a.request_id for a in part.admitted) for part in parts] == [(1, 2), (3, 4)]
@@ -294,18 +299,21 @@ async def test_a_half_drops_no_row_of_the_other() -> None:
 
 
 @pytest.mark.parametrize("at", [1, 2, 6])
-async def test_an_abort_frees_blocks_within_a_step(at: int) -> None:
-    """A client that leaves while its prompt is computed in chunks or while it decodes costs no further step."""
+@pytest.mark.parametrize("ahead", [False, True])
+async def test_an_abort_frees_blocks_within_a_step(at: int, ahead: bool) -> None:
+    """A client that leaves while its prompt is computed in chunks or while it decodes costs no step not yet planned."""
     gate = Gate(at)
     runner = StubRunner(hook=gate)
-    async with open_stub(runner, worker=StepThread(), max_num_batched_tokens=16) as engine:
+    settings = {"max_num_batched_tokens": 16, "async_scheduling": ahead}
+    async with open_stub(runner, worker=(worker := StepThread()), **settings) as engine:
         stream = engine.open_stream(range(40), LONG)
         await trio.to_thread.run_sync(gate.reached.wait)
         stream.close()
         gate.open.set()
         await engine.wait_idle()
+        await worker.run(int)  # What was planned meanwhile is over then, too.
         await wait_all_tasks_blocked()
-        assert len(runner.plans) == at
+        assert at <= len(runner.plans) <= at + ahead
         assert used_blocks(engine) == 0
 
 
@@ -383,7 +391,39 @@ async def test_a_step_that_hangs_shows_as_stalled_until_it_ends(mock_clock: Mock
         assert engine.health().status == "ok"
 
 
-async def test_cancelling_waits_for_the_running_step() -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+async def test_steps_that_fail_as_a_whole_show_as_failing_until_one_does_not(ahead: bool) -> None:
+    """Health says so from the sixteenth step in a row in which every request failed, and takes one good row back."""
+    broken = True
+    runner = StubRunner(hook=lambda plan: 1 / 0 if broken else None)
+    async with open_stub(runner, max_batch_size=2, async_scheduling=ahead) as engine:
+        for number in range(FAILING_AFTER_STEPS):
+            assert engine.health().status == "ok"
+            streams = [engine.open_stream(PROMPT, short()) for _ in range(1 + number % 2)]
+            for stream in streams:
+                with pytest.raises(RequestFailedError):
+                    await stream.collect()
+            await engine.wait_idle()
+        assert engine.health().status == "failing"
+        assert "16 steps every request failed" in (engine.health().reason or "")
+        broken = False
+        assert (await engine.open_stream(PROMPT, short()).collect()).token_ids == continuation(PROMPT, 8)
+        assert engine.health().status == "ok"
+
+
+async def test_a_request_that_fails_beside_another_is_no_sign_of_failing() -> None:
+    """As long as one row of a step succeeds, it is the others that are at fault."""
+    runner = StubRunner(hook=lambda plan: 1 / 0 if set(plan.request_ids) != {1} else None)
+    async with open_stub(runner) as engine, engine.open_stream(PROMPT, LONG) as good:
+        for _ in range(FAILING_AFTER_STEPS):
+            with pytest.raises(RequestFailedError):
+                await engine.open_stream(PROMPT, short()).collect()
+        assert engine.health().status == "ok"
+        await good.__anext__()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+async def test_cancelling_waits_for_the_running_step(ahead: bool) -> None:
     """The engine is never closed under a step: cancelled, it waits until the model's thread has finished."""
     gate = Gate(2)
     runner = StubRunner(hook=gate)
@@ -391,7 +431,7 @@ async def test_cancelling_waits_for_the_running_step() -> None:
 
     async def serve(task_status: trio.TaskStatus[trio.CancelScope]) -> None:
         with trio.CancelScope() as scope:
-            async with open_stub(runner, worker=StepThread()) as engine:
+            async with open_stub(runner, worker=StepThread(), async_scheduling=ahead) as engine:
                 engine.open_stream(PROMPT, short())
                 task_status.started(scope)
                 await trio.sleep_forever()

@@ -16,7 +16,7 @@ from tests.engine.fakes import InlineWorker
 from trio_llm.config import EngineConfig
 from trio_llm.engine import Engine
 from trio_llm.engine.supervisor import run_engine
-from trio_llm.messages import KVGroup, ModelInfo, SamplingParams, StepPlan, StepResult, TokenLogprobs
+from trio_llm.messages import UNKNOWN, KVGroup, ModelInfo, SamplingParams, StepPlan, StepResult, TokenLogprobs
 from trio_llm.tokenizer import Tokenizer
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -131,7 +131,8 @@ class StubRunner:
             plan.request_ids, plan.starts, plan.counts, plan.samples, strict=True
         ):
             tokens = self._tokens[request_id]
-            tokens[start : start + count] = plan.token_ids[at : at + count]
+            if plan.token_ids[at] != UNKNOWN:
+                tokens[start : start + count] = plan.token_ids[at : at + count]
             at += count
             if (params := self.params.get(request_id)) is None:
                 if start + count == len(tokens):
@@ -141,6 +142,7 @@ class StubRunner:
                 continue
             seed = params.seed or 0 if params.temperature else 0
             row = (self._next(request_id, tokens[: start + count], seed),) if samples else ()
+            tokens[start + count :] = row or tokens[start + count :]
             if params.prompt_logprobs is not None:
                 prompt_logprobs[request_id] = tuple(
                     None if i == 0 else logprob(tokens[i], params.prompt_logprobs) for i in range(start, start + count)
@@ -156,6 +158,11 @@ class StubRunner:
             embeddings=embeddings or None,
         )
 
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Run a plan at once; its result is known."""
+        result = self.step(plan)
+        return lambda: result
+
     def _begin(self, request_id: int, params: SamplingParams, prompt_tokens: int) -> None:
         matcher = None if params.grammar is None else params.grammar.matcher()
         self._matchers[request_id] = matcher, prompt_tokens
@@ -170,6 +177,8 @@ class StubRunner:
         mask = np.zeros(-(-self.info.vocab_size // 32), dtype=np.int32)
         assert matcher.fill(mask.ctypes.data, mask.nbytes) is None
         allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
+        if not allowed:  # The sentence has ended: this row's result is for nobody.
+            return EOS
         dice = zlib.crc32(repr(tokens[-8:]).encode(), seed % 2**32)
         closing = [i for i in CLOSERS if i in allowed]
         if EOS in allowed and token not in allowed:
@@ -209,5 +218,7 @@ async def open_stub(
     stub = StubRunner() if runner is None else runner
     config = EngineConfig(**settings)
     worker = InlineWorker() if worker is None else worker
-    async with run_engine(config, lambda: stub, tokenizer, worker=worker, stall_after_s=stall_after_s) as engine:
+    async with run_engine(
+        config, lambda: stub, tokenizer, worker=worker, collector=InlineWorker(), stall_after_s=stall_after_s
+    ) as engine:
         yield engine

@@ -20,7 +20,7 @@ from trio_llm.core.scheduler import Scheduler
 from trio_llm.engine.health import Pulse
 from trio_llm.engine.ledger import Entry, Ledger
 from trio_llm.engine.messages import Abort, IdleReport, StepReport, Submit
-from trio_llm.engine.recovery import run_step
+from trio_llm.engine.nursery import open_nursery
 from trio_llm.engine.tickets import Tickets
 from trio_llm.errors import TrioLLMError
 from trio_llm.messages import (
@@ -45,6 +45,9 @@ Asks = trio.MemorySendChannel[BlockAsk]
 Grants = trio.MemoryReceiveChannel[BlockGrant]
 Plans = trio.MemorySendChannel[StepPlan]
 Results = trio.MemoryReceiveChannel[StepResult]
+Wait = Callable[[], Awaitable[StepResult]]
+
+MAX_STEPS_IN_FLIGHT = 2
 
 
 async def manage_blocks(
@@ -56,18 +59,35 @@ async def manage_blocks(
 
 
 async def run_model(
-    step: Callable[[StepPlan], Awaitable[StepResult]],
+    post: Callable[[StepPlan], Wait],
     plans: trio.MemoryReceiveChannel[StepPlan],
     results: trio.MemorySendChannel[StepResult],
 ) -> None:
-    """Be the model runner: carry plans to the model's thread and results back."""
-    async for plan in plans:
-        await results.send(await run_step(plan, step))
+    """Be the model runner: carry plans to the model's thread and results back, both in order.
+
+    A plan is posted although results of those before it are still waited for: the thread goes from one to the next
+    without the event loop.
+    """
+    send_posted, posted = trio.open_memory_channel[Wait](MAX_STEPS_IN_FLIGHT)
+
+    async def bring_back() -> None:
+        async for wait in posted:
+            await results.send(await wait())
+
+    async with open_nursery() as nursery:
+        nursery.start_soon(bring_back)
+        async for plan in plans:
+            send_posted.send_nowait(post(plan))
 
 
 @attrs.define(eq=False)
 class SchedulerActor:
-    """The scheduler: reads its inbox, asks for blocks, sends the plan, and only then tells clients of the last step."""
+    """The scheduler: reads its inbox, asks for blocks, sends the plan, and only then tells clients of the last step.
+
+    Attributes:
+        depth: Steps in flight. With two, the runner has the next step before it is done with one, and its thread and
+            the device need not wait for what goes on here.
+    """
 
     core: Scheduler
     inbox: trio.MemoryReceiveChannel[Submit | Abort]
@@ -79,6 +99,8 @@ class SchedulerActor:
     grants: Grants
     plans: Plans
     results: Results
+    depth: int = 1
+    _in_flight: deque[StepPlan] = attrs.field(factory=deque[StepPlan])
     _ledger: Ledger = attrs.field(factory=Ledger)
     _blocks: BlockStats | None = None
     # When the last result came, on the clock that the runner measures its own seconds with; None after idleness.
@@ -88,11 +110,10 @@ class SchedulerActor:
         finished: _Step | None = None
         while True:
             self._read_inbox()
-            plan = await self._next_plan()
-            if plan is not None:
+            while len(self._in_flight) < self.depth and (plan := await self._next_plan()) is not None:
                 await self._start(plan)
             self._tell(finished)
-            finished = await self._finish(plan) if plan is not None else await self._rest()
+            finished = await self._finish() if self._in_flight else await self._rest()
 
     def _read_inbox(self) -> None:
         with suppress(trio.WouldBlock):
@@ -123,7 +144,7 @@ class SchedulerActor:
                     self.tickets.give_back(1)
 
     async def _next_plan(self) -> StepPlan | None:
-        """Have the next step planned; None when there is nothing to run."""
+        """Have the next step planned; None when there is nothing to run, or not before a step in flight is done."""
         while (ask := self.core.ask()) is not None:
             self.asks.send_nowait(ask)
             grant = await self.grants.receive()
@@ -131,6 +152,8 @@ class SchedulerActor:
             if (plan := self.core.plan(grant)) is not None:
                 return plan
             if not ask.released and not grant.preempted:
+                if self._in_flight:
+                    return None
                 raise RuntimeError("there is work, but neither a row nor a block moved: the scheduler is stuck")
         return None
 
@@ -144,20 +167,30 @@ class SchedulerActor:
 
     async def _start(self, plan: StepPlan) -> None:
         """Hand the plan to the runner and let it reach the model's thread."""
+        self._in_flight.append(plan)
         self.plans.send_nowait(plan)
         # Trio runs the tasks that are ready in any order: after one round the runner may have run, after two it has.
         await trio.lowlevel.checkpoint()
         await trio.lowlevel.checkpoint()
 
-    async def _finish(self, plan: StepPlan) -> _Step:
-        """Wait for the running step's result and commit it."""
+    async def _finish(self) -> _Step:
+        """Wait for the result of the first step in flight and commit it."""
         result = await self.results.receive()
+        plan = self._in_flight.popleft()
         now_s = time.perf_counter()
         last_s, self._result_at_s = self._result_at_s, now_s
         own_s = None if last_s is None else max(0.0, now_s - last_s - result.seconds)
         commit = self.core.commit(result)
         self._beat(trio.current_time())
+        self._note_failures(result, commit)
         return _Step(plan, commit, trio.current_time(), own_s)
+
+    def _note_failures(self, result: StepResult, commit: Commit) -> None:
+        """Count the steps in a row that failed as a whole; one whose sequences had all ended before says nothing."""
+        if len(result.failed) < len(result.token_ids):
+            self.pulse.failed_steps = 0
+        elif any(isinstance(event, Failed) for _, event in commit.events):
+            self.pulse.failed_steps += 1
 
     async def _rest(self) -> None:
         """Wait until there may be work again."""

@@ -10,7 +10,7 @@ import trio
 from prometheus_client import CollectorRegistry
 
 from trio_llm.engine.admission import Limits, check_pooling, resolve
-from trio_llm.engine.health import Health, Pulse
+from trio_llm.engine.health import FAILING_AFTER_STEPS, Health, Pulse
 from trio_llm.engine.mailbox import Mailbox
 from trio_llm.engine.messages import Abort, Rejected, RequestStats, StepReport, Submit
 from trio_llm.engine.metrics import Metrics
@@ -166,6 +166,8 @@ class Engine:
             return report("dead", self._why_dead)
         if stalled_s > self._stall_after_s:
             return report("stalled", f"There is work, and no step has finished for {stalled_s:.0f} s.")
+        if self._pulse.failed_steps >= FAILING_AFTER_STEPS:
+            return report("failing", f"In each of the last {self._pulse.failed_steps} steps every request failed.")
         if self._draining:
             return report("draining", "The engine is shutting down.")
         return report("ok")

@@ -6,7 +6,10 @@ from typing import Literal
 
 import attrs
 
-Status = Literal["ok", "stalled", "draining", "dead"]
+Status = Literal["ok", "stalled", "failing", "draining", "dead"]
+
+# So many steps in a row in which every request failed are the model's fault, not the requests'. Out of the air.
+FAILING_AFTER_STEPS = 16
 
 
 @attrs.frozen
@@ -26,9 +29,11 @@ class Pulse:
     Attributes:
         progress_s: When a step last finished while there was work, or when work came to an idle engine
             (Trio's clock); None while there is no work.
+        failed_steps: Steps in a row in which every request failed.
     """
 
     progress_s: float | None = None
+    failed_steps: int = 0
     num_running: int = 0
     num_waiting: int = 0
 

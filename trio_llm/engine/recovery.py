@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import attrs
@@ -13,29 +13,31 @@ from trio_llm.messages import StepPlan, StepResult, TokenLogprobs
 
 K = TypeVar("K")
 V = TypeVar("V")
-Step = Callable[[StepPlan], Awaitable[StepResult]]
+Collect = Callable[[], StepResult]
+Launch = Callable[[StepPlan], Collect]
 _log = logging.getLogger(__name__)
 
 
-async def run_step(plan: StepPlan, step: Step) -> StepResult:
-    """Run a plan; on an exception bisect it. Costs log2(rows) extra steps per poisonous request.
+def launch_step(plan: StepPlan, launch: Launch) -> Collect:
+    """Launch a plan; on an exception bisect it. Costs log2(rows) extra steps per poisonous request.
 
-    A runner that cannot go on (a sticky CUDA error) raises EngineDeadError, which passes through here,
-    as does everything that is not an Exception.
+    All parts have been launched on return, so a later plan finds what it builds on. A runner that cannot go on (a
+    sticky CUDA error) raises EngineDeadError, which passes through here, as does everything that is not an Exception.
     """
     try:
-        return await step(plan)
+        return launch(plan)
     except EngineDeadError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever the model raises concerns its rows alone
         if len(plan.request_ids) <= 1:
-            return _all_failed(plan, error)
+            failed = _all_failed(plan, error)
+            return lambda: failed
         _log.warning(
             "step %d failed; running the halves of its %d rows", plan.step, len(plan.request_ids), exc_info=error
         )
         middle = len(plan.request_ids) // 2
-        halves = [await run_step(part, step) for part in (_rows(plan, 0, middle), _rows(plan, middle, None))]
-        return _joined(plan, halves)
+        halves = [launch_step(part, launch) for part in (_rows(plan, 0, middle), _rows(plan, middle, None))]
+        return lambda: _joined(plan, [collect() for collect in halves])
 
 
 def _rows(plan: StepPlan, first: int, end: int | None) -> StepPlan:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import secrets
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Protocol
 
@@ -18,13 +18,24 @@ from trio_llm.core.block_manager import BlockManager
 from trio_llm.core.scheduler import Scheduler
 from trio_llm.core.speculate import LookupSizes
 from trio_llm.core.speculator import Speculation
-from trio_llm.engine.actors import Asks, Grants, Plans, Results, SchedulerActor, manage_blocks, run_model
+from trio_llm.engine.actors import (
+    MAX_STEPS_IN_FLIGHT,
+    Asks,
+    Grants,
+    Plans,
+    Results,
+    SchedulerActor,
+    Wait,
+    manage_blocks,
+    run_model,
+)
 from trio_llm.engine.admission import Limits
 from trio_llm.engine.engine import Engine
 from trio_llm.engine.health import Pulse
 from trio_llm.engine.messages import Abort, Submit
 from trio_llm.engine.metrics import Metrics
 from trio_llm.engine.nursery import alone, open_nursery
+from trio_llm.engine.recovery import Collect, Launch, launch_step
 from trio_llm.engine.speculation_metrics import SpeculationMetrics
 from trio_llm.engine.step_thread import StepThread, Worker
 from trio_llm.engine.tickets import Tickets
@@ -33,7 +44,6 @@ from trio_llm.messages import BlockAsk, BlockGrant, ModelInfo, StepPlan, StepRes
 from trio_llm.tokenizer import Tokenizer
 
 Task = Callable[[], Awaitable[None]]
-Step = Callable[[StepPlan], StepResult]
 # How long those who read get to pass on the engine's death before what they run in is cancelled. Out of the air.
 LAST_WORDS_S = 1.0
 # Without a finished step for so long, work that exists counts as stuck. Out of the air: above any step we have seen.
@@ -43,13 +53,18 @@ _log = logging.getLogger(__name__)
 
 
 class Runner(Protocol):
-    """The model, as this floor knows it. Called from one thread only."""
+    """The model, as this floor knows it."""
 
     @property
     def info(self) -> ModelInfo: ...
 
-    def step(self, plan: StepPlan, /) -> StepResult:
-        """Run one plan. Raises EngineDeadError when it can never run another; any other Exception is the plan's own."""
+    def launch(self, plan: StepPlan, /) -> Callable[[], StepResult]:
+        """Queue one plan's work on the device, in the order of the calls; return what waits for its result.
+
+        What is returned queues nothing, so it may be called on another thread, while later plans are launched. Of an
+        exception from here the plan is the cause, and it may be launched again in parts; EngineDeadError says that no
+        plan can ever run again, as does whatever is raised by waiting.
+        """
         ...
 
     def close(self) -> None: ...
@@ -62,6 +77,7 @@ async def run_engine(
     tokenizer: Tokenizer,
     *,
     worker: Worker | None = None,
+    collector: Worker | None = None,
     model_name: str | None = None,
     stall_after_s: float = STALL_AFTER_S,
 ) -> AsyncGenerator[Engine, None]:
@@ -72,9 +88,10 @@ async def run_engine(
 
     Args:
         config: Only what concerns scheduling is read here.
-        load: Makes the runner; called on the model's thread, as are its `step` and `close`.
+        load: Makes the runner; called on the model's thread, as are its `launch` and `close`.
         tokenizer: The model's.
         worker: Runs the runner's calls; default: a thread of its own.
+        collector: Waits for results while `worker` launches the next step; default: one more thread.
         model_name: What the model is called; default: as the runner calls it.
         stall_after_s: From when on `health` says "stalled".
 
@@ -86,8 +103,9 @@ async def run_engine(
         runner = await worker.run(load)
         try:
             info = runner.info if model_name is None else attrs.evolve(runner.info, name=model_name)
-            async with _serve(config, info, runner.step, tokenizer, worker, stall_after_s) as engine:
-                yield engine
+            with _stepping(runner.launch, worker, collector, config.steps_in_flight) as post:
+                async with _serve(config, info, post, tokenizer, stall_after_s) as engine:
+                    yield engine
         finally:
             with trio.CancelScope(shield=True):
                 await worker.run(runner.close)
@@ -95,13 +113,40 @@ async def run_engine(
         worker.close()
 
 
+@contextmanager
+def _stepping(
+    launch: Launch, worker: Worker, collector: Worker | None, depth: int
+) -> Generator[Callable[[StepPlan], Wait], None, None]:
+    """Yield what posts a plan to the model's thread; no recovery lets a later plan overtake it."""
+    if depth == 1:
+        yield lambda plan: worker.post(_step, plan, launch)
+        return
+    waiter = StepThread("trio-llm-collector") if collector is None else collector
+
+    def post(plan: StepPlan) -> Wait:
+        launched = worker.post(launch_step, plan, launch)
+        return partial(_collect, launched, waiter)
+
+    try:
+        yield post
+    finally:
+        waiter.close()
+
+
+def _step(plan: StepPlan, launch: Launch) -> StepResult:
+    return launch_step(plan, launch)()
+
+
+async def _collect(launched: Callable[[], Awaitable[Collect]], waiter: Worker) -> StepResult:
+    return await waiter.run(await launched())
+
+
 @asynccontextmanager
 async def _serve(
     config: EngineConfig,
     info: ModelInfo,
-    step: Step,
+    post: Callable[[StepPlan], Wait],
     tokenizer: Tokenizer,
-    worker: Worker,
     stall_after_s: float,
 ) -> AsyncGenerator[Engine, None]:
     blocks = BlockManager(
@@ -109,7 +154,7 @@ async def _serve(
         groups=info.kv_groups,
         enable_prefix_caching=config.enable_prefix_caching,
         secret=secrets.token_bytes(32),
-        max_step_tokens=config.long_prefill_token_threshold or config.max_num_batched_tokens,
+        max_step_tokens=config.max_tokens_in_flight,
     )
     info = attrs.evolve(info, max_model_len=_max_model_len(config, info, blocks.max_tokens()))
     scheduler = Scheduler(
@@ -130,8 +175,10 @@ async def _serve(
     # Room for a Submit and an Abort per ticket.
     send, inbox = trio.open_memory_channel[Submit | Abort](2 * tickets.limit)
     engine = Engine(info, tokenizer, _limits(config, info), send, tickets, pulse, metrics, trace, stall_after_s)
-    wire = partial(SchedulerActor, scheduler, inbox, tickets, pulse, trace, metrics.report)
-    tasks = [*_actors(wire, blocks, partial(worker.run, step)), metrics.run]
+    wire = partial(
+        SchedulerActor, scheduler, inbox, tickets, pulse, trace, metrics.report, depth=config.steps_in_flight
+    )
+    tasks = [*_actors(wire, blocks, post), metrics.run]
     async with open_nursery() as nursery:
         nursery.start_soon(_supervise, engine, tasks)
         yield engine
@@ -164,17 +211,17 @@ def _limits(config: EngineConfig, info: ModelInfo) -> Limits:
 def _actors(
     scheduler: Callable[[Asks, Grants, Plans, Results], SchedulerActor],
     blocks: BlockManager,
-    step: Callable[[StepPlan], Awaitable[StepResult]],
+    post: Callable[[StepPlan], Wait],
 ) -> list[Task]:
-    """Join the scheduler to the KV manager and the model runner. One message at a time is on each edge."""
+    """Join the scheduler to the KV manager and the model runner. A message per step in flight is on each edge."""
     send_ask, asks = trio.open_memory_channel[BlockAsk](1)
     send_grant, grants = trio.open_memory_channel[BlockGrant](1)
-    send_plan, plans = trio.open_memory_channel[StepPlan](1)
-    send_result, results = trio.open_memory_channel[StepResult](1)
+    send_plan, plans = trio.open_memory_channel[StepPlan](MAX_STEPS_IN_FLIGHT)
+    send_result, results = trio.open_memory_channel[StepResult](MAX_STEPS_IN_FLIGHT)
     return [
         scheduler(send_ask, grants, send_plan, results).run,
         partial(manage_blocks, blocks, asks, send_grant),
-        partial(run_model, step, plans, send_result),
+        partial(run_model, post, plans, send_result),
     ]
 
 

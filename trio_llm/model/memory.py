@@ -110,15 +110,14 @@ def make_budget(
 
 
 def _most_blocks(group: KVGroup, plan: ModelPlan, config: EngineConfig) -> int:
-    """Return the blocks that the longest sequence owns at the worst moment: in a window, those of one step's chunk too.
+    """Return the blocks that the longest sequence owns at the worst moment: in a window, those of its chunks too.
 
     A window that begins inside a block takes one more.
     """
     longest = config.max_model_len or plan.max_model_len
     if group.window is None:
         return -(-longest // group.block_size)
-    chunk = config.long_prefill_token_threshold or config.max_num_batched_tokens
-    seen = group.window - 1 + chunk
+    seen = group.window - 1 + config.max_tokens_in_flight
     return min(-(-longest // group.block_size), -(-seen // group.block_size) + 1)
 
 
