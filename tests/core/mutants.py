@@ -120,7 +120,7 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
     ("resume without the output", "scheduler", "tuple(sequence.tokens) if len(sequence.tokens) > len(sequence.prompt) else sequence.prompt", "sequence.prompt"),
     ("preempted stay on the runner", "scheduler", "        self._drop_from_runner(sequence)\n        self._queues.preempt(sequence)\n", "        self._queues.preempt(sequence)\n"),
     ("cached tokens of the resumption", "scheduler", "if sequence.cached_tokens is None:", "if True:"),
-    ("run the aborted", "scheduler", "        grant = _without_ended(grant, rows)\n", ""),
+    ("run the aborted", "scheduler", "        grant = without_ended(grant, rows)\n", ""),
     ("a failure spreads", "scheduler", "            if why is not None:\n", "            if why is not None or result.failed:\n"),
     ("tell of the aborted", "scheduler", "if not samples or sequence.status is not running:", "if not samples:"),
     ("hide the failure of the aborted", "scheduler", "                sequence.failed = True  # Also", "                sequence.failed = sequence.status is Status.RUNNING  # Also"),

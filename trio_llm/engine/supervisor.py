@@ -166,11 +166,8 @@ async def _serve(
         long_prefill_token_threshold=config.long_prefill_token_threshold,
         speculation=_speculation(config),
     )
-    tickets, pulse, metrics = (
-        Tickets(config.max_batch_size * (1 + config.max_waiting_batches)),
-        Pulse(),
-        _metrics(config, info),
-    )
+    tickets = Tickets(config.max_batch_size * (1 + config.max_waiting_batches))
+    pulse, metrics = Pulse(), _metrics(config, info)
     trace = deque[StepTrace](maxlen=_TRACED_STEPS)
     # Room for a Submit and an Abort per ticket.
     send, inbox = trio.open_memory_channel[Submit | Abort](2 * tickets.limit)
