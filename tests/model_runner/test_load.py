@@ -148,16 +148,18 @@ def test_a_small_model_runs_on_one_thread(directory: Path, monkeypatch: pytest.M
     assert asked == [1, 3]
 
 
-def test_the_table_says_what_a_sequence_takes_of_each_group(directory: Path) -> None:
-    """Per group: padding, and the bytes of the longest sequence, which in a window do not depend on its length."""
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_table_says_what_a_sequence_takes_of_each_group(directory: Path, ahead: bool) -> None:
+    """Per group: padding, and the bytes of the longest sequence, in a window those of the chunks in flight."""
     values = {**CONFIG, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
     (directory / "config.json").write_text(json.dumps(values))
-    runner = load_runner(settings(directory, num_kv_blocks=10, block_size=4, long_prefill_token_threshold=5))
+    chunks = {"long_prefill_token_threshold": 5, "async_scheduling": ahead}
+    runner = load_runner(settings(directory, num_kv_blocks=10, block_size=4, **chunks))
     lines = [line for line in runner.budget.render().splitlines() if "group" in line]
-    most = [max_live_blocks(256, group, 5) * runner.info.block_bytes for group in runner.info.kv_groups]
+    most = [max_live_blocks(256, group, 5 * (1 + ahead)) * runner.info.block_bytes for group in runner.info.kv_groups]
     assert [group.window for group in runner.info.kv_groups] == [None, None, 8]
     assert all(f"at most {count:,} bytes a sequence" in line for line, count in zip(lines, most, strict=True))
-    assert most[2] == 4 * runner.info.block_bytes
+    assert most[2] == (6 if ahead else 4) * runner.info.block_bytes
 
 
 def test_left_out_towers_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
