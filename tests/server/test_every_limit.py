@@ -23,7 +23,7 @@ TURN = {"role": "user", "content": "x"}
 # A rendering that takes some milliseconds, and whose text is some thousand characters.
 SLOW_TEMPLATE = "{% for number in range(20000) %}{{ number % 7 }}{% endfor %}"
 # One that takes some milliseconds to compile.
-SLOW_SCHEMA = {"type": "object", "properties": {f"field{number}": {"type": "string"} for number in range(500)}}
+SLOW_SCHEMA = {"type": "object", "properties": {f"field{number}": {"type": "string"} for number in range(100)}}
 
 
 @attrs.frozen
