@@ -304,6 +304,12 @@ class LimitsConfig:
         flags=("--max-samples",),
         at_least=1,
     )
+    max_queued_tokens: int = setting(
+        4 * 1024 * 1024,
+        "Prompt tokens of all requests that wait and run; a request beyond them is answered 503. 0 for no limit.",
+        flags=("--max-queued-tokens", "--max-num-queued-tokens"),
+        at_least=0,
+    )
     max_stop_strings: int = setting(
         4, "Stop strings of a request.", env="VLLM_MAX_STOP_STRINGS", flags=("--max-stop-strings",), at_least=0
     )

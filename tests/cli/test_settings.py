@@ -81,6 +81,7 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "limits.max_inputs": (1, 2, 3),
     "limits.max_n": (1, 2, 3),
     "limits.max_samples": (1, 2, 3),
+    "limits.max_queued_tokens": (1, 2, 3),
     "limits.max_stop_strings": (1, 2, 3),
     "limits.max_stop_bytes": (1, 2, 3),
     "limits.max_stop_token_ids": (1, 2, 3),
@@ -192,6 +193,16 @@ def test_switches_are_read_from_text(name: str) -> None:
     """A variable's text switches on or off in the usual spellings."""
     settings = load_settings(None, {"VLLM_KV_QUANTIZATION": name}, {})
     assert settings.config.engine.kv_quantization is (name.lower() in ("true", "1", "yes", "on"))
+
+
+def test_lists_can_be_written_as_json() -> None:
+    """A flag or variable takes a list as vLLM's flags do, and says so where it is none."""
+    for text, expected in (('["a", "b"]', ("a", "b")), ("a", ("a",))):
+        flag = Given((text,), "flag --allowed-origins")
+        assert load_settings(None, {}, {"server.allowed_origins": flag}).config.server.allowed_origins == expected
+    for text in ("[a", "[1]"):
+        with pytest.raises(ConfigError, match="a text or a list of texts"):
+            load_settings(None, {}, {"server.allowed_origins": Given((text,), "flag --allowed-origins")})
 
 
 def test_an_empty_variable_counts_as_unset() -> None:

@@ -327,6 +327,31 @@ async def test_metrics(engine: Engine) -> None:
     assert head.headers["content-type"].startswith("text/plain; version=")
 
 
+async def test_short_keys_are_warned_of(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    """A key that can be guessed is pointed out at start, without a character of it; and the gauge tells of any."""
+    for keys, num_short in (((KEY,), 0), (("short", KEY), 1)):
+        caplog.clear()
+        app = create_app(engine, Config(auth=AuthConfig(api_keys=keys, admin_api_keys=("x" * 16,))))
+        told = [record.message for record in caplog.records]
+        assert told == ["1 API keys have fewer than 16 characters: they can be guessed"] * num_short
+    assert "trio_llm_auth_enabled 1.0" in (await ask(app, "GET", "/metrics")).body.decode()
+
+
+async def test_the_load_is_what_is_under_way(nursery: trio.Nursery) -> None:
+    """/load counts the requests that are not answered, for balancers that know vLLM's, and forgets those that are."""
+    worker = GatedWorker()
+    async with open_stub(worker=worker) as engine:
+        app = create_app(engine, Config())
+        nursery.start_soon(ask, app, "POST", "/v1/completions", {**COMPLETION, "n": 3})
+        nursery.start_soon(ask, app, "POST", "/v1/embeddings", {"input": "x"})
+        await trio.testing.wait_all_tasks_blocked()
+        assert (await ask(app, "GET", "/load")).json() == {"server_load": 2}
+        worker.open = True
+        worker.let(10)
+        await trio.testing.wait_all_tasks_blocked()
+        assert (await ask(app, "GET", "/load")).json() == {"server_load": 0}
+
+
 async def test_metrics_from_elsewhere_need_the_key(engine: Engine) -> None:
     """With keys, /metrics is open to this machine alone, and not to what a proxy on it forwards."""
     app = keyed(engine)

@@ -204,6 +204,35 @@ async def test_an_upload_is_held_to_its_limit(tmp_path: Any) -> None:
     assert b'"bytes":2000' in await answer_to_upload(LimitsConfig(max_file_bytes=2000), str(tmp_path / "high"))
 
 
+@pytest.mark.parametrize(
+    ("path", "body"), [("/v1/completions", {"prompt": "xyz", "n": 2}), ("/v1/embeddings", {"input": ["xyz"] * 2})]
+)
+async def test_prompts_in_the_engine_are_held_to_a_limit_that_moves(path: str, body: dict[str, Any]) -> None:
+    """Prompt tokens of all requests together are bounded, a lone request never refused, and all are given back."""
+    for most, statuses in ((11, [200, 503]), (12, [200, 200])):
+        worker = GatedWorker()
+        async with open_stub(worker=worker) as engine:
+            app = create_app(engine, Config(limits=LimitsConfig(max_queued_tokens=most)))
+            answers: list[Any] = []
+
+            async def go(app: Any = app, answers: list[Any] = answers) -> None:
+                answers.append(await ask(app, "POST", path, body))
+
+            async with trio.open_nursery() as nursery:
+                for _ in statuses:
+                    nursery.start_soon(go)
+                await wait_all_tasks_blocked()
+                worker.open = True
+                worker.let(10)
+            assert sorted(answer.status for answer in answers) == statuses
+            for answer in answers:
+                if answer.status == 503:
+                    assert f"6 prompt tokens wait and run: at most {most} (--max-queued-tokens)" in answer.body.decode()
+                    assert answer.headers["retry-after"]
+            await go()
+            assert answers[-1].status == 200
+
+
 @pytest.mark.parametrize("name", ["max_connections", "max_connections_per_peer"])
 async def test_connections_are_held_to_a_limit_that_moves(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """So many connections are served, and the next one is told how many and by which flag."""
@@ -222,5 +251,5 @@ async def test_connections_are_held_to_a_limit_that_moves(name: str, monkeypatch
 
 def test_the_tables_cover_every_limit() -> None:
     """A limit that is added without a test that moves it is noticed."""
-    covered = {*REQUESTS, *TIMES, "max_file_bytes", "max_connections", "max_connections_per_peer"}
+    covered = {*REQUESTS, *TIMES, "max_file_bytes", "max_queued_tokens", "max_connections", "max_connections_per_peer"}
     assert covered == {field.name for field in attrs.fields(LimitsConfig)}

@@ -6,6 +6,7 @@ What a key is, means and may be stands in `trio_llm.config`; this file only gath
 from __future__ import annotations
 
 import difflib
+import json
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -182,9 +183,16 @@ def _to_str(value: Any, _: type) -> str:
 
 def _to_strings(value: Any, _: type) -> tuple[str, ...]:
     texts = (value,) if isinstance(value, str) else value
+    if isinstance(texts, list | tuple):
+        texts = [item for text in texts for item in _as_list(text)]
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise TypeError
     return tuple(texts)
+
+
+def _as_list(text: Any) -> list[Any]:
+    """Take apart a list written as JSON, as vLLM's flags want it: `--allowed-origins '["https://chat.example"]'`."""
+    return json.loads(text) if isinstance(text, str) and text.startswith("[") else [text]
 
 
 def _to_choice(value: Any, kind: Any) -> Any:

@@ -33,8 +33,7 @@ def register(app: QuartTrio, services: Services, http_metrics: CollectorRegistry
 
     @app.get("/load")
     async def load() -> dict[str, int]:
-        health = services.engine.health()
-        return {"server_load": health.num_running + health.num_waiting}
+        return {"server_load": services.num_requests}
 
     @app.get("/version")
     async def version() -> dict[str, str]:

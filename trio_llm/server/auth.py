@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import logging
 import secrets
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +18,10 @@ from quart import request
 from trio_llm.config import AuthConfig
 from trio_llm.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 _ID_CHARS = 16
+_SAFE_KEY_CHARS = 16
 
 
 class ApiKeys:
@@ -60,7 +64,10 @@ def load_keys(config: AuthConfig) -> ApiKeys:
         if not from_file:  # Starting open because a file is empty would be the worst of surprises.
             raise _bad_key_file(config.api_key_file, "must hold at least one key")
         keys += from_file
-    return ApiKeys([*keys, *config.admin_api_keys])
+    keys += config.admin_api_keys
+    if num_short := sum(len(key) < _SAFE_KEY_CHARS for key in keys):
+        logger.warning("%d API keys have fewer than %d characters: they can be guessed", num_short, _SAFE_KEY_CHARS)
+    return ApiKeys(keys)
 
 
 def _bad_key_file(path: str, allowed: str) -> ConfigError:

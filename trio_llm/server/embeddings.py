@@ -59,6 +59,7 @@ async def embed(services: Services, body: EmbeddingBody, caller: Caller) -> dict
         pooling=body.pooling or "mean", normalize=body.normalize is not False, dimensions=body.dimensions
     )
     inputs = await _inputs(services, body)
+    services.hold(caller.lifetime, sum(map(len, inputs)))
     embed_one = partial(
         services.engine.embed,
         params=params,

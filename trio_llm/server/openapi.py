@@ -102,7 +102,7 @@ OPERATIONS = (
     Operation("get", "/health", "Say whether requests are served.", answer=answers.Status),
     Operation("get", "/ping", "The same.", answer=answers.Status),
     Operation("post", "/ping", "The same.", answer=answers.Status),
-    Operation("get", "/load", "Count the sequences that run and wait.", answer=answers.Load),
+    Operation("get", "/load", "Count the requests under way.", answer=answers.Load),
     Operation("get", "/version", "Say which version this is.", answer=answers.Version),
     Operation("get", "/metrics", "Metrics in Prometheus' text format.", media=("text/plain",)),
     Operation("get", "/shutdown", "End the server in good order.", answer=answers.Status, status=202),

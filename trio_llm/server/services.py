@@ -11,10 +11,10 @@ import trio
 
 from trio_llm.config import Config
 from trio_llm.engine import Engine, Stream, open_samples
-from trio_llm.errors import InvalidRequestError, ModelNotFoundError
+from trio_llm.errors import InvalidRequestError, ModelNotFoundError, OverloadedError
 from trio_llm.grammar import GrammarCompiler
 from trio_llm.messages import PoolingParams, SamplingParams
-from trio_llm.server.amounts import too_much
+from trio_llm.server.amounts import flag_of, too_much
 from trio_llm.server.auth import ApiKeys
 from trio_llm.server.chat_template import ChatTemplate
 from trio_llm.server.edge import Lifetime
@@ -37,6 +37,7 @@ class Services:
         template: Turns conversations into prompts; None if the model has no template.
         shutdown: Begins an orderly end of the process; None where that is somebody else's to decide.
         tracing: Told of every request; None where nobody wants to know.
+        num_requests: Requests under way, those of batches among them.
         keys: The accepted API keys. With several, requests of different keys never share cached prompt blocks.
     """
 
@@ -51,6 +52,8 @@ class Services:
     compiling: trio.CapacityLimiter = attrs.field(factory=lambda: trio.CapacityLimiter(_COMPILING_THREADS))
     grammars: GrammarCompiler = attrs.field(init=False)
     _streams: set[Stream] = attrs.field(factory=set[Stream], init=False)
+    num_requests: int = attrs.field(default=0, init=False)
+    _held_tokens: int = attrs.field(default=0, init=False)
 
     def __attrs_post_init__(self) -> None:
         info = self.engine.info
@@ -116,6 +119,7 @@ class Services:
         `operation` is what the request is called in traces.
         """
         self._check_samples(len(prompts) * params.n)
+        self.hold(lifetime, params.n * sum(map(len, prompts)))
         streams: list[Stream] = []
         for prompt in prompts:
             samples = open_samples(self.engine, prompt, params, priority=priority, salt=salt, background=background)
@@ -126,6 +130,24 @@ class Services:
         lifetime.stack.callback(self._streams.difference_update, streams)
         lifetime.stack.callback(_count_tokens, lifetime, streams, params.n)
         return streams
+
+    def hold(self, lifetime: Lifetime, count: int) -> None:
+        """Count a request and the tokens of its prompts for as long as it lives.
+
+        Raises:
+            OverloadedError: There are too many with those of all others. A request that is alone is never refused.
+        """
+        most = self.config.limits.max_queued_tokens
+        if most and self._held_tokens and self._held_tokens + count > most:
+            raise OverloadedError(
+                f"{self._held_tokens} prompt tokens wait and run: at most {most} ({flag_of('max_queued_tokens')})."
+            )
+        self._count(1, count)
+        lifetime.stack.callback(self._count, -1, -count)
+
+    def _count(self, requests: int, tokens: int) -> None:
+        self.num_requests += requests
+        self._held_tokens += tokens
 
     def _check_samples(self, count: int) -> None:
         """Refuse more samples than a request may have; those beyond the engine's places would never be admitted."""
