@@ -507,6 +507,17 @@ async def test_an_app_that_raises_is_answered_and_does_not_spread() -> None:
             assert b"secret" not in body
 
 
+async def test_chunks_of_one_byte_are_a_body(probe: Probe) -> None:
+    """CVE-2025-23310: a body in thousands of chunks of a byte is read like any other, and its connection lives on."""
+    async with running(probe.edge) as server:
+        stream = await server.connect()
+        await stream.send_all(b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        await stream.send_all(b"1\r\nx\r\n" * 5000 + b"0\r\n\r\n")
+        assert json.loads((await read_response(stream))[2]) == {"bytes": 5000}
+        await stream.send_all(http("GET", "/hello"))
+        assert (await read_response(stream))[0] == 200
+
+
 async def test_an_app_sees_no_more_of_a_body_than_it_may() -> None:
     """A chunked body without end costs the memory of its limit: the rest is read off the connection and dropped."""
     sizes: list[int] = []

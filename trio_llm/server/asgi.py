@@ -7,6 +7,7 @@ closed with the app's lifespan. `trio-llm serve` is the better way: hypercorn's 
   cannot be switched off. Put a proxy in front that speaks HTTP/1.1 to it.
 - A client that stops reading delays the end until the kernel gives up on it; HTTP/2 has no backpressure at all.
 - An engine that dies is seen by /health alone: hypercorn goes on answering, with 503.
+- Limits on connections, and how long they may wait for a head, another request or a reader, are hypercorn's settings.
 - GET /shutdown is answered 501: use hypercorn's signals. SIGTERM to the master drains within
   `--graceful-timeout`, 3 s by default; SIGTERM to the whole process group does not drain, nor does `-w 0`.
 - A model must load within hypercorn's `startup_timeout` (60 s, set in its configuration file), and with `-w N`

@@ -69,7 +69,8 @@ async def serve(
     async with trio.open_nursery() as lifespan_nursery:
         await lifespan_nursery.start(lifespan.handle_lifespan)
         await lifespan.wait_for_startup()
-        if lifespan.shutdown.is_set():  # It could not start; the reason is on its way out of the nursery.
+        # One that knows no lifespan is served without; another could not start, and its reason is on its way out.
+        if lifespan.supported and lifespan.shutdown.is_set():
             for listener in listeners:
                 listener.socket.close()
             await trio.sleep_forever()
