@@ -121,6 +121,12 @@ def _most_blocks(group: KVGroup, plan: ModelPlan, config: EngineConfig) -> int:
     return min(-(-longest // group.block_size), -(-seen // group.block_size) + 1)
 
 
+def max_sampled_tokens(config: EngineConfig) -> int:
+    """Return how many tokens a step may sample: one for each sequence, and one more after each of its drafts."""
+    drafts = 0 if config.spec_method == "none" else config.max_draft_tokens
+    return min(config.max_batch_size * (1 + drafts), config.max_num_batched_tokens)
+
+
 def _workspace_bytes(plan: ModelPlan, layout: KVLayout, config: EngineConfig) -> int:
     """Estimate what lives at once in the largest step.
 
@@ -131,7 +137,7 @@ def _workspace_bytes(plan: ModelPlan, layout: KVLayout, config: EngineConfig) ->
     hidden = text.get_int("hidden_size")
     heads = max(spec.head_dim * (spec.num_heads + 2 * spec.num_kv_heads) for spec in layout.specs)
     per_token = 3 * hidden + 2 * heads + 3 * text.get_int("intermediate_size", 4 * hidden)
-    logits = 3 * min(config.max_batch_size, config.max_num_batched_tokens) * text.get_int("vocab_size") * 4
+    logits = 3 * max_sampled_tokens(config) * text.get_int("vocab_size") * 4
     return config.max_num_batched_tokens * per_token * plan.dtype.itemsize + logits
 
 

@@ -15,7 +15,7 @@ from trio_llm.model.attention import AttentionBatch, lay_out
 from trio_llm.model.device import Gpu
 from trio_llm.model.kv_cache import KVCache, KVLayout
 from trio_llm.model.loader import LoadedModel, Model
-from trio_llm.model.memory import GIB, MemoryBudget
+from trio_llm.model.memory import GIB, MemoryBudget, max_sampled_tokens
 
 
 def usable_bytes(device: Gpu, config: EngineConfig) -> int:
@@ -60,12 +60,12 @@ def measure_workspace(model: Model, layout: KVLayout, config: EngineConfig, devi
     Graphs have memory of their own, next to that of steps that are launched call by call.
     """
     tokens, rows = config.max_num_batched_tokens, min(config.max_batch_size, config.max_num_batched_tokens)
-    kv = KVCache(layout, 2, device.torch_device)
+    kv, sampled = KVCache(layout, 2, device.torch_device), max_sampled_tokens(config)
 
     def step(num_rows: int, num_tokens: int) -> None:
         counts = np.full(num_rows, num_tokens // num_rows, np.int64)
         counts[: num_tokens % num_rows] += 1
-        logits = model.logits(model.forward(_unwritten(counts, layout, device), kv)[:rows])
+        logits = model.logits(model.forward(_unwritten(counts, layout, device), kv)[:sampled])
         held = logits.clone(), logits.softmax(-1)  # by edits and a draw
         del held
 
