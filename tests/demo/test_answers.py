@@ -26,7 +26,7 @@ def texts(llm: LLM, prompts: list[str], params: SamplingParams = GREEDY) -> list
     return [result.outputs[0].text for result in llm.generate(prompts, params, use_tqdm=False)]
 
 
-@pytest.mark.parametrize("topic", ["capitals", "json", "repeat"])
+@pytest.mark.parametrize("topic", sorted(QUESTIONS))
 def test_twenty_of_twenty(llm: LLM, topic: str) -> None:
     """Twenty questions of the topic, asked all at once, are answered exactly, to the last character."""
     answers = texts(llm, [prompt_of(messages) for messages, _ in QUESTIONS[topic]])
