@@ -26,7 +26,8 @@
 #include "paged_attn_out.cuh"
 #include "paged_attn_softmax.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+// Tiles of 128 rows are said to be alone: ptxas would rather spill than let two of them have 134 registers (sm_80).
+extern "C" __global__ void __launch_bounds__(THREADS, BM == 128 ? 1 : 0)
     paged_attention(const io_t* __restrict__ q, const kv_t* __restrict__ k, const kv_t* __restrict__ v,
                     const float* __restrict__ k_scales, const float* __restrict__ v_scales,
                     const int* __restrict__ tables, const int* __restrict__ context, const int* __restrict__ cu_q,
