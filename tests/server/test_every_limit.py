@@ -75,7 +75,7 @@ async def test_a_request_is_held_to_a_limit_that_moves(name: str) -> None:
     row = REQUESTS[name]
     tokenizer = stub_tokenizer(SLOW_TEMPLATE if "template" in name else "x")
     async with open_stub(StubRunner(), tokenizer) as engine:
-        for value in (row.low, row.high):
+        for value in (row.high, row.low):  # In this order: a grammar that was given up on is still being compiled.
             app = create_app(engine, Config(limits=LimitsConfig(**{name: value})))
             answer = await ask(app, "POST", row.path, row.body, headers=row.headers)
             told = answer.body.decode()
