@@ -75,6 +75,7 @@ class SamplingParams:
         min_tokens: End-of-sequence, stop ids and stop strings are held back until so many.
         stop: Strings that end the output; found across token borders.
         logprobs: Report the sampled token and this many of the likeliest; -1 for the whole vocabulary.
+        logprob_token_ids: Report these tokens too, where `logprobs` is not None.
         prompt_logprobs: The same for each prompt token after the first.
         repetition_detection: End an output that goes in circles, once it has min_tokens.
         grammar: What the output must be a sentence of; end-of-sequence comes only where it is complete.
@@ -100,6 +101,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = None
+    logprob_token_ids: tuple[int, ...] = ()
     prompt_logprobs: int | None = None
     repetition_detection: RepetitionDetection | None = None
     grammar: Grammar | None = None

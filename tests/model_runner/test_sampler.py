@@ -254,6 +254,22 @@ def test_logprobs_are_those_of_the_raw_logits(num: int) -> None:
     assert [logprob for _, logprob in entry.top] == pytest.approx(raw[likeliest], abs=1e-5)
 
 
+def test_named_tokens_are_told_beside_the_likeliest() -> None:
+    """Each row hears of the tokens it names, once, in their place among the likeliest; the others of none."""
+    logits = make_logits(5, 3, 50)
+    asked = [((40, 2, 9), 3), ((), 1), ((7,), 0)]
+    batch = [(SamplingParams(temperature=0, logprobs=num, logprob_token_ids=ids), (1,), ()) for ids, num in asked]
+    result = sample(logits, [*batch])
+    assert result.logprobs is not None
+    for row, (entry, (ids, num)) in enumerate(zip(result.logprobs, asked, strict=True)):
+        assert entry is not None
+        raw = logits[row] - np.log(np.exp(logits[row]).sum())
+        order = sorted(range(50), key=lambda token, raw=raw: -raw[token])
+        wanted = [token for token in order if token in {*order[:num], *ids}]
+        assert [token for token, _ in entry.top] == wanted
+        assert [logprob for _, logprob in entry.top] == pytest.approx(raw[wanted], abs=1e-5)
+
+
 def test_history_told_twice_counts_once() -> None:
     """A step that is repeated tells the same tokens again; penalties see them once."""
     params = SamplingParams(temperature=0, frequency_penalty=1.0)

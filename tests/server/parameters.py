@@ -151,7 +151,10 @@ ROWS = [
     Row("prompt_logprobs", [
         (1, lambda s: (s.answer if s.path == CHAT else s.choice)["prompt_logprobs"][0] is None)],
         [-2, 21, {"prompt_logprobs": 1, "stream": True}]),
-    Row("logprob_token_ids", [], [[1]]),
+    *(Row("logprob_token_ids", [
+        ({"logprob_token_ids": [A, B, A], "logprobs": logprobs}, param("logprob_token_ids", (A, B)))],
+        [[A], *({"logprob_token_ids": ids, "logprobs": logprobs} for ids in ([-1], [10**6], ["a"], [1] * 129))],
+        (path,)) for path, logprobs in ((CHAT, True), (COMPLETIONS, 0))),
     Row("echo", [
         ({"echo": True, "messages": [*USER, LATER], "prompt": "hi"},
          lambda s: s.text.startswith("So" if s.path == CHAT else "hi"))], [1, "yes"]),

@@ -179,7 +179,6 @@ def test_paths_name_the_place(kind: Any, body: dict[str, Any], param: str) -> No
         ("suffix", "", "x"),
         ("use_beam_search", False, True),
         ("chat_template", None, "{{ 'a' * 10**9 }}"),
-        ("logprob_token_ids", None, [1]),
         ("kv_transfer_params", None, {}),
         ("vllm_xargs", None, {}),
         ("thinking_token_budget", 0, -1),

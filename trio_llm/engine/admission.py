@@ -100,6 +100,9 @@ def _check_logprobs(params: SamplingParams, limits: Limits) -> None:
         wanted = limits.vocab_size if value == -1 else value
         if wanted is not None and not 0 <= wanted <= limits.max_logprobs:
             _refuse(name, value, f"0 to {limits.max_logprobs} (--max-logprobs)")
+    if params.logprob_token_ids and params.logprobs is None:
+        _refuse("logprob_token_ids", params.logprob_token_ids, "only where logprobs are asked for")
+    _check_ids("logprob_token_ids", params.logprob_token_ids, limits)
 
 
 def _check_tokens(params: SamplingParams, limits: Limits) -> None:

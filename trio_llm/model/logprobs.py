@@ -24,31 +24,50 @@ class Scores:
         values: [R] float32, the log-probability of the row's token.
         ranks: [R] int32, 1 for the likeliest.
         top_ids, top_values: [R, K], in no order that is promised.
+        named: [R, M] float32, the log-probabilities of tokens that the rows name.
     """
 
     values: Tensor
     ranks: Tensor
     top_ids: Tensor
     top_values: Tensor
+    named: Tensor
 
     def to_host(self, copy: Callable[[Tensor], Tensor]) -> Scores:
         """Return the same with every tensor copied."""
-        return Scores(copy(self.values), copy(self.ranks), copy(self.top_ids), copy(self.top_values))
+        some = copy(self.values), copy(self.ranks), copy(self.top_ids), copy(self.top_values), copy(self.named)
+        return Scores(*some)
 
-    def describe(self, token_ids: Sequence[int], nums: Sequence[int]) -> list[TokenLogprobs]:
-        """Name the tokens, and `nums` of the likeliest in each row: the lowest id first where several are equal."""
+    def describe(
+        self, token_ids: Sequence[int], nums: Sequence[int], names: Sequence[tuple[int, ...]]
+    ) -> list[TokenLogprobs]:
+        """Describe the tokens, `nums` of the likeliest in each row, and the `names` that are none of these.
+
+        Where several are equally likely the lowest id comes first.
+        """
         top = zip(self.top_ids.tolist(), self.top_values.tolist(), strict=True)
-        likeliest = [sorted(zip(*row, strict=True), key=lambda entry: (-entry[1], entry[0])) for row in top]
-        columns = zip(token_ids, self.values.tolist(), self.ranks.tolist(), likeliest, nums, strict=True)
-        return [TokenLogprobs(token_id, value, rank, tuple(row[:num])) for token_id, value, rank, row, num in columns]
+        likeliest = [
+            sorted(zip(*row, strict=True), key=_likeliest_first)[:num] for row, num in zip(top, nums, strict=True)
+        ]
+        for row, asked, values in zip(likeliest, names, self.named.tolist(), strict=True):
+            if asked:
+                row[:] = sorted({*row, *zip(asked, values, strict=False)}, key=_likeliest_first)
+        columns = zip(token_ids, self.values.tolist(), self.ranks.tolist(), likeliest, strict=True)
+        return [TokenLogprobs(token_id, value, rank, tuple(row)) for token_id, value, rank, row in columns]
 
 
-def score(logprobs: Tensor, token_ids: Tensor, num: int) -> Scores:
-    """Look up one token per row and the `num` likeliest; nothing waits for a device.
+def _likeliest_first(entry: tuple[int, float]) -> tuple[float, int]:
+    token_id, logprob = entry
+    return -logprob, token_id
+
+
+def score(logprobs: Tensor, token_ids: Tensor, num: int, named: Tensor | None = None) -> Scores:
+    """Look up one token per row, the `num` likeliest and `named`; nothing waits for a device.
 
     Args:
         logprobs: [R, V] float32.
         token_ids: [R] int64.
+        named: [R, M] int64, more tokens to look up; None for none.
     """
     values = logprobs.gather(1, token_ids[:, None])
     ranks = (logprobs > values).sum(-1, dtype=torch.int32).add_(1)
@@ -56,17 +75,18 @@ def score(logprobs: Tensor, token_ids: Tensor, num: int) -> Scores:
         top_values, top_ids = largest(logprobs, num)
     else:
         top_values, top_ids = logprobs[:, :0], token_ids[:, None][:, :0]
-    return Scores(values[:, 0], ranks, top_ids, top_values)
+    found = logprobs[:, :0] if named is None else logprobs.gather(1, named)
+    return Scores(values[:, 0], ranks, top_ids, top_values, found)
 
 
-def score_logits(logits: Tensor, token_ids: Tensor, num: int) -> Scores:
+def score_logits(logits: Tensor, token_ids: Tensor, num: int, named: Tensor | None) -> Scores:
     """Do the same from raw logits [R, V]. Where no others are wanted a kernel can, in two passes over them."""
-    kernels = None if num else choose("token_logprobs", logits)
+    kernels = None if num or named is not None else choose("token_logprobs", logits)
     if kernels is None:
-        return score(logits.log_softmax(-1), token_ids, num)
+        return score(logits.log_softmax(-1), token_ids, num, named)
     values, ranks = kernels.token_logprobs(logits, token_ids)
     none = token_ids[:, None][:, :0]
-    return Scores(values, ranks, none, none)
+    return Scores(values, ranks, none, none, none)
 
 
 def gather_logprobs(logprobs: Tensor, token_ids: Sequence[int], num: int) -> list[TokenLogprobs]:
@@ -76,4 +96,4 @@ def gather_logprobs(logprobs: Tensor, token_ids: Sequence[int], num: int) -> lis
         logprobs: [R, V] float32.
     """
     chosen = torch.tensor(token_ids, device=logprobs.device)
-    return score(logprobs, chosen, num).describe(token_ids, [num] * len(token_ids))
+    return score(logprobs, chosen, num).describe(token_ids, [num] * len(token_ids), [()] * len(token_ids))

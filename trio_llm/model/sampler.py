@@ -49,25 +49,27 @@ class Sampled:
         token_ids: [R] int64; NOT_FINITE or NOTHING_LEFT where the row failed.
         asking: Rows that asked for log-probabilities.
         nums: Of each of these, how many of the likeliest it is told.
+        names: Of each of these, the tokens that it is told of besides.
         scores: Of these rows; None if there are none.
     """
 
     token_ids: Tensor
     asking: tuple[int, ...] = ()
     nums: tuple[int, ...] = ()
+    names: tuple[tuple[int, ...], ...] = ()
     scores: Scores | None = None
 
     def to_host(self, copy: Callable[[Tensor], Tensor]) -> Sampled:
         """Return the same with every tensor copied."""
         scores = None if self.scores is None else self.scores.to_host(copy)
-        return Sampled(copy(self.token_ids), self.asking, self.nums, scores)
+        return Sampled(copy(self.token_ids), self.asking, self.nums, self.names, scores)
 
     def logprobs(self) -> list[TokenLogprobs | None] | None:
         """Return one entry per row, None where it did not ask or failed; None if no row asked."""
         if self.scores is None:
             return None
         token_ids = self.token_ids.tolist()
-        entries = self.scores.describe([token_ids[row] for row in self.asking], self.nums)
+        entries = self.scores.describe([token_ids[row] for row in self.asking], self.nums, self.names)
         by_row = {row: entry for row, entry in zip(self.asking, entries, strict=True) if entry.token_id >= 0}
         return [by_row.get(row) for row in range(len(token_ids))]
 
@@ -100,7 +102,8 @@ class Sampler:
         # What is looked up for rows that failed is never told.
         chosen = token_ids.index_select(0, rows).clamp_min_(0)
         nums = batch.num_logprobs.tolist()
-        return Sampled(token_ids, tuple(batch.asking.tolist()), tuple(nums), score_logits(raw, chosen, max(nums)))
+        scores = score_logits(raw, chosen, max(nums), batch.named)
+        return Sampled(token_ids, tuple(batch.asking.tolist()), tuple(nums), batch.names, scores)
 
     def _token_ids(self, logits: Tensor, batch: SamplingBatch) -> Tensor:
         """Do it by torch: the reference of the kernel."""

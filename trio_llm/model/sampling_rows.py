@@ -49,6 +49,8 @@ class SamplingBatch:
         asking: [n] on the host, the rows that want log-probabilities, and `asking_rows` the same where logits are; None
             if there is none.
         num_logprobs: [n] on the host, how many of the likeliest each of these wants named.
+        names: Per asking row, tokens that it wants named besides; `named` [n, M] int64 the same where logits are,
+            filled up with any tokens; None where no row names any.
     """
 
     flags: NDArray[np.uint8]
@@ -59,10 +61,12 @@ class SamplingBatch:
     asking: NDArray[np.intp]
     asking_rows: Tensor | None
     num_logprobs: NDArray[np.int32]
+    names: tuple[tuple[int, ...], ...]
+    named: Tensor | None
 
     def without_logprobs(self) -> SamplingBatch:
         """Return the same for tokens that nobody is told of."""
-        return attrs.evolve(self, flags=self.flags & ~np.uint8(LOGPROBS))
+        return attrs.evolve(self, flags=self.flags & ~np.uint8(LOGPROBS), asking_rows=None)
 
 
 class SamplingRows:
@@ -81,6 +85,7 @@ class SamplingRows:
         self._params = np.zeros((num_rows, 4), np.float32)
         self._seeds = np.zeros(num_rows, np.uint64)
         self._num_logprobs = np.zeros(num_rows, np.int32)
+        self._names: dict[int, tuple[int, ...]] = {}
         self._edits: dict[int, RowEdits] = {}
         self._looking_back: set[int] = set()
 
@@ -99,6 +104,8 @@ class SamplingRows:
         if params.logprobs is not None:
             flags |= LOGPROBS
             self._num_logprobs[row] = self.vocab_size if params.logprobs < 0 else params.logprobs
+            if params.logprob_token_ids:
+                self._names[row] = params.logprob_token_ids
         edits = RowEdits.of(admission, params, self._eos_token_ids, self.vocab_size)
         if edits is not None:
             flags |= EDITED
@@ -109,6 +116,7 @@ class SamplingRows:
 
     def forget(self, row: int) -> None:
         self._edits.pop(row, None)
+        self._names.pop(row, None)
         self._looking_back.discard(row)
         self._flags[row] = 0
 
@@ -157,6 +165,10 @@ class SamplingRows:
             columns += self._params[all_rows], row_keys(self._seeds[all_rows], all_positions)
         if len(asking):
             columns.append(asking)
+        names = tuple([self._names.get(row, ()) for row in all_rows[asking].tolist()]) if len(asking) else ()
+        if any(names):
+            most = max(map(len, names))
+            columns.append(np.array([(*row, *(0,) * (most - len(row))) for row in names], np.int64))
         if union & EDITED:
             columns += self._edits_of(rows, positions, first, drafts or ((),) * len(rows), len(all_rows))
         sent = iter(self._send(columns))
@@ -168,6 +180,8 @@ class SamplingRows:
             asking=asking,
             asking_rows=next(sent) if len(asking) else None,
             num_logprobs=self._num_logprobs[all_rows[asking]],
+            names=names,
+            named=next(sent) if any(names) else None,
             edits=LogitEdits(*sent) if union & EDITED else None,
         )
 

@@ -97,6 +97,7 @@ class GenerationBody(Struct, kw_only=True):
     min_tokens: Annotated[int, Meta(ge=0)] | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
+    logprob_token_ids: Annotated[list[int], Meta(max_length=128)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -245,7 +246,6 @@ _NOT_SUPPORTED: NotSupported = {
     "prompt_cache_options": (),
     "prompt_cache_retention": ("in_memory",),
     "prompt_embeds": (),
-    "logprob_token_ids": (),
     "mm_processor_kwargs": ({},),
     "media_io_kwargs": ({},),
     "kv_transfer_params": (),

@@ -61,6 +61,7 @@ def sampling_params(
         allowed_token_ids=tuple(body.allowed_token_ids) if body.allowed_token_ids is not None else None,
         bad_words_token_ids=bad_words,
         logprobs=logprobs,
+        logprob_token_ids=tuple(dict.fromkeys(body.logprob_token_ids or ())),
         prompt_logprobs=prompt_logprobs,
         repetition_detection=_repetition(body.repetition_detection),
     )
