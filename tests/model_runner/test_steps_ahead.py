@@ -29,10 +29,13 @@ SCHEMA = {"type": "object", "properties": {"name": {"type": "string", "maxLength
 
 @attrs.define
 class Kept:
-    """A runner that outlives its engine; it counts the tokens that plans did not know."""
+    """A runner that tests share; it counts the tokens that plans did not know."""
 
     runner: Runner
     num_unknown: int = 0
+
+    def __attrs_post_init__(self) -> None:
+        self.close()  # the rows of whoever used it before
 
     @property
     def info(self) -> ModelInfo:

@@ -2,8 +2,7 @@
 
 _PROXY = "Terminate TLS in a reverse proxy; trio-llm speaks plain HTTP/1.1."
 _ONE_DEVICE = "Not built: the model runs on one device."
-_NO_SPECULATION = "Not built: there is no speculative method yet."
-_NO_TOOLS = "Not built: tool calls and reasoning are not parsed yet."
+_PARSED = "Tool calls and reasoning are always parsed, in the form that the chat template shows."
 
 HINTS = {
     "--kv-cache-memory-bytes": "The KV pool is counted in blocks: --kv-blocks, or on a GPU --gpu-memory-utilization.",
@@ -15,16 +14,14 @@ HINTS = {
     "--hf-overrides": "Edit the model's config.json.",
     "--pipeline-parallel-size": _ONE_DEVICE,
     "--data-parallel-size": _ONE_DEVICE,
-    "--speculative-config": _NO_SPECULATION,
-    "--spec-model": _NO_SPECULATION,
-    "--spec-method": _NO_SPECULATION,
-    "--spec-tokens": _NO_SPECULATION,
-    "--enable-auto-tool-choice": _NO_TOOLS,
-    "--tool-call-parser": _NO_TOOLS,
-    "--reasoning-parser": _NO_TOOLS,
+    "--speculative-config": "Its parts are flags: --spec-method, --spec-model, --max-draft-tokens.",
+    "--spec-tokens": "Use --max-draft-tokens.",
+    "--enable-auto-tool-choice": _PARSED,
+    "--tool-call-parser": _PARSED,
+    "--reasoning-parser": _PARSED,
     "--enable-lora": "Not built: adapters cannot be loaded.",
     "--max-num-queued-reqs": "The queue holds --max-waiting-batches times --max-batch-size requests.",
-    "--disable-log-stats": "Steps are not logged; /metrics has the figures.",
+    "--disable-log-stats": "Use --log-stats-interval 0.",
     "--uvicorn-log-level": "There is no uvicorn here: use --log-level.",
     "--uds": "Unix sockets are not built: use --host and --port.",
     "--ssl-keyfile": _PROXY,
