@@ -155,8 +155,8 @@ class EngineConfig:
     scheduling_policy: Literal["fcfs", "priority"] = setting(
         "fcfs", "Order of waiting requests.", flags=("--scheduling-policy",)
     )
-    async_scheduling: bool = setting(
-        True, "Plan the next step while the model runs one.", flags=("--async-scheduling",)
+    async_scheduling: bool | None = setting(
+        None, "Plan the next step while the model runs one; default: on a GPU.", flags=("--async-scheduling",)
     )
     kv_quantization: bool = setting(
         False, "Store keys and values as INT8.", env="VLLM_KV_QUANTIZATION", flags=("--kv-quantization",)
@@ -208,6 +208,10 @@ class EngineConfig:
             allowed = f"must be at most prompt_lookup_max, which is {self.prompt_lookup_max}"
             raise ConfigError("prompt_lookup_min", self.prompt_lookup_min, "EngineConfig", allowed)
 
+    def decided(self, *, on_gpu: bool) -> EngineConfig:
+        """Return the same with `async_scheduling` decided."""
+        return self if self.async_scheduling is not None else attrs.evolve(self, async_scheduling=on_gpu)
+
     @property
     def steps_in_flight(self) -> int:
         """Steps that are planned and not yet done.
@@ -215,6 +219,7 @@ class EngineConfig:
         Only one where tokens are guessed: a sequence that knows not where it goes on has no row in the step planned
         meanwhile, so two half batches would take turns.
         """
+        assert self.async_scheduling is not None, "nobody has decided"
         return 2 if self.async_scheduling and self.spec_method == "none" else 1
 
     @property

@@ -473,6 +473,7 @@ class ModelInfo:
         num_kv_blocks: Blocks in the pool, the null block 0 included.
         block_bytes: Bytes of one block over all the layers it serves.
         eos_token_ids: From generation_config, the primary one first.
+        on_gpu: Whether steps run beside the host.
         memory_table: What the memory goes to, in lines for people; "" if nobody counted.
     """
 
@@ -487,6 +488,7 @@ class ModelInfo:
     block_bytes: int
     dtype: str
     default_sampling: Mapping[str, float | int] = attrs.field(factory=dict[str, float | int])
+    on_gpu: bool = False
     memory_table: str = attrs.field(default="", repr=False)
 
 

@@ -127,7 +127,7 @@ def text(value: Any) -> str:
 def from_flags(key: str, value: Any, flag: str) -> dict[str, Any]:
     """Give one flag on a real command line and return what click made of it."""
     attribute = DECLARED[key]
-    if attribute.type is bool:
+    if attribute.type in (bool, bool | None):
         arguments = [flag if value else f"--no-{flag.removeprefix('--')}"]
     else:
         arguments = [

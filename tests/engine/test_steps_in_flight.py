@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+import attrs
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
@@ -61,15 +62,19 @@ class SlowDevice(StubRunner):
                 assert await trio.to_thread.run_sync(self.changed.wait, 30)
 
 
-def run(runner: StubRunner, *, ahead: bool = True) -> object:
+def run(runner: StubRunner, *, ahead: bool | None = True) -> object:
     """Open an engine with the threads of a server."""
     return run_engine(EngineConfig(async_scheduling=ahead), lambda: runner, FakeTokenizer(), worker=StepThread())
 
 
-@pytest.mark.parametrize(("ahead", "in_flight"), [(False, 1), (True, 2)])
-async def test_the_next_step_is_launched_while_the_first_runs(ahead: bool, in_flight: int) -> None:
-    """One step more than the device has finished is with the model's thread, never two."""
+@pytest.mark.parametrize(
+    ("ahead", "on_gpu", "in_flight"),
+    [(False, False, 1), (False, True, 1), (True, False, 2), (True, True, 2), (None, False, 1), (None, True, 2)],
+)
+async def test_the_next_step_is_launched_while_the_first_runs(ahead: bool | None, on_gpu: bool, in_flight: int) -> None:
+    """Where it is asked for, or unsaid on a GPU, one step more than the device has finished is launched, never two."""
     runner = SlowDevice()
+    runner.info = attrs.evolve(runner.info, on_gpu=on_gpu)
     async with run(runner, ahead=ahead) as engine:
         stream = engine.open_stream(PROMPT, greedy(6))
         for done in range(5):
@@ -79,7 +84,7 @@ async def test_the_next_step_is_launched_while_the_first_runs(ahead: bool, in_fl
             runner.let(1)
         runner.let(1)
         assert (await stream.collect()).token_ids == continuation(PROMPT, 6)
-    assert runner.threads == {"trio-llm-collector" if ahead else "trio-llm-model"}
+    assert runner.threads == {"trio-llm-collector" if in_flight == 2 else "trio-llm-model"}
 
 
 async def test_a_fault_is_dealt_with_before_the_next_step_is_launched() -> None:

@@ -143,6 +143,7 @@ def test_decodes_are_captured_unless_forbidden(directory: Path, gpu: PretendedGp
     assert captured == [(done, 3, "steps") for done in range(4)]
     runner.step(first_step())
     assert gpu.tapes.num_replays == [0, 0, 1]
+    assert runner.info.on_gpu
     gpu.tapes = Tapes()
     runner = load_runner(settings(directory, max_batch_size=3, enforce_eager=True))
     runner.step(first_step())

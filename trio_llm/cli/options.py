@@ -64,7 +64,7 @@ def _option(key: str, attribute: attrs.Attribute[Any]) -> click.Option:
         notes.append(f"[{variable}]")
     if attribute.default not in (None, ()):
         notes.append(f"[default: {as_text(attribute.default)}]")
-    if attribute.type is bool:
+    if attribute.type in (bool, bool | None):
         flags = [f"{flag}/--no-{flag.removeprefix('--')}" for flag in flags]
     return click.Option(
         [*flags, key.replace(".", "__")],

@@ -103,6 +103,7 @@ async def run_engine(
         runner = await worker.run(load)
         try:
             info = runner.info if model_name is None else attrs.evolve(runner.info, name=model_name)
+            config = config.decided(on_gpu=info.on_gpu)
             with _stepping(runner.launch, worker, collector, config.steps_in_flight) as post:
                 async with _serve(config, info, post, tokenizer, stall_after_s) as engine:
                     yield engine

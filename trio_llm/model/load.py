@@ -47,10 +47,11 @@ def load_runner(config: EngineConfig, report: Callable[[Progress], None] | None 
     """
     dispatch = Dispatch.from_environment()
     device = open_device(config)
+    config = config.decided(on_gpu=isinstance(device, Gpu))
     plan = inspect_model(config)
     draft = inspect_draft(config, plan)
     budget = make_budget(plan, config, *_least_pool(config, device), draft and draft.plan)
-    info = _info(plan, config, budget)
+    info = _info(plan, config, budget, device)
     _limit_threads(plan.weight_bytes)
     for tower, count in plan.skipped.items():
         _log.info("%s: left out %d tensors of %s: only the language model is served", plan.directory.name, count, tower)
@@ -60,7 +61,7 @@ def load_runner(config: EngineConfig, report: Callable[[Progress], None] | None 
         _return_freed_memory()
         if isinstance(device, Gpu):
             budget = size_pool(budget, loaded, config, device)
-            info = _info(plan, config, budget)
+            info = _info(plan, config, budget, device)
         dispatch.take()  # what loading and measuring called is no step's
         runner = Runner(
             loaded.model,
@@ -102,7 +103,7 @@ def _least_pool(config: EngineConfig, device: Device) -> tuple[int, int]:
     return config.num_kv_blocks or _DEFAULT_BLOCKS, available_bytes()
 
 
-def _info(plan: ModelPlan, config: EngineConfig, budget: MemoryBudget) -> ModelInfo:
+def _info(plan: ModelPlan, config: EngineConfig, budget: MemoryBudget, device: Device) -> ModelInfo:
     longest = config.max_model_len or plan.max_model_len
     if longest > plan.max_model_len:
         raise ConfigError(
@@ -120,6 +121,7 @@ def _info(plan: ModelPlan, config: EngineConfig, budget: MemoryBudget) -> ModelI
         block_bytes=plan.kv_layout.block_bytes,
         dtype=str(plan.dtype).removeprefix("torch."),
         default_sampling=plan.default_sampling,
+        on_gpu=isinstance(device, Gpu),
         memory_table=budget.render(),
     )
 
