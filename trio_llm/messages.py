@@ -404,6 +404,7 @@ class StepStats:
         num_prefill_tokens: Tokens computed in rows that were not decodes; after a preemption some for the second time.
         num_generated_tokens: Tokens that were sampled and kept.
         num_running, num_waiting: Sequences after the step.
+        num_preempted: Sequences that lost their blocks since the step before was counted.
         expert_tokens, kernel_calls: As in StepResult.
         num_held: Of those waiting, how many wait for another sample of their prompt to compute it.
         drafted: In how many rows there was a first draft, a second one and so on.

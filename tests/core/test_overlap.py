@@ -193,6 +193,21 @@ def two_of_which_one_is_preempted(**options: int) -> tuple[Bench, StepPlan, Step
     return bench, second, third
 
 
+def test_a_preemption_that_leaves_no_row_to_plan_is_counted() -> None:
+    """Who loses its blocks while all others end with the step in flight is in the numbers of that step."""
+    bench = Bench(num_blocks=5, caching=False)
+    bench.submit(1, 7, SamplingParams(max_tokens=2))
+    bench.submit(2, 7, SamplingParams(max_tokens=3))
+    bench.step()
+    second = planned(bench)
+    assert bench.plan() is None
+    assert bench.grants[-1].preempted == (2,)
+    bench.commit(second)
+    while bench.step():
+        pass
+    assert [commit.stats.num_preempted for commit in bench.commits] == [0, 1, 0, 0]
+
+
 def test_a_preemption_forgets_the_step_in_flight() -> None:
     """What was sampled for a sequence that lost its blocks meanwhile is not told, and computed again later."""
     bench, second, third = two_of_which_one_is_preempted(max_tokens=3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import attrs
 import pytest
@@ -13,6 +13,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from tests.engine.fakes import FakeTokenizer, HashStub, StubRunner, continuation, open_stub
 from tests.engine.test_step_thread import open_descriptors
 from trio_llm.config import EngineConfig
+from trio_llm.engine import Engine, Stream
 from trio_llm.engine.step_thread import StepThread
 from trio_llm.engine.supervisor import run_engine
 from trio_llm.errors import EngineDeadError, RequestFailedError
@@ -85,6 +86,37 @@ async def test_the_next_step_is_launched_while_the_first_runs(ahead: bool | None
         runner.let(1)
         assert (await stream.collect()).token_ids == continuation(PROMPT, 6)
     assert runner.threads == {"trio-llm-collector" if in_flight == 2 else "trio-llm-model"}
+
+
+class CloseBeforeTold(trio.abc.Instrument):
+    """Closes streams when the scheduler knows that they ended and they do not: it asks for the next step's blocks."""
+
+    def __init__(self, engine: Engine, streams: Sequence[Stream]) -> None:
+        self._engine, self._streams = engine, streams
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        if "manage_blocks" in task.name and self._engine.health().num_running == 1:
+            for stream in self._streams:
+                stream.close()
+
+
+async def test_clients_that_leave_as_they_end_take_no_place_in_the_inbox_from_the_next() -> None:
+    """An abort that comes too late is still unread when its ticket goes to somebody else, who leaves at once, too."""
+    runner = SlowDevice()
+    config = EngineConfig(async_scheduling=False, max_batch_size=3, max_waiting_batches=0)
+    async with run_engine(config, lambda: runner, FakeTokenizer(), worker=StepThread()) as engine:
+        lasting, *short = [engine.open_stream((i, 7), greedy(count)) for i, count in enumerate((8, 1, 1))]
+        instrument = CloseBeforeTold(engine, short)
+        trio.lowlevel.add_instrument(instrument)
+        runner.let(1)
+        await runner.launches(2)
+        await wait_all_tasks_blocked()
+        trio.lowlevel.remove_instrument(instrument)
+        for i in range(2):
+            engine.open_stream((i, 8), greedy()).close()
+        lasting.close()
+        runner.let(1)
+        await engine.wait_idle()
 
 
 async def test_a_fault_is_dealt_with_before_the_next_step_is_launched() -> None:

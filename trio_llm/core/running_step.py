@@ -68,7 +68,7 @@ class RunningStep:
         step = cls(grant, rows, started, ends, samples, prefills, len(token_ids), num_prefill_tokens)
         return step, tuple(token_ids)
 
-    def stats(self, result: StepResult, num_generated: int, queues: Queues) -> StepStats:
+    def stats(self, result: StepResult, num_generated: int, num_preempted: int, queues: Queues) -> StepStats:
         return StepStats(
             result.step,
             result.seconds,
@@ -78,7 +78,7 @@ class RunningStep:
             num_generated,
             len(queues.running),
             len(queues.waiting) + queues.num_held,
-            len(self.grant.preempted),
+            num_preempted,
             self.grant.stats,
             result.expert_tokens,
             queues.num_held,

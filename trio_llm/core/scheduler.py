@@ -85,6 +85,7 @@ class Scheduler:
         self._to_release: list[Sequence] = []
         self._to_drop: list[int] = []
         self._ended: list[int] = []
+        self._num_preempted = 0  # Since the last step was counted.
 
     def __repr__(self) -> str:
         queues = self._queues
@@ -238,6 +239,7 @@ class Scheduler:
         assert grant.step == self._asked.step
         self._ended += self._asked.released
         self._asked = None
+        self._num_preempted += len(grant.preempted)
         for request_id in grant.preempted:
             self._preempt(request_id)
         rows = self._queues.find(grant.request_ids)
@@ -305,7 +307,8 @@ class Scheduler:
             if step.rows[at].status is Status.RUNNING:
                 self._commit_prompt(step.rows[at], step.ends[at], result, events)
         num_generated = self._commit_tokens(step, result, events)
-        return Commit(tuple(events), step.stats(result, num_generated, self._queues))
+        num_preempted, self._num_preempted = self._num_preempted, 0
+        return Commit(tuple(events), step.stats(result, num_generated, num_preempted, self._queues))
 
     def _fail_rows(self, step: RunningStep, result: StepResult, events: Events) -> None:
         for sequence in step.rows:

@@ -227,7 +227,7 @@ class Engine:
         request_id = next(self._request_ids)
         send, receive = trio.open_memory_channel[Event](max_tokens + _OTHER_EVENTS)
         prompt = tuple(prompt_token_ids)
-        # The inbox holds a Submit and an Abort per ticket: it is never full.
+        # The inbox is read before tickets come back, and has room for all that may be said between: it is never full.
         self._inbox.send_nowait(
             Submit(request_id, prompt, params, *rank, salt, leader, trio.current_time(), reply=send)
         )

@@ -170,8 +170,8 @@ async def _serve(
     tickets = Tickets(config.max_batch_size * (1 + config.max_waiting_batches))
     pulse, metrics = Pulse(), _metrics(config, info)
     trace = deque[StepTrace](maxlen=_TRACED_STEPS)
-    # Room for a Submit and an Abort per ticket.
-    send, inbox = trio.open_memory_channel[Submit | Abort](2 * tickets.limit)
+    # Room for a Submit and an Abort per ticket, and for an Abort of whoever held it before.
+    send, inbox = trio.open_memory_channel[Submit | Abort](3 * tickets.limit)
     engine = Engine(info, tokenizer, _limits(config, info), send, tickets, pulse, metrics, trace, stall_after_s)
     wire = partial(
         SchedulerActor, scheduler, inbox, tickets, pulse, trace, metrics.report, depth=config.steps_in_flight
