@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
 from torch import Tensor
 
-from trio_llm.model import ops, ops_torch
+from trio_llm.model import ops, ops_cuda, ops_torch
 from trio_llm.model.ops_torch import quantize_rows
 
 
@@ -50,6 +52,21 @@ def test_int8_linear_is_right_for_every_shape(dtype: torch.dtype, inputs: int, r
     got = ops.linear(x, ops.Int8(matrix.weight, matrix.scale, bias))
     assert got.dtype == dtype
     assert (got - expected).abs().max() < 4 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+@pytest.mark.parametrize("module", [ops_torch, ops_cuda])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_of_whole_numbers_stay_in_range(
+    module: ModuleType, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A product of a few thousand is right in float16 too, where its sum before the scale is beyond all numbers."""
+    monkeypatch.setattr(ops_torch, "_gemm_dtype", lambda own: own)  # a processor with arithmetic in every dtype
+    monkeypatch.setattr(ops_cuda, "_WIDENED_ELEMENTS", 100)  # several parts
+    x = torch.full((70, 40), 32.0, dtype=dtype)
+    matrix = quantized(torch.rand(6, 40).add(1).to(dtype))
+    expected = x.double() @ (matrix.weight.double() * matrix.scale.double()[:, None]).T
+    assert expected.max() < 3000
+    assert (module.linear(x, matrix) - expected).abs().max() < 2 * torch.finfo(dtype).eps * expected.max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -50,12 +50,22 @@ def _tiled(x: Tensor, matrix: Int8) -> bool:
 
 
 def _widened_linear(x: Tensor, matrix: Int8) -> Tensor:
-    """Multiply by cuBLAS, the weights widened a part at a time; the scales come after, as sums are wider."""
+    """Multiply by cuBLAS, the weights widened a part at a time."""
     rows = max(1, _WIDENED_ELEMENTS // x.shape[1])
     parts = zip(matrix.weight.split(rows), matrix.scale.split(rows), strict=True)
-    out = [F.linear(x, weight.to(x.dtype)).mul_(scale) for weight, scale in parts]
+    out = [_scaled_product(x, weight.to(x.dtype), scale) for weight, scale in parts]
     joined = out[0] if len(out) == 1 else torch.cat(out, dim=-1)
     return joined if matrix.bias is None else joined.add_(matrix.bias)
+
+
+def _scaled_product(x: Tensor, wide: Tensor, scale: Tensor) -> Tensor:
+    """Multiply by whole numbers and their scales, which come after, as sums are wider. `wide` may be overwritten.
+
+    Not in float16: the sum of whole numbers is stored first, and overflows where the product is tens.
+    """
+    if x.dtype == torch.float16:
+        return F.linear(x, wide.mul_(scale[:, None]))
+    return F.linear(x, wide).mul_(scale)
 
 
 rms_norm = norm.rms_norm

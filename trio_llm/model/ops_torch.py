@@ -81,7 +81,8 @@ def _int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     fits = x.dtype != torch.float32 and x.device.type == "cpu" and weight.shape[1] % INT8_KERNEL_MULTIPLE == 0
     if fits and len(x) < EXPAND_INT8_ROWS:
         return torch.ops.aten._weight_int8pack_mm(x.contiguous(), weight, scale)
-    return (_expanded_linear(x, weight) * scale).to(x.dtype)
+    wider = x.float() if x.dtype == torch.float16 else x  # in which sums of whole numbers overflow
+    return (_expanded_linear(wider, weight) * scale).to(x.dtype)
 
 
 def _expanded_linear(x: Tensor, weight: Tensor) -> Tensor:
