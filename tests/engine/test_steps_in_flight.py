@@ -14,6 +14,7 @@ from tests.engine.fakes import FakeTokenizer, HashStub, StubRunner, continuation
 from tests.engine.test_step_thread import open_descriptors
 from trio_llm.config import EngineConfig
 from trio_llm.engine import Engine, Stream
+from trio_llm.engine.health import FAILING_AFTER_STEPS
 from trio_llm.engine.step_thread import StepThread
 from trio_llm.engine.supervisor import run_engine
 from trio_llm.errors import EngineDeadError, RequestFailedError
@@ -134,6 +135,22 @@ async def test_a_fault_is_dealt_with_before_the_next_step_is_launched() -> None:
             assert (await stream.collect()).token_ids == continuation((i, 7), 8)
     assert steps == sorted(steps)
     assert steps.count(3) == 7
+
+
+async def test_rows_of_requests_that_failed_do_not_make_a_failing_engine_look_well(autojump_clock: MockClock) -> None:
+    """Where every prompt fails, the decode that was planned behind each says nothing, although nothing is raised."""
+
+    def hook(plan: StepPlan) -> None:
+        if plan.admitted:
+            raise MemoryError
+
+    async with open_stub(StubRunner(hook=hook), async_scheduling=True) as engine:
+        for i in range(FAILING_AFTER_STEPS):
+            assert engine.health().status == "ok"
+            with pytest.raises(RequestFailedError):
+                await engine.open_stream((i, 7), greedy()).collect()
+        await engine.wait_idle()
+        assert engine.health().status == "failing"
 
 
 async def test_a_device_that_dies_ends_the_engine(autojump_clock: MockClock) -> None:

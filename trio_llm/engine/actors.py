@@ -182,12 +182,13 @@ class SchedulerActor:
         own_s = None if last_s is None else max(0.0, now_s - last_s - result.seconds)
         commit = self.core.commit(result)
         self._beat(trio.current_time())
-        self._note_failures(result, commit)
+        self._note_failures(plan, result, commit)
         return _Step(plan, commit, trio.current_time(), own_s)
 
-    def _note_failures(self, result: StepResult, commit: Commit) -> None:
-        """Count the steps in a row that failed as a whole; one whose sequences had all ended before says nothing."""
-        if len(result.failed) < len(result.token_ids):
+    def _note_failures(self, plan: StepPlan, result: StepResult, commit: Commit) -> None:
+        """Count the steps in a row that failed as a whole; rows of requests that had ended before say nothing."""
+        live = self._ledger.entries
+        if any(request_id in live and request_id not in result.failed for request_id in plan.request_ids):
             self.pulse.failed_steps = 0
         elif any(isinstance(event, Failed) for _, event in commit.events):
             self.pulse.failed_steps += 1
