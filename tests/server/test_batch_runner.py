@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from trio_llm.errors import DrainingError, InvalidRequestError, OverloadedError
 from trio_llm.server.batch_input import MAX_LINES
@@ -275,3 +276,71 @@ async def test_a_failing_disk_ends_nothing(bench: Bench, monkeypatch: pytest.Mon
     monkeypatch.setattr(bench.batches, "record", record)
     (batch,) = await run_to_end(bench, bench.runner(echo), bench.submit(input_file(5)))
     assert batch["request_counts"]["completed"] == 5 and failures == 0
+
+
+async def test_an_answer_that_comes_as_its_batch_is_cancelled_counts(bench: Bench) -> None:
+    """A line that ends in spite of the cancellation is neither lost nor the end of the server."""
+    begun, last = trio.Event(), trio.Event()
+
+    async def execute(endpoint: str, body, owner: str):
+        begun.set()
+        with trio.CancelScope(shield=True):
+            await last.wait()
+        return {}
+
+    batch_id = bench.submit(input_file(1))
+    runner = bench.runner(execute)
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(runner.run)
+            await begun.wait()
+            await bench.disk.run(bench.batches.cancel, batch_id)
+            runner.interrupt(batch_id)
+            await trio.testing.wait_all_tasks_blocked()
+            last.set()
+            batch = await ended(bench, batch_id)
+            nursery.cancel_scope.cancel()
+    assert (batch["status"], batch["request_counts"]["completed"]) == ("cancelled", 1)
+
+
+async def test_a_wait_that_ends_while_it_is_looked_at_is_not_for_ever(bench: Bench) -> None:
+    """An owner who may go on a moment after it was told to wait gets its places without another event."""
+    waits_s = iter([1e-9])
+    runner = BatchRunner(bench.disk, echo, max_in_flight=4, clock=time.time, wait_s=lambda _: next(waits_s, 0.0))
+    (batch,) = await run_to_end(bench, runner, bench.submit(input_file(3)))
+    assert batch["request_counts"]["completed"] == 3
+
+
+async def test_places_that_come_too_late_are_given_back(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a batch gets while it reads its last line does not stay with it until that is answered."""
+    first, last, begun = trio.Event(), trio.Event(), trio.Semaphore(0)
+    real = bench.batches.pending
+
+    async def execute(endpoint: str, body, owner: str):
+        {"first": first, "last": last}.get(owner, trio.Event()).set()
+        begun.release()
+        return await trio.sleep_forever()
+
+    runner = bench.runner(execute, max_in_flight=3)
+
+    async def free_a_place() -> None:
+        runner.interrupt(ids["first"])
+        await trio.testing.wait_all_tasks_blocked()
+
+    def pending(batch_id: str, **options):
+        if batch_id == ids.get("last"):
+            trio.from_thread.run(free_a_place)
+        return real(batch_id, **options)
+
+    monkeypatch.setattr(bench.batches, "pending", pending)
+    ids = {"first": bench.submit(input_file(1), owner="first")}
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(runner.run)
+            for owner, lines in (("last", 1), ("others", 2)):
+                await (first if owner == "last" else last).wait()
+                ids[owner] = bench.submit(input_file(lines), owner=owner)
+                runner.notify()
+            for _ in range(4):
+                await begun.acquire()
+            nursery.cancel_scope.cancel()

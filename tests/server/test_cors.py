@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+import trio.testing
 
-from tests.server.helpers import Answer, ask, http, read_response, running
+from tests.server.helpers import Answer, ask, http, read_response, read_to_end, running
 from tests.server.stub import open_stub
 from trio_llm.config import AuthConfig, Config, LimitsConfig, ServerConfig
 from trio_llm.engine import Engine
@@ -142,3 +143,27 @@ async def test_settings_that_mean_nothing_are_refused_at_start(
     """Any origin with credentials, and origins that no browser sends, are one line at start."""
     with pytest.raises(ConfigError, match=words):
         create_app(engine, Config(server=ServerConfig(**settings)))
+
+
+async def test_a_preflight_leaves_the_connection_in_order(engine: Engine) -> None:
+    """One with a body nobody wants is answered, and so is the request behind it on the same connection."""
+    async with running(app_for(engine, PAGE)) as server:
+        stream = await server.connect()
+        head = http("OPTIONS", "/v1/models", b"", *PREFLIGHT, "Content-Length: 5")
+        await stream.send_all(head)
+        await trio.testing.wait_all_tasks_blocked()
+        await stream.send_all(b"hello" + http("GET", "/health", b"", "Connection: close"))
+        answers = await read_to_end(stream)
+    assert answers.startswith(b"HTTP/1.1 204") and answers.count(b"HTTP/1.1 200") == 1
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [(("Content-Length: 5", "Transfer-Encoding: chunked"), 400), ((f"x-long: {'x' * 20_000}",), 431)],
+)
+async def test_a_preflight_is_refused_by_its_head_like_anything_else(
+    engine: Engine, headers: tuple[str, ...], expected: int
+) -> None:
+    """Two lengths, the shape of request smuggling, and too much of a head are no matter of whose page it is."""
+    status, told, _ = await preflight(app_for(engine, PAGE), *PREFLIGHT, *headers)
+    assert status == expected and told["access-control-allow-origin"] == PAGE

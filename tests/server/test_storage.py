@@ -350,3 +350,16 @@ def test_a_batch_killed_anywhere_loses_and_doubles_nothing(tmp_path: Path) -> No
         if first.returncode == 0:
             break
     assert kills > 20
+
+
+def test_a_commit_that_fails_leaves_no_transaction_open(database: Database) -> None:
+    """Where SQLite refuses to commit, everything is rolled back and the next transaction can begin."""
+    connection = database.connection
+    connection.executescript(
+        "PRAGMA foreign_keys = ON; CREATE TABLE a (id PRIMARY KEY);"
+        "CREATE TABLE b (a REFERENCES a (id) DEFERRABLE INITIALLY DEFERRED);"
+    )
+    with pytest.raises(sqlite3.IntegrityError), database.transaction():
+        connection.execute("INSERT INTO b VALUES (1)")
+    with database.transaction():
+        assert connection.execute("SELECT count(*) FROM b").fetchone()[0] == 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import secrets
 import sqlite3
 from collections import Counter
@@ -180,17 +181,16 @@ class BatchRunner:
     async def _give_places(self) -> None:
         """Give places away as they become free, and as owners may go on that had to wait."""
         while True:
-            while self._free and (batch := self._turns.next(lambda owner: self._wait_s(owner) <= 0)) is not None:
+            # Asked once: who must wait now and no more a moment later would be given nothing, and not be waited for.
+            waits_s = {owner: self._wait_s(owner) for owner in self._turns.owners}
+            ready = frozenset(owner for owner, wait_s in waits_s.items() if wait_s <= 0)
+            while self._free and (batch := self._turns.next(ready.__contains__)) is not None:
                 self._free -= 1
                 batch.places += 1
                 batch.granted.release()
-            with trio.move_on_after(self._next_change_s()):
+            ends_s = [wait_s for owner, wait_s in waits_s.items() if owner not in ready]
+            with trio.move_on_after(min(ends_s) if ends_s and self._free else math.inf):
                 await self._changed.park()
-
-    def _next_change_s(self) -> float:
-        """Return after how long somebody may go on who must wait now."""
-        waits = [wait_s for owner in self._turns.owners if (wait_s := self._wait_s(owner)) > 0]
-        return min(waits, default=float("inf")) if self._free else float("inf")
 
     def _give_back(self, batch: _Batch, places: int) -> None:
         batch.places -= places
@@ -216,7 +216,8 @@ class BatchRunner:
             batch.last_line = lines[-1][0].line
         if exhausted := len(lines) < count:
             self._turns.remove(batch.owner, batch)
-            self._give_back(batch, count - len(lines))
+            # Also those that it has got since it began to read.
+            self._give_back(batch, count - len(lines) + batch.granted.value)
         return lines, exhausted
 
     # --- answering ----------------------------------------------------------------------------------------------
@@ -246,23 +247,18 @@ class BatchRunner:
         finally:
             self._turns.remove(batch.owner, batch)
             self._give_back(batch, batch.places)
+            # What was answered counts, also where the batch is cancelled or the server stops.
+            with receive, trio.CancelScope(shield=True):
+                while group := _queued(receive):
+                    await self._disk.run(self._disk.batches.record, batch.id, group)
 
     async def _commit(self, batch: _Batch, records: trio.MemoryReceiveChannel[LineRecord]) -> None:
         """Commit answers as they come, as many at once as have come."""
-        group: list[LineRecord] = []
-        with records:
-            try:
-                async for record in records:
-                    group = [record, *_queued(records)]
-                    await self._disk.run(self._disk.batches.record, batch.id, group)
-                    self._give_back(batch, len(group))
-                    group = []
-            finally:
-                # What was answered counts, also where the batch is cancelled or the server stops; recording twice
-                # changes nothing.
-                if group := [*group, *_queued(records)]:
-                    with trio.CancelScope(shield=True):
-                        await self._disk.run(self._disk.batches.record, batch.id, group)
+        async for record in records:
+            group = [record, *_queued(records)]
+            with trio.CancelScope(shield=True):
+                await self._disk.run(self._disk.batches.record, batch.id, group)
+            self._give_back(batch, len(group))
 
 
 async def _disk_failed(what: str, error: BaseException) -> None:

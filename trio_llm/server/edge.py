@@ -77,10 +77,6 @@ class Edge:
             await send({"type": "websocket.close"})
         elif self.cors is None:
             await self._answer(scope, receive, send)
-        elif (headers := self.cors.preflight(scope)) is not None:
-            marks = self.cors.marks(origin_of(scope))
-            await send({"type": "http.response.start", "status": 204, "headers": [*headers, *marks]})
-            await send({"type": "http.response.body"})
         else:
             await self._answer(scope, receive, _marking(send, self.cors.marks(origin_of(scope))))
 
@@ -90,6 +86,10 @@ class Edge:
             with trio.move_on_after(_BODY_GRACE_S):  # Hypercorn waits for somebody to take the body off it.
                 while (await receive())["type"] != "http.disconnect":
                     pass
+        elif self.cors is not None and (headers := self.cors.preflight(scope)) is not None:
+            exchange = _Exchange(receive, send, self.limits, streams=True)  # A body that nobody wants is read too.
+            await exchange.send({"type": "http.response.start", "status": 204, "headers": headers})
+            await exchange.send({"type": "http.response.body"})
         else:
             await self._run(scope, receive, send)
 

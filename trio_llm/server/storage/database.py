@@ -131,4 +131,9 @@ class Transaction:
         return self._connection
 
     def __exit__(self, exc_type: type[BaseException] | None, *rest: object) -> None:
-        self._connection.execute("COMMIT" if exc_type is None else "ROLLBACK")
+        try:
+            if exc_type is None:
+                self._connection.execute("COMMIT")
+        finally:
+            if self._connection.in_transaction:  # Some errors, as of a full disk, roll back by themselves; others not.
+                self._connection.execute("ROLLBACK")
