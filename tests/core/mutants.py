@@ -132,7 +132,7 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
     ("a third step in flight", "scheduler", "len(self._in_flight) <= 1", "len(self._in_flight) <= 2"),
     ("ask for those that rest only", "scheduler", "if not (rows or candidates or self._to_release):", "if not self.has_work:"),
     ("keep what is to be released", "scheduler", "if not (rows or candidates or self._to_release):", "if not (rows or candidates):"),
-    ("tell nothing of those that rest", "scheduler", "            rows += resting\n", "            resting.clear()\n"),
+    ("tell nothing of those that rest", "scheduler", "            rows += [sequence for sequence in running if sequence.target == sequence.scheduled]\n", "            pass\n"),
     ("share what is in flight", "scheduler", "tuple([sequence.computed for sequence in rows])", "tuple([sequence.scheduled for sequence in rows])"),
     ("plan a step in flight again", "scheduler", "tuple([sequence.scheduled for sequence in rows])", "tuple([sequence.computed for sequence in rows])"),
     ("tell the newest token only", "scheduler", "sequence.unsent += sampled", "sequence.unsent = sampled"),

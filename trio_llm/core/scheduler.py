@@ -190,17 +190,13 @@ class Scheduler:
         decodes = [sequence for sequence in running if sequence.target - sequence.scheduled == 1]
         prefills = [sequence for sequence in running if sequence.target - sequence.scheduled > 1]
         rows = decodes + prefills
-        ends = [sequence.scheduled + 1 for sequence in decodes]
-        ends += [min(sequence.target, sequence.scheduled + most) for sequence in prefills]
-        # Each row costs a token at least; no use asking for more.
-        slots = min(self._max_batch_size - len(running), self._token_budget - len(decodes))
+        slots = min(self._max_batch_size - len(running), self._token_budget - len(decodes))  # A row costs a token.
         candidates = self._queues.waiting[: max(0, slots)]
         if not (rows or candidates or self._to_release):
             return None
         if len(rows) < len(running):  # The others end with the step in flight.
-            resting = [sequence for sequence in running if sequence.target == sequence.scheduled]
-            rows += resting
-            ends += [sequence.scheduled for sequence in resting]
+            rows += [sequence for sequence in running if sequence.target == sequence.scheduled]
+        ends = [min(sequence.target, sequence.scheduled + most) for sequence in rows]
         released, self._to_release = self._to_release, []
         self._step += 1
         wishes = self._speculation and self._speculation.wishes(decodes, rows + candidates, most)

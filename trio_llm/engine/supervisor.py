@@ -94,7 +94,6 @@ async def run_engine(
         collector: Waits for results while `worker` launches the next step; default: one more thread.
         model_name: What the model is called; default: as the runner calls it.
         stall_after_s: From when on `health` says "stalled".
-
     Raises:
         ConfigError: `max_model_len` is more than the model or the KV pool can hold.
     """
