@@ -47,49 +47,75 @@ extern "C" __global__ void __launch_bounds__(128)
   }
 }
 
-// ---- sort, stable: one block; a warp counts and places the pairs of its experts.
+// ---- sort, stable: one block; a warp counts and places the pairs of its experts, all in one pass over the ids each.
 // ids [pairs]; order [max_tiles * BM], tile_expert [max_tiles]; load [NUM_EXPERTS] is added to.
 #define SORT_WARPS 32
+#define AHEAD 4  // times 32 ids that a warp has in flight: every warp reads all of them
+
+// Expert `i` of a warp. The last ones may be beyond NUM_EXPERTS, where no id is.
+DEV int expert_of(int warp, int i) { return i * SORT_WARPS + warp; }
+
+DEV void load_ids(int* held, const s64* ids, int base, int pairs) {
+#pragma unroll
+  for (int j = 0; j < AHEAD; j++) {
+    const int pair = base + j * 32 + threadIdx.x % 32;
+    held[j] = pair < pairs ? (int)ids[pair] : -1;
+  }
+}
+
+DEV void find_first_tiles(const int* counts, int* first_tile) {
+  int tile = 0;
+  for (int expert = 0; expert < NUM_EXPERTS; expert++) {
+    first_tile[expert] = tile;
+    tile += (counts[expert] + BM - 1) / BM;
+  }
+  first_tile[NUM_EXPERTS] = tile;
+}
 
 extern "C" __global__ void __launch_bounds__(SORT_WARPS * 32)
     sort_pairs(const s64* __restrict__ ids, int* __restrict__ order, int* __restrict__ tile_expert,
                s64* __restrict__ load, int pairs, int max_tiles) {
   DYN_SMEM(int, counts);  // [NUM_EXPERTS], then first tiles [NUM_EXPERTS + 1]
-  int* first_tile = counts + NUM_EXPERTS;
+  int *first_tile = counts + NUM_EXPERTS, held[AHEAD], places[HELD] = {};
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int expert = warp; expert < NUM_EXPERTS; expert += SORT_WARPS) {
-    int count = 0;
-    for (int base = 0; base < pairs; base += 32) {
-      const bool mine = base + lane < pairs && ids[min(base + lane, pairs - 1)] == expert;
-      count += __popc(__ballot_sync(FULL_WARP, mine));
-    }
-    if (lane == 0) {
-      counts[expert] = count;
-      load[expert] += count;
-    }
+  for (int base = 0; base < pairs; base += AHEAD * 32) {
+    load_ids(held, ids, base, pairs);
+#pragma unroll
+    for (int j = 0; j < AHEAD; j++)
+#pragma unroll
+      for (int i = 0; i < HELD; i++) places[i] += __popc(__ballot_sync(FULL_WARP, held[j] == expert_of(warp, i)));
   }
+#pragma unroll
+  for (int i = 0; i < HELD; i++)
+    if (const int expert = expert_of(warp, i); lane == 0 && expert < NUM_EXPERTS) {
+      counts[expert] = places[i];
+      load[expert] += places[i];
+    }
   __syncthreads();
-  if (threadIdx.x == 0) {
-    int tile = 0;
-    for (int expert = 0; expert < NUM_EXPERTS; expert++) {
-      first_tile[expert] = tile;
-      tile += (counts[expert] + BM - 1) / BM;
-    }
-    first_tile[NUM_EXPERTS] = tile;
-  }
+  if (threadIdx.x == 0) find_first_tiles(counts, first_tile);
   __syncthreads();
-  for (int expert = warp; expert < NUM_EXPERTS; expert += SORT_WARPS) {
-    int at = first_tile[expert] * BM;
-    for (int base = 0; base < pairs; base += 32) {
-      const bool mine = base + lane < pairs && ids[min(base + lane, pairs - 1)] == expert;
-      const u32 votes = __ballot_sync(FULL_WARP, mine);
-      if (mine) order[at + __popc(votes & ((1u << lane) - 1))] = base + lane;
-      at += __popc(votes);
-    }
-    for (int i = at + lane; i < first_tile[expert + 1] * BM; i += 32) order[i] = -1;
-    for (int i = first_tile[expert] + lane; i < first_tile[expert + 1]; i += 32) tile_expert[i] = expert;
+#pragma unroll
+  for (int i = 0; i < HELD; i++) places[i] = first_tile[min(expert_of(warp, i), NUM_EXPERTS)] * BM;
+  for (int base = 0; base < pairs; base += AHEAD * 32) {
+    load_ids(held, ids, base, pairs);
+#pragma unroll
+    for (int j = 0; j < AHEAD; j++)
+#pragma unroll
+      for (int i = 0; i < HELD; i++) {
+        const bool mine = held[j] == expert_of(warp, i);
+        const u32 votes = __ballot_sync(FULL_WARP, mine);
+        if (mine) order[places[i] + __popc(votes & ((1u << lane) - 1))] = base + j * 32 + lane;
+        places[i] += __popc(votes);
+      }
   }
-  for (int i = first_tile[NUM_EXPERTS] + threadIdx.x; i < max_tiles; i += SORT_WARPS * 32) tile_expert[i] = -1;
+#pragma unroll
+  for (int i = 0; i < HELD; i++) {
+    const int expert = expert_of(warp, i);
+    if (expert >= NUM_EXPERTS) break;
+    for (int at = places[i] + lane; at < first_tile[expert + 1] * BM; at += 32) order[at] = -1;
+    for (int t = first_tile[expert] + lane; t < first_tile[expert + 1]; t += 32) tile_expert[t] = expert;
+  }
+  for (int t = first_tile[NUM_EXPERTS] + threadIdx.x; t < max_tiles; t += SORT_WARPS * 32) tile_expert[t] = -1;
 }
 
 // ---- out [S, n] = the sum over choices of weights [S, top_k] times y [pairs, n]. Grid: (S, pieces of 8 * 128 columns).

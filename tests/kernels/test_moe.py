@@ -44,13 +44,14 @@ def reference(x: Tensor, weights: Tensor, ids: Tensor, gate_up: Tensor, down: Te
         (1, 8, 2, 128, 192, "silu", torch.bfloat16),
         (20, 4, 3, 64, 64, "gelu_tanh", torch.float16),
         (70, 2, 1, 64, 64, "silu", torch.bfloat16),
+        (50, 40, 3, 64, 64, "silu", torch.bfloat16),
     ],
 )
 def test_moe(
     tokens: int, experts: int, top_k: int, hidden: int, width: int, kind: Literal["silu", "gelu_tanh"],
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
-    """Few tokens or many, tiles of 16 or 64: as one by one; the experts' load is counted."""
+    """Few tokens or many, experts too, tiles of 16 or 64: as one by one; the experts' load is counted."""
     torch.manual_seed(tokens)
     x, gate_up = torch.randn(tokens, hidden).to(dtype), (torch.randn(experts, 2 * width, hidden) / 8).to(dtype)
     down = (torch.randn(experts, hidden, width) / 8).to(dtype)

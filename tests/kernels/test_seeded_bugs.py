@@ -195,7 +195,7 @@ BUGS = {
     "rows past the end": Bug("gemm.cu", ": at < num_rows ? at : -1", ": at", check_gemm),
     "columns past the end": Bug("gemm.cu", "if (column < n) *rein", "*rein", check_gemm),
     "pairs for tokens": Bug("gemm.cu", "order && GATED ? row / top_k", "false ? row / top_k", check_padding),
-    "padding counts": Bug("moe.cu", "1)] == expert;\n      count", "1)] <= expert;\n      count", check_padding),
+    "padding counts": Bug("moe.cu", "held[j] == expert_of(warp, i)));", "held[j] <= i * 32 + warp));", check_padding),
     "no barrier before a tile": paged(TILE_BARRIER, "", DECODE),
     "copies not waited for": paged("copies_wait<0>();", "", DECODE),
     "the tile in use is overwritten": paged("(stage + 1) % STAGES * STAGE_BYTES, c", "stage * STAGE_BYTES, c", DECODE),
