@@ -52,6 +52,13 @@ async def test_short_texts_are_tokenized_at_once_and_long_ones_elsewhere(app: Se
     assert spy.seen == [(10, True), (3000, False), *[(30, False)] * 100]
 
 
+async def test_many_short_inputs_do_not_hold_the_loop(app: ServerApp, spy: Spy) -> None:
+    """Texts to embed that are long together are tokenized in a thread, as one long one is; a short one is not."""
+    for given in ("x" * 10, ["x" * 30] * 100):
+        assert (await ask(app, "POST", "/v1/embeddings", {"input": given})).status == 200
+    assert spy.seen == [(10, True), *[(30, False)] * 100]
+
+
 async def test_words_count_as_text(app: ServerApp, spy: Spy) -> None:
     """Forbidden words are tokenized in a thread when they are long together."""
     body = {"prompt": "x", "max_tokens": 1, "bad_words": ["y" * 400] * 3}

@@ -89,27 +89,31 @@ async def _inputs(services: Services, body: EmbeddingBody) -> list[list[int]]:
     """Return the token ids of each input."""
     longest = services.engine.info.max_model_len
     add_special = body.add_special_tokens is not False
-    inputs: list[list[int]] = []
-    for item in split_prompts(body.input, "input", services.config.limits.max_inputs, "max_inputs"):
-        if isinstance(item, str):
-            at_least = services.tokenizer.min_tokens(item)
-            if at_least > longest and body.truncate_prompt_tokens is None:
-                _refuse_length(longest, f"at least {at_least}")
+    items = split_prompts(body.input, "input", services.config.limits.max_inputs, "max_inputs")
+    texts = [item for item in items if isinstance(item, str)]
+    for text in texts:
+        at_least = services.tokenizer.min_tokens(text)
+        if at_least > longest and body.truncate_prompt_tokens is None:
+            _refuse_length(longest, f"at least {at_least}")
+    encode = services.tokenizer.encode
 
-            def encode(text: str = item) -> list[int]:
-                return services.tokenizer.encode(text, add_special_tokens=add_special)
+    def work() -> list[list[int]]:
+        return [encode(i, add_special_tokens=add_special) if isinstance(i, str) else i for i in items]
 
-            ids = await run(services, encode, chars=len(item))
-        else:
-            ids = item
-        if (keep := body.truncate_prompt_tokens) is not None:
-            ids = ids[-(longest if keep == -1 else keep) :] if keep else []
-        if not ids:
-            raise InvalidRequestError("An input has no tokens: at least one is needed.", param="input")
-        if len(ids) > longest:
-            _refuse_length(longest, str(len(ids)))
-        inputs.append(ids)
-    return inputs
+    # All at once: many short ones, one after the other, would hold the event loop as long as a long one.
+    inputs = await run(services, work, chars=sum(map(len, texts)))
+    return [_fit(ids, longest, body.truncate_prompt_tokens) for ids in inputs]
+
+
+def _fit(ids: list[int], longest: int, keep: int | None) -> list[int]:
+    """Truncate as the request asks, and refuse what is empty or too long."""
+    if keep is not None:
+        ids = ids[-(longest if keep == -1 else keep) :] if keep else []
+    if not ids:
+        raise InvalidRequestError("An input has no tokens: at least one is needed.", param="input")
+    if len(ids) > longest:
+        _refuse_length(longest, str(len(ids)))
+    return ids
 
 
 def _refuse_length(longest: int, count: str) -> NoReturn:
