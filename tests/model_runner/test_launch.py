@@ -148,6 +148,25 @@ def test_a_row_that_failed_harms_nobody_in_the_step_after(
     assert after.token_ids[1] == healthy.token_ids[1]
 
 
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(temperature=0, repetition_penalty=1.3)])
+def test_a_row_whose_launch_raised_does_not_make_the_next_launch_raise(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, params: SamplingParams
+) -> None:
+    """The step before sampled nothing for it: its row in the next plan is for nobody, and harms no other row."""
+    parts = [start(request_id, params) for request_id in (0, 1)]
+    drop_all(runner)
+    runner.step(plan(1, (1,), 0, (5, 6, 7), **parts[1]))
+    healthy = runner.step(plan(2, (1,), 3, (UNKNOWN,)))
+    drop_all(runner)
+    with monkeypatch.context() as patch:
+        patch.setattr(runner._model, "forward", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            runner.launch(plan(1, (0,), 0, (5, 6, 7), **parts[0]))
+    runner.step(plan(1, (1,), 0, (5, 6, 7), **parts[1]))
+    after = runner.step(plan(2, (0, 1), 3, (UNKNOWN, UNKNOWN)))
+    assert after.token_ids[1] == healthy.token_ids[0]
+
+
 @attrs.frozen
 class Noted:
     """A mark that notes being waited for."""
