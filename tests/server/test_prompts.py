@@ -59,6 +59,23 @@ async def test_many_short_inputs_do_not_hold_the_loop(app: ServerApp, spy: Spy) 
     assert spy.seen == [(10, True), *[(30, False)] * 100]
 
 
+async def test_many_tokens_are_spelled_elsewhere(app: ServerApp, spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/tokenize tells each token's string from a thread where there are many, and at once where there are few."""
+    loop, here = threading.current_thread(), []
+    spell = spy.tokenizer.token_string
+
+    def note(token_id: int) -> str:
+        here.append(threading.current_thread() is loop)
+        return spell(token_id)
+
+    monkeypatch.setattr(spy.tokenizer, "token_string", note)
+    for length in (10, 3000):
+        here.clear()
+        body = {"prompt": "x" * length, "return_token_strs": True}
+        assert (await ask(app, "POST", "/tokenize", body)).json()["count"] == len(here)
+        assert set(here) == {length == 10}
+
+
 async def test_words_count_as_text(app: ServerApp, spy: Spy) -> None:
     """Forbidden words are tokenized in a thread when they are long together."""
     body = {"prompt": "x", "max_tokens": 1, "bad_words": ["y" * 400] * 3}

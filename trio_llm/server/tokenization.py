@@ -47,7 +47,11 @@ def register(app: QuartTrio, services: Services) -> None:
         body = await read_body(TokenizeBody)
         services.check_model(body.model)
         ids = await _tokenize(services, body)
-        strings = [tokenizer.token_string(token_id) for token_id in ids] if body.return_token_strs else None
+
+        def spell() -> list[str]:
+            return [tokenizer.token_string(token_id) for token_id in ids]
+
+        strings = await run(services, spell, chars=len(ids)) if body.return_token_strs else None
         return {"count": len(ids), "max_model_len": info.max_model_len, "tokens": ids, "token_strs": strings}
 
     @app.post("/detokenize")
