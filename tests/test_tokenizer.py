@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -174,3 +176,23 @@ def test_import_is_light() -> None:
     """Importing the module loads neither tokenizers nor torch."""
     code = "import trio_llm.tokenizer, sys; assert not {'tokenizers', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_other_threads_run_while_a_long_text_is_tokenized() -> None:
+    """Tokenizing does not hold the GIL: a thread beside it is never stopped for as long as half of it takes."""
+    over, gaps = threading.Event(), [0.0]
+
+    def tick() -> None:
+        before = time.perf_counter()
+        while not over.is_set():
+            now = time.perf_counter()
+            gaps[0], before = max(gaps[0], now - before), now
+
+    beside = threading.Thread(target=tick)
+    beside.start()
+    began = time.perf_counter()
+    TOKENIZER.encode("a long text of many words " * 20_000)
+    took = time.perf_counter() - began
+    over.set()
+    beside.join()
+    assert gaps[0] < took / 2

@@ -85,7 +85,8 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise InvalidRequestError(f"The text is not valid Unicode: {error.reason}.") from None
         with _contained(InvalidRequestError, "The tokenizer cannot encode this text"):
-            return tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            # As a batch of one: alone, it would hold the GIL, and with it the event loop, for seconds if it is long.
+            return tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
 
     def encode_segments(self, segments: Iterable[tuple[str, bool]]) -> list[int]:
         """Tokenize a text of which only some parts may name control tokens.

@@ -48,7 +48,7 @@ def register(app: QuartTrio, services: Services) -> None:
         services.check_model(body.model)
         ids = await _tokenize(services, body)
 
-        def spell() -> list[str]:
+        def spell() -> list[str | None]:
             return [tokenizer.token_string(token_id) for token_id in ids]
 
         strings = await run(services, spell, chars=len(ids)) if body.return_token_strs else None
