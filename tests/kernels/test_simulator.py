@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cuda_kernels import compile as compiling
+from cuda_kernels import norm
 from cuda_kernels.launch import using
 from cuda_kernels.simulator import KernelFaultError, SimulatedLauncher, UnsupportedError
 from cuda_kernels.simulator.machine import ORDERS
@@ -41,6 +42,17 @@ def test_primitives_match_their_definitions(arch: str, order: int) -> None:
     """Shuffles, votes, bit operations, division, atomics and divergent loops give what they are defined to give."""
     with using(SimulatedLauncher(arch, order)):
         primitives.check_primitives(Simulated())
+
+
+@pytest.mark.parametrize("arch", ["compute_90", "compute_100"])
+def test_halves_of_a_register_are_read(arch: str) -> None:
+    """Widening float16 takes registers apart, which newer targets spell as a scope of its own."""
+    torch.manual_seed(3)
+    x = torch.randn(2, 64).half()
+    with using(SimulatedLauncher(arch)):
+        out = norm.rms_norm(x, None, 1e-6)
+    expected = x.double() * (x.double().pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
+    torch.testing.assert_close(out.double(), expected, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("check", dict(primitives.checks(Simulated())).items(), ids=lambda item: item[0])
