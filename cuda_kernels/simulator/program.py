@@ -101,8 +101,8 @@ _INSTRUCTION = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.S)
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
 _LABEL = re.compile(r"([$\w]+):\s*")
 # The one scope that the compiler opens: for the upper half of a register, the lower one into a register of its own.
-_UPPER_HALF = re.compile(r"\{\s*\.reg \.b16 tmp;\s*mov\.b32 \{tmp, (%\w+)\}, (%\w+);\s*\}")
-_LOWER_HALF = "%scoped0"
+_UPPER_HALF = re.compile(r"\{\s*\.reg \.(b16|b32) tmp;\s*(mov\.b(?:32|64)) \{tmp, (%\w+)\}, (%\w+);\s*\}")
+_LOWER_HALF = {"%lower_b16": "b16", "%lower_b32": "b32"}
 
 
 @functools.lru_cache(maxsize=64)
@@ -113,13 +113,13 @@ def parse(ptx: str, entry: str) -> Program:
         UnsupportedError: It uses syntax that is not known here.
         ValueError: There is no such entry.
     """
-    text = _UPPER_HALF.sub(rf"mov.b32 {{{_LOWER_HALF}, \1}}, \2;", _COMMENT.sub("", ptx))
+    text = _UPPER_HALF.sub(r"\2 {%lower_\1, \3}, \4;", _COMMENT.sub("", ptx))
     head = re.search(r"\.entry\s+" + re.escape(entry) + r"\s*\((.*?)\)(.*?)\{", text, re.S)
     if head is None:
         raise ValueError(f"no kernel {entry} in this module")
     outer = text[: text.index(".entry")]
     shared = [_shared(s) for s in _statements(outer) if ".shared" in s]
-    registers = {_LOWER_HALF: "b16"}
+    registers = dict(_LOWER_HALF)
     labels: dict[str, int] = {}
     instructions: list[Instruction] = []
     for statement in _statements(_body(text, head.end())):

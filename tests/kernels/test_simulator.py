@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cuda_kernels import compile as compiling
-from cuda_kernels import norm
+from cuda_kernels import norm, sample
 from cuda_kernels.launch import using
 from cuda_kernels.simulator import KernelFaultError, SimulatedLauncher, UnsupportedError
 from cuda_kernels.simulator.machine import ORDERS
@@ -46,13 +46,16 @@ def test_primitives_match_their_definitions(arch: str, order: int) -> None:
 
 @pytest.mark.parametrize("arch", ["compute_90", "compute_100"])
 def test_halves_of_a_register_are_read(arch: str) -> None:
-    """Widening float16 takes registers apart, which newer targets spell as a scope of its own."""
+    """Upper halves of 32 and 64 bits are taken out, which newer targets spell as a scope of its own."""
     torch.manual_seed(3)
     x = torch.randn(2, 64).half()
+    logits, hashes = torch.randn(2, 100), torch.arange(100, dtype=torch.int32)
     with using(SimulatedLauncher(arch)):
         out = norm.rms_norm(x, None, 1e-6)
+        ids = sample.sample(logits, None, None, hashes)
     expected = x.double() * (x.double().pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
     torch.testing.assert_close(out.double(), expected, rtol=2e-3, atol=2e-3)
+    assert torch.equal(ids, logits.argmax(-1))
 
 
 @pytest.mark.parametrize("check", dict(primitives.checks(Simulated())).items(), ids=lambda item: item[0])
