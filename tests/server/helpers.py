@@ -183,3 +183,14 @@ def exchange(
     }
     to_app.send_nowait({"type": "http.request", "body": body, "more_body": False})
     return Exchange(app, scope, to_app, from_client, to_client, chunks)
+
+
+def function(name: str, **properties: Any) -> dict[str, Any]:
+    """Return a tool whose arguments are all required."""
+    parameters = {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}

@@ -12,7 +12,7 @@ from typing import Any
 import attrs
 import pytest
 
-from tests.server.helpers import ask
+from tests.server.helpers import ask, function
 from tests.server.joined import Said, streamed, whole
 from tests.server.stub import StubRunner, open_stub, stub_tokenizer
 from trio_llm.config import Config
@@ -31,17 +31,6 @@ QWEN3 = (
 R1 = "{# <tool_call> </think> #}" + TURNS + "<think>\n{% endif %}"
 LLAMA3 = "{# <|python_tag|> #}" + TURNS + "{% endif %}"
 MISTRAL = "{# [TOOL_CALLS] #}" + TURNS + "{% endif %}"
-
-
-def function(name: str, **properties: Any) -> dict[str, Any]:
-    """Return a tool whose arguments are all required."""
-    schema = {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
-    return {"type": "function", "function": {"name": name, "parameters": schema}}
 
 
 WEATHER = function("get_weather", city={"enum": ["Tokyo", "Paris"]})

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.server.client import use_client
-from tests.server.helpers import Answer, ask, running
+from tests.server.helpers import Answer, ask, function, running
 from tests.server.joined import streamed, whole
 from tests.server.stub import TOKENIZER, StubRunner, open_stub, stub_tokenizer
 from trio_llm.assemble import open_engine
@@ -27,17 +27,6 @@ TEMPLATE = """{% if tools %}<|im_start|>system
 {% endif %}"""
 WITH_TOOLS = stub_tokenizer(TEMPLATE)
 HI: Any = [{"role": "user", "content": "hi"}]
-
-
-def function(name: str, **properties: Any) -> dict[str, Any]:
-    """Return a tool whose arguments are all required."""
-    parameters = {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
-    return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
 WEATHER = function("get_weather", city={"enum": ["Tokyo", "Paris"]})
