@@ -1,0 +1,256 @@
+// Paged attention in place: every token attends to its row's cached keys and values through the block table.
+//
+// One kernel serves decodes, drafts and prefills. Its unit is a tile: up to TILE pairs of a token and a query head
+// that share a KV head. Keys pass in pieces of KEYS under an online softmax. Where there are fewer tiles than the
+// threads need, the contexts are divided too, and what the parts found is put together at the end.
+// Source: Kwon et al. 2023 (arXiv:2309.06180); online softmax, Milakov and Gimelshein 2018 (arXiv:1805.02867).
+#include <vector>
+
+#include "common.h"
+
+struct AttentionArgs {
+  const void* q;        // [tokens, heads, dim], tokens q_stride apart
+  const void* k;        // [slots, kv_heads, dim], slots slot_stride apart, in q's type or s8
+  const void* v;        // as k
+  const f32* k_scale;   // [slots, kv_heads], slots scale_stride apart; null unless s8
+  const f32* v_scale;   // as k_scale
+  const i32* tables;    // [rows, *], rows table_stride apart
+  const i32* contexts;  // [rows], tokens a row sees, its last token included
+  const i32* cu_q;      // [rows + 1], where each row's tokens begin
+  void* out;            // [tokens, heads, dim], dense
+  i64 dtype, kv_dtype, q_stride, slot_stride, scale_stride, table_stride;
+  i64 rows, heads, kv_heads, dim, block_size, window;  // window 0: all
+  f64 scale, softcap;   // softcap 0: none
+};
+
+namespace {
+
+constexpr int TILE = 16, KEYS = 64, MOST_DIM = 1024;
+constexpr int GROUP = 4;                            // rows that share a loaded key
+constexpr int CHUNK = MANY_REGISTERS ? 4 : 2;       // vectors of a value that stay in registers
+constexpr i64 LEAST_SPLIT = 128;                    // keys below which dividing a context costs more than it saves
+
+// One tile's keys from `begin` to `end`; `part` of `parts`.
+struct Item {
+  i64 row, kv_head, first, count, begin, end, part, parts, result;
+};
+
+// What a part found, for each of a tile's rows: weighted values, the largest score, the sum of weights.
+struct Found {
+  f32 value[TILE][MOST_DIM];
+  f32 most[TILE], sum[TILE];
+};
+
+struct Keys {
+  i64 slot[KEYS];
+  i64 count;
+};
+
+template <class KV, int ROWS>
+INLINE void score_rows(const AttentionArgs& a, const Keys& keys, i64 head, const f32 (*q)[MOST_DIM], f32 (*out)[KEYS]) {
+  const i64 whole = a.dim / LANES * LANES;
+  for (i64 j = 0; j < keys.count; j += LANES) {
+    vf part[ROWS][LANES] = {};
+    for (i64 i = 0; i < std::min<i64>(LANES, keys.count - j); i++) {
+      const auto* k = (const typename KV::type*)a.k + keys.slot[j + i] * a.slot_stride + head * a.dim;
+      vf total[ROWS] = {};
+      for (i64 d = 0; d < whole; d += LANES) {
+        const vf key = KV::load(k + d);
+        for (int r = 0; r < ROWS; r++) total[r] += key * Float32::load(q[r] + d);
+      }
+      if (whole < a.dim) {
+        const vf key = load<KV>(k + whole, a.dim - whole);
+        for (int r = 0; r < ROWS; r++) total[r] += key * Float32::load(q[r] + whole);
+      }
+      for (int r = 0; r < ROWS; r++) part[r][i] = total[r];
+    }
+    for (int r = 0; r < ROWS; r++) Float32::store(out[r] + j, sums(part[r]));
+  }
+}
+
+template <class KV, int ROWS>
+INLINE void add_values(const AttentionArgs& a, const Keys& keys, i64 head, const f32 (*weights)[KEYS],
+                       const f32* factor, f32 (*out)[MOST_DIM]) {
+  const auto* base = (const typename KV::type*)a.v + head * a.dim;
+  for (i64 d = 0; d < a.dim; d += CHUNK * LANES) {
+    const i64 left = a.dim - d;
+    vf sum[ROWS][CHUNK];
+    for (int r = 0; r < ROWS; r++)
+      for (int c = 0; c < CHUNK; c++) sum[r][c] = Float32::load(out[r] + d + c * LANES) * factor[r];
+    const auto add = [&](bool full) __attribute__((always_inline)) {
+      for (i64 j = 0; j < keys.count; j++) {
+        const auto* v = base + keys.slot[j] * a.slot_stride + d;
+        for (int c = 0; c < CHUNK; c++) {
+          if (!full && c * LANES >= left) break;
+          const vf value = full ? KV::load(v + c * LANES) : load<KV>(v + c * LANES, left - c * LANES);
+          for (int r = 0; r < ROWS; r++) sum[r][c] += weights[r][j] * value;
+        }
+      }
+    };
+    if (left >= CHUNK * LANES) add(true);
+    else add(false);
+    for (int r = 0; r < ROWS; r++)
+      for (int c = 0; c < CHUNK; c++) Float32::store(out[r] + d + c * LANES, sum[r][c]);
+  }
+}
+
+template <class F>
+INLINE void in_groups(i64 count, F&& f) {
+  i64 r = 0;
+  for (; r + GROUP <= count; r += GROUP) f(r, std::integral_constant<int, GROUP>{});
+  if (count - r == 3) f(r, std::integral_constant<int, 3>{});
+  else if (count - r == 2) f(r, std::integral_constant<int, 2>{});
+  else if (count - r == 1) f(r, std::integral_constant<int, 1>{});
+}
+
+// Scores to weights: scale, softcap, mask, online softmax. Keys outside [low, high) are not the row's.
+INLINE f32 weigh(const AttentionArgs& a, f32* scores, const f32* k_scale, const f32* v_scale, i64 low, i64 high,
+                 f32* most, f32* total) {
+  low = std::max<i64>(low, 0);
+  if (low >= high) {
+    std::fill(scores, scores + KEYS, 0.f);
+    return 1.f;
+  }
+  f32 peak = *most;
+  for (i64 j = low; j < high; j++) {
+    f32 score = scores[j] * (f32)a.scale * (k_scale ? k_scale[j] : 1.f);
+    if (a.softcap > 0) score = (f32)a.softcap * std::tanh(score / (f32)a.softcap);
+    scores[j] = score;
+    peak = std::max(peak, score);
+  }
+  for (i64 j = high; j < KEYS; j++) scores[j] = -INFINITY;
+  for (i64 j = 0; j < low; j++) scores[j] = -INFINITY;
+  vf sums = {};
+  for (i64 j = 0; j < KEYS; j += LANES) {
+    const vf score = Float32::load(scores + j);
+    const vf weight = score == all(-INFINITY) ? vf{} : exp(score - peak);
+    sums += weight;
+    Float32::store(scores + j, weight);
+  }
+  const f32 factor = *most == -INFINITY ? 0.f : std::exp(*most - peak);
+  *total = *total * factor + sum(sums);
+  *most = peak;
+  if (v_scale)
+    for (i64 j = low; j < high; j++) scores[j] *= v_scale[j];
+  return factor;
+}
+
+template <class T, class KV>
+void attend(const AttentionArgs& a, const Item& item, Found& found) {
+  const i64 group = a.heads / a.kv_heads, begin = a.cu_q[item.row];
+  const i64 position = a.contexts[item.row] - (a.cu_q[item.row + 1] - begin);  // of the row's first token
+  alignas(64) f32 q[TILE][MOST_DIM];
+  alignas(64) f32 scores[TILE][KEYS];
+  f32 k_scale[KEYS], v_scale[KEYS], factor[TILE];
+  const i64 room = (a.dim + CHUNK * LANES - 1) / (CHUNK * LANES) * (CHUNK * LANES);
+  for (i64 r = 0; r < item.count; r++) {
+    const i64 token = begin + (item.first + r) / group, head = item.kv_head * group + (item.first + r) % group;
+    const auto* from = (const typename T::type*)a.q + token * a.q_stride + head * a.dim;
+    for (i64 d = 0; d < room; d += LANES)
+      Float32::store(q[r] + d, d < a.dim ? load<T>(from + d, a.dim - d) : vf{});
+    std::fill(found.value[r], found.value[r] + room, 0.f);
+    found.most[r] = -INFINITY, found.sum[r] = 0;
+  }
+  Keys keys;
+  for (i64 first = item.begin; first < item.end; first += KEYS) {
+    keys.count = std::min<i64>(KEYS, item.end - first);
+    for (i64 j = 0; j < keys.count; j++) {
+      const i64 key = first + j, block = a.tables[item.row * a.table_stride + key / a.block_size];
+      keys.slot[j] = block * a.block_size + key % a.block_size;
+      if (!a.k_scale) continue;
+      k_scale[j] = a.k_scale[keys.slot[j] * a.scale_stride + item.kv_head];
+      v_scale[j] = a.v_scale[keys.slot[j] * a.scale_stride + item.kv_head];
+    }
+    in_groups(item.count, [&](i64 r, auto rows) {
+      score_rows<KV, decltype(rows)::value>(a, keys, item.kv_head, q + r, scores + r);
+    });
+    for (i64 r = 0; r < item.count; r++) {
+      const i64 own = position + (item.first + r) / group, high = std::min(own + 1 - first, keys.count);
+      const i64 low = a.window ? own - a.window + 1 - first : 0;
+      factor[r] = weigh(a, scores[r], a.k_scale ? k_scale : nullptr, a.k_scale ? v_scale : nullptr, low, high,
+                        &found.most[r], &found.sum[r]);
+    }
+    in_groups(item.count, [&](i64 r, auto rows) {
+      add_values<KV, decltype(rows)::value>(a, keys, item.kv_head, scores + r, factor + r, found.value + r);
+    });
+  }
+}
+
+// Put the parts of a tile together and store it.
+template <class T>
+void finish(const AttentionArgs& a, const Item& item, Found* parts) {
+  const i64 group = a.heads / a.kv_heads;
+  for (i64 r = 0; r < item.count; r++) {
+    f32 most = -INFINITY, total = 0;
+    for (i64 p = 0; p < item.parts; p++) most = std::max(most, parts[p].most[r]);
+    std::vector<f32> factor(item.parts);
+    for (i64 p = 0; p < item.parts; p++) {
+      factor[p] = parts[p].most[r] == -INFINITY ? 0.f : std::exp(parts[p].most[r] - most);
+      total += parts[p].sum[r] * factor[p];
+    }
+    const i64 token = a.cu_q[item.row] + (item.first + r) / group;
+    const i64 head = item.kv_head * group + (item.first + r) % group;
+    auto* out = (typename T::type*)a.out + (token * a.heads + head) * a.dim;
+    for (i64 d = 0; d < a.dim; d += LANES) {
+      vf value = {};
+      for (i64 p = 0; p < item.parts; p++) value += Float32::load(parts[p].value[r] + d) * factor[p];
+      store<T>(out + d, value / total, a.dim - d);
+    }
+  }
+}
+
+// Divide the work. Long contexts come first, so that the last thread to finish is not far behind.
+std::vector<Item> divide(const AttentionArgs& a, i64* num_results) {
+  const i64 group = a.heads / a.kv_heads;
+  i64 tiles = 0;
+  for (i64 row = 0; row < a.rows; row++)
+    tiles += ((a.cu_q[row + 1] - a.cu_q[row]) * group + TILE - 1) / TILE * a.kv_heads;
+  const i64 wanted = num_threads() > 1 ? (num_threads() * 4 + tiles - 1) / std::max<i64>(1, tiles) : 1;
+  std::vector<Item> items;
+  *num_results = 0;
+  for (i64 row = 0; row < a.rows; row++) {
+    const i64 tokens = a.cu_q[row + 1] - a.cu_q[row], position = a.contexts[row] - tokens;
+    for (i64 first = 0; first < tokens * group; first += TILE) {
+      const i64 count = std::min<i64>(TILE, tokens * group - first);
+      const i64 low = a.window ? std::max<i64>(0, position + first / group - a.window + 1) : 0;
+      const i64 high = position + (first + count - 1) / group + 1;
+      const i64 parts = std::max<i64>(1, std::min(wanted, (high - low) / LEAST_SPLIT));
+      for (i64 head = 0; head < a.kv_heads; head++) {
+        for (i64 part = 0; part < parts; part++) {
+          const i64 begin = low + (high - low) * part / parts, end = low + (high - low) * (part + 1) / parts;
+          items.push_back({row, head, first, count, begin, end, part, parts, *num_results});
+        }
+        *num_results += parts > 1 ? parts : 0;
+      }
+    }
+  }
+  std::stable_sort(items.begin(), items.end(),
+                   [](const Item& x, const Item& y) { return x.end - x.begin > y.end - y.begin; });
+  return items;
+}
+
+template <class T, class KV>
+void run(const AttentionArgs& a) {
+  i64 num_results = 0;
+  const std::vector<Item> items = divide(a, &num_results);
+  Found* results = (Found*)scratch(num_results * sizeof(Found));
+  parallel((i64)items.size(), [&](i64 i) {
+    const Item& item = items[i];
+    if (item.parts > 1) return attend<T, KV>(a, item, results[item.result + item.part]);
+    static thread_local Found found;
+    attend<T, KV>(a, item, found);
+    finish<T>(a, item, &found);
+  });
+  for (const Item& item : items)
+    if (item.parts > 1 && item.part == 0) finish<T>(a, item, results + item.result);
+}
+
+}  // namespace
+
+extern "C" void paged_attention(const AttentionArgs* a) {
+  with_type(a->dtype, [&](auto type) {
+    using T = decltype(type);
+    if (a->kv_dtype == S8) run<T, Int8>(*a);
+    else run<T, T>(*a);
+  });
+}

@@ -1,0 +1,132 @@
+// Linear layers over packed weights, plain and gated, with float32 sums.
+#include "results.h"
+#include "tiles.h"
+
+namespace {
+
+constexpr int TILES_AT_ONCE = 16;  // whose rows stay in the second-level cache while panels pass (a guess)
+constexpr i64 MOST_NARROW_TILES = 2;  // more of them share a widened piece
+
+void lay_rows(const Product& p, const Layout& layout) {
+  const i64 pieces = p.rows * layout.inputs < 16384 ? 1 : std::min<i64>(p.rows, num_threads() * 4);
+  parallel(pieces, [&](i64 piece) {
+    with_type(p.x_dtype, [&](auto type) {
+      for (i64 row = p.rows * piece / pieces; row < p.rows * (piece + 1) / pieces; row++)
+        lay_row<decltype(type)>(p, layout, row);
+    });
+  });
+  memset(layout.memory + p.rows * layout.stride, 0, (layout.rows() - p.rows) * layout.stride);
+}
+
+// Add to the sums [rows][PANEL] of a tile.
+template <bool FETCH>
+void add_tile(const Piece& piece, const Rows& x, i64 rows, const Next& next, f32* sums) {
+  with_rows(rows, [&](auto size) { add_piece<decltype(size)::value, FETCH>(piece, x, next, sums); });
+}
+
+// Compute sums [rows][PANEL] of the tiles from `first` to `last` with a panel. One tile reads the panel as it is; more
+// read a piece of it after another, and many a widened piece. Blocks are always read as they are, group after group.
+void add_tiles(i64 kind, const Layout& layout, i64 first, i64 last, const u8* panel, f32* sums) {
+  alignas(64) u8 room[PIECE * PANEL * 4];
+  const i64 bytes = PANEL * size_of(kind), begin = layout.first_row(first);
+  const i64 most = last - first > 1 && !is_blocks(kind) ? PIECE : layout.inputs;
+  const bool wide = last - first > MOST_NARROW_TILES && !is_blocks(kind);
+  memset(sums, 0, (layout.first_row(last) - begin) * PANEL * 4);
+  for (i64 k = 0; k < layout.inputs; k += most) {
+    const i64 inputs = std::min(most, layout.inputs - k);
+    const u8* stored = panel + k * bytes;
+    const Piece piece{wide ? widened(kind, panel, k, inputs, room) : stored, kind, k, inputs, wide};
+    const Next next{stored + (wide ? inputs * bytes : AHEAD), bytes};
+    for (i64 tile = first; tile < last; tile++) {
+      const i64 row = layout.first_row(tile);
+      const auto add = tile == first ? add_tile<true> : add_tile<false>;
+      add(piece, layout.from(row, k), layout.tile_size(tile), next, sums + (row - begin) * PANEL);
+    }
+  }
+}
+
+// Multiply all rows by the panels `begin` to `end`, a group of tiles after another.
+void multiply_panels(const Product& p, const Layout& layout, i64 begin, i64 end) {
+  constexpr i64 MOST = TILES_AT_ONCE * MOST_ROWS;
+  alignas(64) f32 sum[MOST * PANEL], next[MOST * PANEL], up[MOST * 2 * PANEL];
+  const i64 bytes = panel_bytes(p.kind, p.inputs);
+  for (i64 first = 0; first < layout.tiles; first += TILES_AT_ONCE) {
+    const i64 last = std::min<i64>(first + TILES_AT_ONCE, layout.tiles), row = layout.first_row(first);
+    const i64 rows = std::min(layout.first_row(last), p.rows) - row;
+    for (i64 panel = begin; panel < end; panel++) {
+      add_tiles(p.kind, layout, first, last, p.weight + panel * bytes, sum);
+      const Partner partner(p, panel);
+      for (i64 i = 0; i < partner.count; i++) {
+        add_tiles(p.kind, layout, first, last, p.weight + (partner.first + i) * bytes, next);
+        for (i64 r = 0; r < rows; r++) memcpy(up + (2 * r + i) * PANEL, next + r * PANEL, PANEL * 4);
+      }
+      store_rows(p, panel, row, rows, sum, up);
+    }
+  }
+}
+
+// Multiplications that are worth a thread of their own: some microseconds (a guess).
+constexpr i64 LEAST_WORK = 1 << 16;
+
+// Below so many rows tiles are mostly empty, and the weights' way from memory is what takes the time.
+constexpr i64 FEWEST_FOR_TILES = 5;
+constexpr i64 TILE_ROWS = 32;
+
+// bfloat16 by matrix tiles: activations stay in rows, filled up with zeros to whole tiles.
+void multiply_by_tiles(const Product& p) {
+  const i64 inputs = padded_inputs(BF16, p.inputs), rows = (p.rows + 15) / 16 * 16, stride = inputs * 2;
+  const i64 bytes = panel_bytes(BF16, p.inputs);
+  u8* memory = (u8*)scratch(rows * stride);
+  parallel_ranges(rows, 16, [&](i64 begin, i64 end) {
+    for (i64 row = begin; row < end; row++) {
+      const i64 from = p.index && row < p.rows ? p.index[row] : row, used = row < p.rows ? p.inputs * 2 : 0;
+      if (used) memcpy(memory + row * stride, (const u16*)p.x + from * p.x_stride, used);
+      memset(memory + row * stride + used, 0, stride - used);
+    }
+  });
+  parallel_ranges(num_panels(p.activation ? p.outputs / 2 : p.outputs), 1, [&](i64 begin, i64 end) {
+    alignas(64) f32 sum[TILE_ROWS * PANEL], next[TILE_ROWS * PANEL], up[TILE_ROWS * 2 * PANEL];
+    begin_tiles();
+    for (i64 panel = begin; panel < end; panel++) {
+      const Partner partner(p, panel);
+      for (i64 row = 0; row < rows; row += TILE_ROWS) {
+        const u8* x = memory + row * stride;
+        const i64 here = std::min(TILE_ROWS, p.rows - row);
+        multiply_tiles(x, stride, here > 16, p.weight + panel * bytes, inputs / 32, sum);
+        for (i64 i = 0; i < partner.count; i++) {
+          multiply_tiles(x, stride, here > 16, p.weight + (partner.first + i) * bytes, inputs / 32, next);
+          for (i64 r = 0; r < here; r++) memcpy(up + (2 * r + i) * PANEL, next + r * PANEL, PANEL * 4);
+        }
+        store_rows(p, panel, row, here, sum, up);
+      }
+    }
+    end_tiles();
+  });
+}
+
+}  // namespace
+
+void multiply(const Product& p) {
+  if (!p.rows) return;
+  if (HAS_TILES && p.kind == BF16 && p.rows >= FEWEST_FOR_TILES && tiles_allowed()) return multiply_by_tiles(p);
+  Layout layout(p);
+  layout.memory = (u8*)scratch(layout.bytes());
+  lay_rows(p, layout);
+  const i64 panels = num_panels(p.activation ? p.outputs / 2 : p.outputs);
+  const i64 least = 1 + LEAST_WORK / (layout.inputs * PANEL * layout.rows());
+  parallel_ranges(panels, least, [&](i64 begin, i64 end) { multiply_panels(p, layout, begin, end); });
+}
+
+struct LinearArgs {
+  const void* x;       // [rows, inputs], rows x_stride apart
+  const void* weight;  // panels
+  const f32* scale;    // [outputs], or null
+  const f32* bias;     // [outputs], or null
+  void* y;             // [rows, outputs], dense; [rows, outputs / 2] where gated
+  i64 x_dtype, y_dtype, x_stride, rows, outputs, inputs, kind, activation;
+};
+
+extern "C" void linear(const LinearArgs* a) {
+  multiply({a->x, a->x_dtype, a->x_stride, nullptr, (const u8*)a->weight, a->scale, a->bias, a->y, a->y_dtype,
+            a->activation ? a->outputs / 2 : a->outputs, a->rows, a->outputs, a->inputs, a->kind, a->activation});
+}

@@ -1,0 +1,39 @@
+"""What the kernels for CPUs and for GPUs share: one directory of compiled kernels, and sources expanded to its keys.
+
+A cache keyed by the text of a source alone would serve stale code after an edit of a header that it includes.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from pathlib import Path
+
+_INCLUDE = re.compile(r'^#include "([\w.]+)"\n', re.M)
+
+
+def directory() -> Path:
+    """Return the directory of compiled kernels: `$TRIO_LLM_CACHE_DIR`, else the user's cache directory."""
+    given = os.environ.get("TRIO_LLM_CACHE_DIR")
+    if given:
+        return Path(given) / "kernels"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trio-llm" / "kernels"
+
+
+@functools.cache
+def expand(source: Path) -> str:
+    """Return the text of a source with the headers of its directory expanded, each once."""
+    seen: set[str] = set()
+
+    def include(found: re.Match[str]) -> str:
+        if found[1] in seen:
+            return ""
+        seen.add(found[1])
+        return body(found[1])
+
+    def body(name: str) -> str:
+        text = (source.parent / name).read_text(encoding="utf-8").replace("#pragma once\n", "")
+        return _INCLUDE.sub(include, text)
+
+    return body(source.name)
