@@ -87,6 +87,27 @@ DEV float tanh_fast(float v) { return 1.f - 2.f * reciprocal(1.f + exp2_fast(2.f
 DEV float silu(float v) { return v * reciprocal(1.f + exp2_fast(-LOG2E * v)); }
 DEV float gelu_tanh(float v) { return 0.5f * v * (1.f + tanh_fast(0.7978845608028654f * (v + 0.044715f * v * v * v))); }
 
+// Sine and cosine of an angle up to 2^20: whole quarter turns are taken off in three exact steps (Cody and Waite 1980),
+// and polynomials on the rest are off by 1e-7 (Moshier's Cephes).
+DEV void sine_and_cosine(float angle, float* sine, float* cosine) {
+  const int quarters = round_to_int(angle * 0.636619772f);
+  const float turns = -(float)quarters;
+  float x = __fmaf_rn(turns, 1.57079601f, angle);
+  x = __fmaf_rn(turns, 3.13916473e-7f, x);
+  x = __fmaf_rn(turns, 5.39030253e-15f, x);
+  const float square = x * x;
+  float s = ((-1.9515295891e-4f * square + 8.3321608736e-3f) * square - 1.6666654611e-1f) * square * x + x;
+  float c = ((2.443315711809948e-5f * square - 1.388731625493765e-3f) * square + 4.166664568298827e-2f) * square * square;
+  c = c - 0.5f * square + 1.f;
+  if (quarters & 1) {
+    const float swapped = s;
+    s = c;
+    c = -swapped;
+  }
+  *sine = quarters & 2 ? -s : s;
+  *cosine = quarters & 2 ? -c : c;
+}
+
 // ---- memory
 DEV vec16 load16(const void* p) {  // read once, by this thread alone: not kept in L1
   vec16 r;
@@ -94,6 +115,11 @@ DEV vec16 load16(const void* p) {  // read once, by this thread alone: not kept 
                : "=r"(r.x[0]), "=r"(r.x[1]), "=r"(r.x[2]), "=r"(r.x[3])
                : "l"(p)
                : "memory");
+  return r;
+}
+DEV float2 load_pair(const float* p) {  // what another block may have written in this launch: not from L1
+  float2 r;
+  asm volatile("ld.relaxed.gpu.global.v2.f32 {%0,%1}, [%2];" : "=f"(r.x), "=f"(r.y) : "l"(p) : "memory");
   return r;
 }
 DEV u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }

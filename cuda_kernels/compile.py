@@ -2,8 +2,7 @@
 
 A kernel is specialised by macros (`HEAD_DIM=128`), never by templates across the language border, so one small
 module per configuration is built when it is first needed: by NVRTC where its library can be loaded, else by nvcc.
-The `#include`s are expanded here, before the cache key is made: a cache keyed by the text of the .cu alone (as
-CuPy's is) would serve stale code after an edit of common.cuh.
+Headers are expanded before the cache key is made.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import kernel_cache
 from cuda_kernels import nvrtc
 from cuda_kernels.nvrtc import CompileError
 
@@ -29,7 +29,6 @@ OLDEST = 80  # compute capability 8.0, for cp.async and bfloat16 tensor cores
 # Flush denormals as CuPy and every fast attention kernel do; registers and spills are printed into the log.
 OPTIONS = ("--std=c++17", "-ftz=true", "--ptxas-options=-v")
 NO_COMPILER = "neither NVRTC (pip install nvidia-cuda-nvrtc) nor nvcc was found"
-_INCLUDE = re.compile(r'^#include "([\w.]+)"\n', re.M)
 _USAGE = re.compile(
     r"Compiling entry function '(?P<entry>\w+)'.*?(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
     r".*?Used (?P<registers>\d+) registers",
@@ -71,21 +70,9 @@ class Built:
         }
 
 
-@functools.cache
 def expand(name: str) -> str:
-    """Return the text of a source with its includes put in, each once."""
-    seen: set[str] = set()
-
-    def include(found: re.Match[str]) -> str:
-        if found[1] in seen:
-            return ""
-        seen.add(found[1])
-        return body(found[1])
-
-    def body(file: str) -> str:
-        return _INCLUDE.sub(include, (SOURCES / file).read_text().replace("#pragma once\n", ""))
-
-    return body(name)
+    """Return the text of a source with its headers expanded."""
+    return kernel_cache.expand(SOURCES / name)
 
 
 def compiler_version() -> str | None:
@@ -105,19 +92,11 @@ def _nvcc_version() -> str | None:
     return f"nvcc {found[1] if found else said}"
 
 
-def cache_directory() -> Path:
-    """Return where compiled kernels are kept: `$TRIO_LLM_CACHE_DIR`, else the user's cache directory."""
-    given = os.environ.get("TRIO_LLM_CACHE_DIR")
-    if given:
-        return Path(given) / "kernels"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trio-llm" / "kernels"
-
-
 def target(capability: tuple[int, int]) -> str:
     """Return what to compile for on a GPU of this compute capability.
 
     Its own machine code where the compiler can make it; for a GPU newer than the compiler, PTX of the newest
-    architecture below it, which the driver compiles. (No kernel needs an `sm_90a`, whose code runs on 9.0 alone.)
+    architecture below it, which the driver compiles. (No kernel needs `sm_90a`, which runs only on 9.0.)
 
     Raises:
         CompileError: The GPU is too old, or there is no compiler.
@@ -160,11 +139,11 @@ def build_text(source: str, name: str, defines: Mapping[str, str | int], arch: s
         raise CompileError(NO_COMPILER)
     options = [f"-D{key}={value}" for key, value in sorted(defines.items())]
     key = hashlib.sha256("\0".join([version, arch, *OPTIONS, *options, source]).encode()).hexdigest()[:32]
-    stem = cache_directory() / key
+    stem = kernel_cache.directory() / key
     built = Built(stem.with_suffix(".ptx"), stem.with_suffix(".cubin"), "")
     log_path = stem.with_suffix(".log")  # written last: its presence says that the others are whole
     if not log_path.exists():
-        compile_now = _by_nvrtc if version.startswith("nvrtc") else _by_nvcc
+        compile_now = _by_nvrtc if version.startswith("nvrtc") else by_nvcc
         ptx, cubin, log = compile_now(source, name, options, arch)
         for path, data in ((built.ptx_path, ptx), (built.cubin_path, cubin), (log_path, log.encode())):
             _write_whole(path, data)
@@ -195,7 +174,8 @@ def _by_nvrtc(source: str, name: str, options: list[str], arch: str) -> tuple[by
     return nvrtc.compile_program(source, name, arch, [*OPTIONS, *options])
 
 
-def _by_nvcc(source: str, name: str, options: list[str], arch: str) -> tuple[bytes, bytes, str]:
+def by_nvcc(source: str, name: str, options: list[str], arch: str) -> tuple[bytes, bytes, str]:
+    """Compile an expanded text with the toolkit's compiler. Arguments, result and errors are those of NVRTC's."""
     with tempfile.TemporaryDirectory() as folder:
         text, ptx, cubin = (Path(folder, f"kernel.{kind}") for kind in ("cu", "ptx", "cubin"))
         text.write_text(source)

@@ -7,13 +7,9 @@ from typing import Literal
 from torch import Tensor
 
 from cuda_kernels.launch import io_define, kernel, unfit
+from cuda_kernels.tuning import tuning
 
-MAX_ROWS = (
-    64  # of one weight: beyond it each would be read again, and widening them once for cuBLAS costs less (guessed)
-)
 BN, BK = 64, 64  # as in gemm.cu
-# Stages in flight fill so much: all that any architecture gives a block where blocks are few, else room for several.
-_ONE_WEIGHT_BYTES, _EXPERTS_BYTES = 96 * 1024, 48 * 1024
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -24,6 +20,8 @@ def supports(x: Tensor, weight: Tensor) -> str | None:
         return reason
     if not weight.is_contiguous():
         return "strided weights"
+    if len(x) > tuning(x.device).gemm_rows:
+        return f"{len(x)} rows"
     if x.shape[1] % BK or weight.shape[0] % 4:
         return f"{x.shape[1]} inputs and {weight.shape[0]} outputs"
     return None
@@ -64,7 +62,8 @@ def grouped_linear(
     columns, inputs = out.shape[1], x.shape[1]
     gated, int8 = activation is not None, scales is not None
     stage_bytes = tile * BK * 2 + BN * BK * (1 if int8 else 2)
-    stages = (_ONE_WEIGHT_BYTES if tiles is None else _EXPERTS_BYTES) // stage_bytes
+    own = tuning(x.device)
+    stages = (own.gemm_bytes if tiles is None else own.expert_bytes) // stage_bytes
     launched = kernel(
         "gemm.cu", "grouped_linear", BM=tile, INT8=int(int8), GATED=int(gated), GELU=int(activation == "gelu_tanh"),
         STAGES=stages, IO_FP16=io_define(x.dtype) or 0,

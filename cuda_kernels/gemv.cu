@@ -2,8 +2,10 @@
 // A warp computes OUTPUTS neighbouring outputs for all rows (at most M); a lane reads 16 bytes of each weight row at a
 // time. x stays in the L1 cache. Weights are io_t, or int8 with a scale per output (-DINT8=1).
 // -DGATED=1: the weight is [2 N, K], gate first; out = act(gate) * up, silu or (-DGELU=1) gelu with tanh.
-// bias [N] (of the products, [2 N] where gated) and residual [rows, N] may be null.
-// Compile-time: M, INT8, GATED, GELU. Grid: N / (WARPS * OUTPUTS).
+// -DNORM=1: x is RMSNorm(x + residual) * norm [K], computed by every block into its shared memory [M, K]; the first one
+// writes the sum to `total` [rows, K]. `residual` [rows, K] may be null, then nothing is added and no sum is written.
+// bias [N] (of the products, [2 N] where gated) may be null.
+// Compile-time: M, INT8, GATED, GELU, NORM. Grid: N / (WARPS * OUTPUTS).
 #include "common.cuh"
 
 #define WARPS 4
@@ -30,10 +32,52 @@ DEV void widen(const vec16& v, float* out) {
 
 DEV float activate(float v) { return GELU ? gelu_tanh(v) : silu(v); }
 
+#if NORM
+// Put the normalised rows into `shared`, followed by room for WARPS sums. Every thread of the block must call it.
+DEV void normalise(io_t* shared, const io_t* x, const io_t* residual, const io_t* norm, io_t* total, int rows, int k,
+                   int row_stride, float eps) {
+  float* scratch = reinterpret_cast<float*>(shared + M * k);
+  for (int m = 0; m < rows; m++) {
+    float squares = 0.f;
+    for (int at = threadIdx.x * 8; at < k; at += WARPS * 32 * 8) {
+      vec16 v = *reinterpret_cast<const vec16*>(x + (s64)m * row_stride + at);
+      if (residual) {
+        const vec16 r = *reinterpret_cast<const vec16*>(residual + (s64)m * k + at);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          v.x[i] = pack_io(io_low(v.x[i]) + io_low(r.x[i]), io_high(v.x[i]) + io_high(r.x[i]));
+        if (blockIdx.x == 0) *reinterpret_cast<vec16*>(total + (s64)m * k + at) = v;
+      }
+#pragma unroll
+      for (int i = 0; i < 4; i++) squares += io_low(v.x[i]) * io_low(v.x[i]) + io_high(v.x[i]) * io_high(v.x[i]);
+      *reinterpret_cast<vec16*>(shared + m * k + at) = v;
+    }
+    const float scale = rsqrt_fast(block_sum<WARPS>(squares, scratch) / k + eps);
+    for (int at = threadIdx.x * 8; at < k; at += WARPS * 32 * 8) {  // what this thread wrote
+      vec16* place = reinterpret_cast<vec16*>(shared + m * k + at);
+      const vec16 v = *place, w = *reinterpret_cast<const vec16*>(norm + at);
+      vec16 y;
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        y.x[i] = pack_io(io_low(v.x[i]) * scale * io_low(w.x[i]), io_high(v.x[i]) * scale * io_high(w.x[i]));
+      *place = y;
+    }
+    __syncthreads();  // the row is there for all, and the sums have been read
+  }
+}
+#endif
+
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-    gemv(const io_t* __restrict__ x, const weight_t* __restrict__ weight, const io_t* __restrict__ scales,
-         const io_t* __restrict__ bias, const io_t* __restrict__ residual, io_t* __restrict__ out, int rows, int n,
-         int k, int row_stride) {
+    gemv(const io_t* __restrict__ x, const io_t* __restrict__ residual, const io_t* __restrict__ norm,
+         const weight_t* __restrict__ weight, const io_t* __restrict__ scales, const io_t* __restrict__ bias,
+         io_t* __restrict__ total, io_t* __restrict__ out, int rows, int n, int k, int row_stride, float eps) {
+#if NORM
+  DYN_SMEM(io_t, own);
+  normalise(own, x, residual, norm, total, rows, k, row_stride, eps);
+  row_stride = k;
+#else
+  const io_t* own = x;
+#endif
   const int lane = threadIdx.x % 32, first = (blockIdx.x * WARPS + threadIdx.x / 32) * OUTPUTS;
   if (first >= n) return;
   const weight_t* weights[PRODUCTS];
@@ -56,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
       if (m >= rows) break;
 #pragma unroll
       for (int part = 0; part < STEP / 8; part++) {
-        const vec16 v = *reinterpret_cast<const vec16*>(x + (s64)m * row_stride + at + part * 8);
+        const vec16 v = *reinterpret_cast<const vec16*>(own + (s64)m * row_stride + at + part * 8);
 #pragma unroll
         for (int i = 0; i < 4; i++)
 #pragma unroll
@@ -81,7 +125,5 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
     if (INT8) mine[half] *= to_float(scales[output + half * n]);
     if (bias) mine[half] += to_float(bias[output + half * n]);
   }
-  float y = GATED ? activate(mine[0]) * mine[1] : mine[0];
-  if (residual) y += to_float(residual[(s64)row * n + output]);
-  out[(s64)row * n + output] = to_io(y);
+  out[(s64)row * n + output] = to_io(GATED ? activate(mine[0]) * mine[1] : mine[0]);
 }

@@ -1,4 +1,4 @@
-"""Linear layers of a few rows on a GPU: weights are streamed once, activation or residual in the same launch."""
+"""Linear layers of a few rows on a GPU: weights are streamed once, the norm before and the activation with them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from cuda_kernels.launch import io_define, kernel, unfit
+from cuda_kernels.tuning import tuning
 
 MAX_ROWS = 8
 WARPS, OUTPUTS = 4, 2
+
+Activation = Literal["silu", "gelu_tanh"]
 
 
 def supports(x: Tensor, weight: Tensor) -> str | None:
@@ -28,14 +31,23 @@ def supports(x: Tensor, weight: Tensor) -> str | None:
     return None
 
 
+def supports_norm(x: Tensor, residual: Tensor | None, norm: Tensor, weight: Tensor) -> str | None:
+    """Say why the product of normalised rows x [rows, K] cannot be taken in one launch; None where it can."""
+    if reason := supports(x, weight):
+        return reason
+    if x.nbytes > tuning(x.device).prologue_bytes:
+        return f"{len(x)} rows of {x.shape[1]}"
+    given = (norm,) if residual is None else (norm, residual)
+    return None if all(one.is_contiguous() and unfit(one) is None for one in given) else "a strided residual"
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
     *,
     scale: Tensor | None = None,
     bias: Tensor | None = None,
-    activation: Literal["silu", "gelu_tanh"] | None = None,
-    residual: Tensor | None = None,
+    activation: Activation | None = None,
 ) -> Tensor:
     """Return x times the weight's transpose, then the epilogue; all sums in float32.
 
@@ -44,8 +56,37 @@ def linear(
         weight: [N, K] in x's dtype, or int8 with `scale` [N] in x's dtype.
         bias: [N].
         activation: The first half of the N outputs is a gate: act(gate) * up comes out, [rows, N / 2].
-        residual: As the result, added last.
     """
+    return _launch(x, None, None, 0.0, None, weight, scale, bias, activation)
+
+
+def normed_linear(
+    x: Tensor,
+    residual: Tensor | None,
+    norm: Tensor,
+    eps: float,
+    weight: Tensor,
+    *,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: Activation | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return `linear` of RMSNorm(x + residual) times norm [K], and x + residual [rows, K] (x, where it is None)."""
+    total = x if residual is None else torch.empty_like(residual)
+    return _launch(x, residual, norm, eps, total, weight, scale, bias, activation), total
+
+
+def _launch(
+    x: Tensor,
+    residual: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    total: Tensor | None,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    activation: Activation | None,
+) -> Tensor:
     rows, inputs = x.shape
     gated = activation is not None
     outputs = len(weight) // (2 if gated else 1)
@@ -53,10 +94,11 @@ def linear(
     most = 1 << (rows - 1).bit_length()
     launched = kernel(
         "gemv.cu", "gemv", M=most, INT8=int(scale is not None), GATED=int(gated), GELU=int(activation == "gelu_tanh"),
-        IO_FP16=io_define(x.dtype) or 0,
+        NORM=int(norm is not None), IO_FP16=io_define(x.dtype) or 0,
     )  # fmt: skip
     launched(
-        (-(-outputs // (WARPS * OUTPUTS)), 1, 1), (WARPS * 32, 1, 1), 0,
-        x, weight, scale, bias, residual, out, rows, outputs, inputs, x.stride(0),
+        (-(-outputs // (WARPS * OUTPUTS)), 1, 1), (WARPS * 32, 1, 1),
+        0 if norm is None else most * inputs * x.element_size() + WARPS * 4,
+        x, residual, norm, weight, scale, bias, total, out, rows, outputs, inputs, x.stride(0), eps,
     )  # fmt: skip
     return out

@@ -45,6 +45,15 @@ class Kernel:
     defines: tuple[tuple[str, str | int], ...]
 
     @property
+    def specialisation(self) -> str:
+        """The entry point and its macros, for people."""
+        return f"{self.entry} {self.macros}".strip()
+
+    @property
+    def macros(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self.defines)
+
+    @property
     def text(self) -> str:
         return compiling.expand(self.source)
 
@@ -204,11 +213,15 @@ def _load(kernel: Kernel, device: int) -> _Loaded:
     import cupy  # pyright: ignore[reportMissingImports] - an extra
 
     built = kernel.build(compiling.target(torch.cuda.get_device_capability(device)))
-    with cupy.cuda.Device(device):
-        return _Loaded(cupy.RawModule(path=str(built.binary_path)).get_function(kernel.entry))
+    return _Loaded(cupy.RawModule(path=str(built.binary_path)).get_function(kernel.entry))
 
 
 _launcher: Launcher = CupyLauncher()
+
+
+def launcher() -> Launcher:
+    """Return what runs kernels now."""
+    return _launcher
 
 
 @contextlib.contextmanager

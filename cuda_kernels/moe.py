@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cuda_kernels.gemm import BK, grouped_linear
 from cuda_kernels.launch import Kernel, io_define, kernel, unfit
+from cuda_kernels.tuning import tuning
 
 MAX_EXPERTS = 512
 MAX_TOP_K = 32
@@ -37,7 +38,7 @@ def supports_route(logits: Tensor, top_k: int) -> str | None:
 
 
 def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Return weights [S, top_k] float32 and ids [S, top_k] int64 of the likeliest experts; the weights sum to 1."""
+    """Return weights [S, top_k] float32 and ids [S, top_k] int64 of the most likely experts; the weights sum to 1."""
     tokens, experts = logits.shape
     weights = logits.new_empty(tokens, top_k, dtype=torch.float32)
     ids = logits.new_empty(tokens, top_k, dtype=torch.int64)
@@ -69,7 +70,7 @@ def moe(
     tokens, top_k = ids.shape
     experts, hidden, width = down.shape
     pairs = tokens * top_k
-    rows = 16 if pairs <= 16 * experts else 64  # by the tokens an expert can expect (guessed)
+    rows = 16 if pairs <= tuning(x.device).expert_rows * experts else 64
     tiles = -(-pairs // rows) + min(experts, pairs)
     order, tile_expert = ids.new_empty(tiles * rows, dtype=torch.int32), ids.new_empty(tiles, dtype=torch.int32)
     sort = _kernel("sort_pairs", x, rows=rows, experts=experts)

@@ -10,6 +10,7 @@ from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_void_p
 from pathlib import Path
 
 _MAJORS = (13, 12)  # newest first
+_DRIVER = "libcuda.so.1"
 
 
 class CompileError(RuntimeError):
@@ -20,10 +21,23 @@ def _candidates() -> list[str]:
     """Return what to hand to dlopen: the libraries of NVIDIA's wheels, then the bare names for the system's loader."""
     found: list[str] = []
     spec = importlib.util.find_spec("nvidia")
+    driver = driver_major()
+    # A driver does not load machine code that a compiler of a newer major version made.
+    majors = [major for major in _MAJORS if driver is None or major <= driver]
     for root in spec.submodule_search_locations or () if spec else ():
-        for major in _MAJORS:
+        for major in majors:
             found += [str(path) for path in sorted(Path(root).glob(f"*/lib/libnvrtc.so.{major}*"))]
-    return found + [f"libnvrtc.so.{major}" for major in _MAJORS]
+    return found + [f"libnvrtc.so.{major}" for major in majors]
+
+
+def driver_major() -> int | None:
+    """Return the major version of CUDA up to which this machine's driver goes; None if there is no driver."""
+    try:
+        driver = ctypes.CDLL(_DRIVER)
+    except OSError:
+        return None
+    version = c_int()
+    return None if driver.cuDriverGetVersion(byref(version)) else version.value // 1000
 
 
 @functools.cache

@@ -2,7 +2,8 @@
 //
 // The query heads that share a key head are packed with the tokens of a sequence: row r of a block's tile is token
 // r / GQA, head r % GQA of the group, so keys are read once for all of them and a decode fills a tile of 16 rows. The
-// context may be split over blocks; `combine` then joins the partial results. Keys and values pass through shared
+// context may be split over blocks; the last of a tile to end joins the partial results (`tickets` [B, Hkv, tiles] start
+// and end as 0). Keys and values pass through shared
 // memory by cp.async in a ring of STAGES tiles, swizzled so that ldmatrix reads eight rows from eight bank groups.
 //
 // Warps: WARPS_M by rows, WARPS_N by columns: of the scores a warp of a group of WARPS_N computes BN / WARPS_N keys,
@@ -18,7 +19,8 @@
 //
 // q, out [S, Hq, HEAD_DIM]; k, v [slots, Hkv, HEAD_DIM] with a slot stride; scales [slots, Hkv] with a stride;
 // tables [B, max_blocks]; cu_q [B + 1], context [B]; partial [S, Hq, splits, HEAD_DIM], maxima [S, Hq, splits, 2].
-// Grid (tiles of rows, Hkv * splits, B). Compile-time: HEAD_DIM, GQA, BM, BN, WARPS_N, STAGES, KV_INT8.
+// Grid (tiles of rows, Hkv * splits, B). Compile-time: HEAD_DIM, GQA, BM, BN, WARPS_N, STAGES, KV_INT8, SPLIT (0: `splits` is
+// 1).
 // Parts: paged_attn_tile.cuh (layout, loads), paged_attn_mma.cuh (products), paged_attn_softmax.cuh, paged_attn_out.cuh.
 // Sources: online softmax, Milakov and Gimelshein 2018 (arXiv:1805.02867); FlashAttention-2, Dao 2023
 // (arXiv:2307.08691); flash decoding, Dao et al. 2023; paging, Kwon et al. 2023 (arXiv:2309.06180).
@@ -26,12 +28,13 @@
 #include "paged_attn_out.cuh"
 #include "paged_attn_softmax.cuh"
 
-// Tiles of 128 rows are said to be alone: ptxas would rather spill than let two of them have 134 registers (sm_80).
-extern "C" __global__ void __launch_bounds__(THREADS, BM == 128 ? 1 : 0)
+// Tiles of 128 rows and splits are said to be alone: ptxas would rather spill than let two of them have 134 registers
+// (sm_80), or eight more than 64.
+extern "C" __global__ void __launch_bounds__(THREADS, BM == 128 || SPLIT ? 1 : 0)
     paged_attention(const io_t* __restrict__ q, const kv_t* __restrict__ k, const kv_t* __restrict__ v,
                     const float* __restrict__ k_scales, const float* __restrict__ v_scales,
                     const int* __restrict__ tables, const int* __restrict__ context, const int* __restrict__ cu_q,
-                    float* __restrict__ partial, float* __restrict__ maxima, io_t* __restrict__ out, int max_blocks,
+                    float* partial, float* maxima, int* tickets, io_t* __restrict__ out, int max_blocks,
                     int block_shift, int slot_stride, int scale_stride, int kv_heads, int splits, int window,
                     float scale, float softcap) {
   DYN_SMEM(unsigned char, shared);
@@ -89,8 +92,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BM == 128 ? 1 : 0)
     }
   }
   join_sums(l, shared, warp_m, warp_n);
-  if (splits > 1)
-    store_partial(partial, maxima, o, m, l, rows, warp_m, warp_n, split, splits);
-  else
-    store_rows(out, shared + Q_AT, o, l, rows, warp_m, warp_n);
+#if SPLIT
+  store_partial(partial, maxima, o, m, l, rows, warp_m, warp_n, split, splits);
+  if (is_last(tickets + (b * kv_heads + kv_head) * gridDim.x + tile, splits, shared))
+    combine(partial, maxima, out, rows, splits);
+#else
+  store_rows(out, shared + Q_AT, o, l, rows, warp_m, warp_n);
+#endif
 }

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from cuda_kernels.launch import Kernel, io_define, kernel, unfit
+from cuda_kernels.tuning import BY_ARCHITECTURE, Tuning, tuning
 
 HEAD_DIMS = (64, 128, 256, 512)
+MAX_SPLITS = 64  # two for each lane of the warp that joins them
+MAX_TICKETS = 4096  # tiles of split contexts: there are fewer than blocks that fill a device
 MAX_GROUP = 64  # query heads per key head (guessed: no model has more)
-MAX_SPLITS = 64  # partial results that `combine` joins one after another (guessed)
-LEAST_SPLIT_KEYS = 256  # keys below which splitting costs more than it brings (guessed)
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Device:
 
     multiprocessors: int
     shared_bytes: int
+    tuning: Tuning = BY_ARCHITECTURE[9, 0]
 
 
 SIMULATED = Device(multiprocessors=4, shared_bytes=227 * 1024)
@@ -32,7 +34,7 @@ def _device(device: torch.device) -> Device:
     if device.type != "cuda":
         return SIMULATED
     properties = torch.cuda.get_device_properties(device)
-    return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin, tuning(device))
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,10 @@ def choose_tile(packed_rows: int, head_dim: int, device: Device, *, int8: bool) 
 
 
 def choose_splits(blocks: int, max_keys: int, device: Device) -> int:
-    """Split the context where `blocks` are too few to fill the device twice over."""
-    wanted = -(-2 * device.multiprocessors // blocks)
-    return max(1, min(wanted, max_keys // LEAST_SPLIT_KEYS, MAX_SPLITS))
+    """Split the context where `blocks` are too few to fill the device."""
+    own = device.tuning
+    wanted = -(-own.waves * device.multiprocessors // blocks)
+    return max(1, min(wanted, max_keys // own.least_split_keys, own.max_splits, MAX_SPLITS))
 
 
 def supports(q: Tensor, k_cache: Tensor, block_size: int) -> str | None:
@@ -122,11 +125,11 @@ def paged_attention(
         cu_q: [B + 1] int32, where each sequence's tokens begin in S.
         block_size: Tokens per block, a power of two.
         max_q, max_context: Bounds on tokens of this step and on context over the sequences; they size the grid.
-        tile, splits: Instead of what is chosen by these bounds.
+        tile, splits: Instead of what is chosen by these bounds; at most MAX_SPLITS.
     Returns:
         [S, Hq, D] in q's dtype, accumulated in float32.
     """
-    tokens, heads, head_dim = q.shape
+    _, heads, head_dim = q.shape
     kv_heads, sequences = k_cache.shape[1], len(tables)
     int8, device = k_scale is not None, _device(q.device)
     packed = max_q * (heads // kv_heads)
@@ -136,31 +139,43 @@ def paged_attention(
     splits = splits or choose_splits(tiles * kv_heads * sequences, visible, device)
     out = torch.empty_like(q)
     partial, maxima = _partial(q, splits)
-    attend, combine = _kernels(head_dim, heads // kv_heads, tile, int8=int8, fp16=io_define(q.dtype) or 0)
+    attend = _kernel(head_dim, heads // kv_heads, tile, int8=int8, split=splits > 1, fp16=io_define(q.dtype) or 0)
+    tickets = _tickets(q.device, tiles * kv_heads * sequences) if splits > 1 else None
     attend(
         (tiles, kv_heads * splits, sequences), (tile.threads, 1, 1), tile.shared_bytes(head_dim, int8=int8),
-        q, k_cache, v_cache, k_scale, v_scale, tables, context_lens, cu_q, partial, maxima, out,
+        q, k_cache, v_cache, k_scale, v_scale, tables, context_lens, cu_q, partial, maxima, tickets, out,
         tables.stride(0), block_size.bit_length() - 1, k_cache.stride(0), 0 if k_scale is None else k_scale.stride(0),
         kv_heads, splits, window or 0, scale, softcap or 0.0,
     )  # fmt: skip
-    if splits > 1:
-        combine((tokens * heads, 1, 1), (32, 1, 1), 0, partial, maxima, out, splits)
     return out
 
 
 def _partial(q: Tensor, splits: int) -> tuple[Tensor | None, Tensor | None]:
-    """Make room for what the splits of a context leave to `combine`: rows, and their maxima and sums."""
+    """Make room for what the splits of a context leave to the last of them: rows, and their maxima and sums."""
     if splits == 1:
         return None, None
     rows, maxima = (q.new_empty(*q.shape[:2], splits, n, dtype=torch.float32) for n in (q.shape[2], 2))
     return rows, maxima
 
 
+def _tickets(device: torch.device, count: int) -> Tensor:
+    """Return counters that are 0 between launches, the same for all launches of a stream, which run one by one."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    tickets = _make_tickets(device, stream)
+    assert count <= len(tickets), "only a few blocks are worth splitting"
+    return tickets
+
+
 @functools.cache
-def _kernels(head_dim: int, group: int, tile: Tile, *, int8: bool, fp16: int) -> tuple[Kernel, Kernel]:
-    """Return both entry points of one specialised module."""
-    defines = {
-        "HEAD_DIM": head_dim, "GQA": group, "BM": tile.rows, "BN": tile.keys, "WARPS_N": tile.warps_n,
-        "STAGES": tile.stages, "KV_INT8": int(int8), "IO_FP16": fp16,
-    }  # fmt: skip
-    return kernel("paged_attn.cu", "paged_attention", **defines), kernel("paged_attn.cu", "combine", **defines)
+def _make_tickets(device: torch.device, _stream: int) -> Tensor:
+    # Not in inference mode: its tensors can only be written to there.
+    with torch.inference_mode(mode=False):
+        return torch.zeros(MAX_TICKETS, dtype=torch.int32, device=device)
+
+
+@functools.cache
+def _kernel(head_dim: int, group: int, tile: Tile, *, int8: bool, split: bool, fp16: int) -> Kernel:
+    return kernel(
+        "paged_attn.cu", "paged_attention", HEAD_DIM=head_dim, GQA=group, BM=tile.rows, BN=tile.keys,
+        WARPS_N=tile.warps_n, STAGES=tile.stages, KV_INT8=int(int8), SPLIT=int(split), IO_FP16=fp16,
+    )  # fmt: skip

@@ -66,28 +66,56 @@ DEV void store_rows(io_t* out, unsigned char* result, const float (*o)[4], const
   }
 }
 
-// Join the splits of each (token, head): one warp a row. Grid: rows.
-extern "C" __global__ void __launch_bounds__(32)
-    combine(const float* __restrict__ partial, const float* __restrict__ maxima, io_t* __restrict__ out, int splits) {
-  const s64 row = blockIdx.x;
-  const int lane = threadIdx.x;
-  float top = NEG_INF, total = 0.f, o[HEAD_DIM / 32] = {};
-  for (int s = 0; s < splits; s++) {
-    const float m = maxima[(row * splits + s) * 2], l = maxima[(row * splits + s) * 2 + 1];
-    if (l == 0.f) continue;  // this split had no visible key and wrote nothing
-    const float higher = fmaxf(top, m), mine = exp2_fast(m - higher), rest = exp2_fast(top - higher);
-    top = higher;
-    total = total * rest + l * mine;
-#pragma unroll
-    for (int i = 0; i < HEAD_DIM / 64; i++) {
-      const float2 x = *reinterpret_cast<const float2*>(partial + (row * splits + s) * HEAD_DIM + i * 64 + lane * 2);
-      o[2 * i] = o[2 * i] * rest + x.x * mine;
-      o[2 * i + 1] = o[2 * i + 1] * rest + x.y * mine;
-    }
+// Take a ticket for this block's split; whoever takes the last one of a tile finds what all of them wrote.
+DEV bool is_last(int* ticket, int splits, unsigned char* shared) {
+  __threadfence();
+  __syncthreads();  // all have written, and nobody reads the tiles any more
+  int* last = reinterpret_cast<int*>(shared);
+  if (threadIdx.x == 0) {
+    *last = atomicAdd(ticket, 1) == splits - 1;
+    if (*last) *ticket = 0;  // for the next launch
   }
-  const float inverse = total > 0.f ? 1.f / total : 0.f;
+  __syncthreads();
+  __threadfence();
+  return *last;
+}
+
+// Join the splits of a tile's rows, one warp a row. A lane holds what two splits of 64 count for.
+DEV void combine(const float* partial, const float* maxima, io_t* out, const Rows& rows, int splits) {
+  const int lane = threadIdx.x % 32;
+  for (int r = threadIdx.x / 32; r < BM && rows.has(r); r += WARPS) {
+    const s64 row = rows.place(r);
+    float m[2], weight[2], top = NEG_INF, total = 0.f, o[HEAD_DIM / 32] = {};
 #pragma unroll
-  for (int i = 0; i < HEAD_DIM / 64; i++)
-    *reinterpret_cast<u32*>(out + row * HEAD_DIM + i * 64 + lane * 2) =
-        pack_io(o[2 * i] * inverse, o[2 * i + 1] * inverse);
+    for (int h = 0; h < 2; h++) {
+      const int split = lane + 32 * h;
+      const float2 found = split < splits ? load_pair(maxima + (row * splits + split) * 2) : make_float2(NEG_INF, 0.f);
+      m[h] = found.x;
+      weight[h] = found.y;
+      if (found.y > 0.f) top = fmaxf(top, found.x);  // else it had no visible key and wrote nothing
+    }
+    top = warp_max(top);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const float own = weight[h] > 0.f ? exp2_fast(m[h] - top) : 0.f;
+      total += weight[h] * own;
+      weight[h] = own;
+    }
+    total = warp_sum(total);
+    for (int s = 0; s < splits; s++) {
+      const float mine = __shfl_sync(FULL_WARP, s < 32 ? weight[0] : weight[1], s % 32);
+      if (mine == 0.f) continue;
+#pragma unroll
+      for (int i = 0; i < HEAD_DIM / 64; i++) {
+        const float2 x = load_pair(partial + (row * splits + s) * HEAD_DIM + i * 64 + lane * 2);
+        o[2 * i] += x.x * mine;
+        o[2 * i + 1] += x.y * mine;
+      }
+    }
+    const float inverse = total > 0.f ? 1.f / total : 0.f;
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 64; i++)
+      *reinterpret_cast<u32*>(out + row * HEAD_DIM + i * 64 + lane * 2) =
+          pack_io(o[2 * i] * inverse, o[2 * i + 1] * inverse);
+  }
 }

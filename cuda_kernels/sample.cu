@@ -17,7 +17,7 @@
 
 #define WARPS (THREADS / 32)
 #define PIVOTS 7  // looked at in one sweep
-#define LOADS 8   // a thread has in flight: a row is read by one multiprocessor
+constexpr int LOADS = 8;  // a thread has in flight: a row is read by one multiprocessor
 #define NOT_FINITE (-1)
 #define NOTHING_LEFT (-2)
 #define INF __uint_as_float(0x7f800000u)
@@ -228,15 +228,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     logprobs[r] = mine - top - LN2 * log2_fast(mass);
     ranks[r] = (s64)above + 1;
   }
-}
-
-// How many drafted tokens of each sequence stand: those before the first that differs from what was sampled there.
-// sampled and drafts are laid out alike, sequence b from cu[b] to cu[b + 1]; its last place has no draft (-1).
-extern "C" __global__ void verify_drafts(const s64* __restrict__ sampled, const s64* __restrict__ drafts,
-                                         const int* __restrict__ cu, int* __restrict__ accepted, int sequences) {
-  const int b = blockIdx.x * blockDim.x + threadIdx.x;
-  if (b >= sequences) return;
-  int count = 0;
-  while (cu[b] + count < cu[b + 1] && sampled[cu[b] + count] == drafts[cu[b] + count]) count++;
-  accepted[b] = count;
 }

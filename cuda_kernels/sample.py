@@ -67,26 +67,12 @@ def sample(
 
 
 def token_logprobs(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the log-probability [R] of tokens ids [R] and their rank [R] int64, 1 for the likeliest."""
+    """Return the log-probability [R] of tokens ids [R] and their rank [R] int64, 1 for the most likely."""
     rows, vocab = logits.shape
     logprobs, ranks = logits.new_empty(rows), logits.new_empty(rows, dtype=torch.int64)
     args = (logits, ids, logprobs, ranks, vocab)
     _kernel("token_logprobs")((rows, 1, 1), (THREADS, 1, 1), THREADS // 4, *args)
     return logprobs, ranks
-
-
-def verify_drafts(sampled: Tensor, drafts: Tensor, cu: Tensor) -> Tensor:
-    """Return [B] int32, how many drafts of each sequence were sampled before the first that was not.
-
-    Args:
-        sampled: [S] int64, the token sampled after each of a sequence's drafts.
-        drafts: [S] int64, laid out alike; -1 at each sequence's last place.
-        cu: [B + 1] int32, where each sequence begins.
-    """
-    sequences = len(cu) - 1
-    accepted = cu.new_empty(sequences)
-    _kernel("verify_drafts")((-(-sequences // 128), 1, 1), (128, 1, 1), 0, sampled, drafts, cu, accepted, sequences)
-    return accepted
 
 
 def _kernel(entry: str) -> Kernel:

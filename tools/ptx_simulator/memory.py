@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cuda_kernels.simulator.errors import KernelFaultError
+from tools.ptx_simulator.errors import KernelFaultError
 
 Integers = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
-_SPAN_BITS = 40  # every storage has this much address space of its own, so that running over its end hits nothing
+_SPAN_BITS = 40  # each storage has this much address space, so that an access past its end hits nothing
 
 
 @dataclass

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cuda_kernels.simulator.conversion import HALVES
-from cuda_kernels.simulator.decode import Read, address, instruction, items, modifiers, operands, reader, writer
-from cuda_kernels.simulator.errors import UnsupportedError
-from cuda_kernels.simulator.machine import Lanes, Machine, Operate
-from cuda_kernels.simulator.program import Instruction, Operand, Program, Register, Vector
+from tools.ptx_simulator.conversion import HALVES
+from tools.ptx_simulator.decode import Read, address, instruction, items, modifiers, operands, reader, writer
+from tools.ptx_simulator.errors import UnsupportedError
+from tools.ptx_simulator.machine import Lanes, Machine, Operate
+from tools.ptx_simulator.program import Instruction, Operand, Program, Register, Vector
 
 _EVERYONE = 0xFFFFFFFF
 _LANE = np.arange(32)

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cuda_kernels.simulator.decode import TYPES, address, instruction, items, modifiers, operands, reader, writer
-from cuda_kernels.simulator.errors import UnsupportedError
-from cuda_kernels.simulator.machine import Lanes, Machine, Operate
-from cuda_kernels.simulator.memory import Integers
-from cuda_kernels.simulator.program import Address, Immediate, Instruction, Name, Operand, Program
+from tools.ptx_simulator.decode import TYPES, address, instruction, items, modifiers, operands, reader, writer
+from tools.ptx_simulator.errors import UnsupportedError
+from tools.ptx_simulator.machine import Lanes, Machine, Operate
+from tools.ptx_simulator.memory import Integers
+from tools.ptx_simulator.program import Address, Immediate, Instruction, Name, Operand, Program
 
 _HINTS = "nc volatile relaxed gpu cta L1__no_allocate L2__128B v2 v4"
 Words = NDArray[np.unsignedinteger]

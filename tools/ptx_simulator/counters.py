@@ -1,4 +1,4 @@
-"""The work a GPU would do, counted while a kernel is simulated, each amount beside the least possible.
+"""Counts the work that a GPU would do while a kernel is simulated, and the least possible work.
 
 Global traffic is counted in sectors of 32 bytes per warp instruction, shared accesses in passes over the 32 banks
 of 4 bytes; both as NVIDIA's profiler counts them. They say nothing of time, but a kernel that moves more sectors than
@@ -22,7 +22,7 @@ class Counters:
 
     Attributes:
         issued: Warp instructions by opcode.
-        sectors, sectors_least: Global sectors moved, and those that the accessed bytes need at least, by instruction.
+        sectors, sectors_least: Global sectors moved, and the least that the accessed bytes need, by instruction.
         passes, passes_least: Shared-memory passes, likewise.
     """
 

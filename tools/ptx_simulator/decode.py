@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from cuda_kernels.simulator.errors import UnsupportedError
-from cuda_kernels.simulator.machine import Lanes, Machine, Operate, storage_type
-from cuda_kernels.simulator.program import Address, Immediate, Instruction, Name, Operand, Program, Register, Vector
+from tools.ptx_simulator.errors import UnsupportedError
+from tools.ptx_simulator.machine import Lanes, Machine, Operate, storage_type
+from tools.ptx_simulator.program import Address, Immediate, Instruction, Name, Operand, Program, Register, Vector
 
 Values = NDArray[np.generic]
 Read = Callable[[Machine, Lanes], Values]
@@ -39,7 +39,7 @@ def instruction(*opcodes: str) -> Callable[[Decoder], Decoder]:
 
 
 def decode(program: Program) -> tuple[Operate | None, ...]:
-    """Return one function per instruction, None for those that control the flow.
+    """Return one function per instruction; None for control flow.
 
     Raises:
         UnsupportedError: An opcode or a modifier is not known.

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from cuda_kernels.simulator.decode import TYPES, instruction, modifiers, operands, reader, writer
-from cuda_kernels.simulator.errors import UnsupportedError
-from cuda_kernels.simulator.machine import Lanes, Machine, Operate
-from cuda_kernels.simulator.program import Immediate, Instruction, Program
+from tools.ptx_simulator.decode import TYPES, instruction, modifiers, operands, reader, writer
+from tools.ptx_simulator.errors import UnsupportedError
+from tools.ptx_simulator.machine import Lanes, Machine, Operate
+from tools.ptx_simulator.program import Immediate, Instruction, Program
 
 Compute = Callable[..., Any]
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cuda_kernels.simulator.decode import TYPES, Values, instruction, modifiers, operands, reader, writer
-from cuda_kernels.simulator.errors import UnsupportedError
-from cuda_kernels.simulator.machine import Lanes, Machine, Operate
-from cuda_kernels.simulator.program import Instruction, Operand, Program, Vector
+from tools.ptx_simulator.decode import TYPES, Values, instruction, modifiers, operands, reader, writer
+from tools.ptx_simulator.errors import UnsupportedError
+from tools.ptx_simulator.machine import Lanes, Machine, Operate
+from tools.ptx_simulator.program import Instruction, Operand, Program, Vector
 
 
 def from_bf16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:

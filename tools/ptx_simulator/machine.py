@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from cuda_kernels.simulator.counters import Counters
-from cuda_kernels.simulator.errors import KernelFaultError, UnsupportedError
-from cuda_kernels.simulator.memory import GlobalMemory, Integers, SharedMemory
-from cuda_kernels.simulator.program import Program, Register
+from tools.ptx_simulator.counters import Counters
+from tools.ptx_simulator.errors import KernelFaultError, UnsupportedError
+from tools.ptx_simulator.memory import GlobalMemory, Integers, SharedMemory
+from tools.ptx_simulator.program import Program, Register
 
 Lanes = slice | Integers  # lanes an instruction runs on: a slice where they are contiguous
 Operate = Callable[["Machine", Lanes], None]
@@ -182,7 +182,7 @@ class Machine:
         return None
 
     def _guarded(self, lanes: Lanes, guard: Register) -> Lanes | None:
-        """Return the lanes whose guard holds; None where there is none."""
+        """Return the lanes whose guard holds; None if the instruction has no guard."""
         held = self.registers[guard.name][lanes] ^ guard.negated
         if held.all():
             return lanes

@@ -6,7 +6,7 @@ bounds. What it cannot: the machine code made of the PTX, the accuracy of approx
 Whatever it does not know (an opcode, a modifier, a divergent shuffle) raises `UnsupportedError` instead of guessing.
 """
 
-from cuda_kernels.simulator.errors import KernelFaultError, UnsupportedError
-from cuda_kernels.simulator.launcher import SimulatedLauncher
+from tools.ptx_simulator.errors import KernelFaultError, UnsupportedError
+from tools.ptx_simulator.launcher import SimulatedLauncher
 
 __all__ = ["KernelFaultError", "SimulatedLauncher", "UnsupportedError"]

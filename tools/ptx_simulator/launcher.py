@@ -10,15 +10,15 @@ import numpy as np
 import torch
 
 from cuda_kernels.launch import Kernel
-from cuda_kernels.simulator import arithmetic, conversion, transfer, warp
-from cuda_kernels.simulator.counters import Counters
-from cuda_kernels.simulator.decode import decode
-from cuda_kernels.simulator.machine import LOCKSTEP, Dim3, Machine, Operate
-from cuda_kernels.simulator.memory import GlobalMemory
-from cuda_kernels.simulator.program import Program, parse
+from tools.ptx_simulator import arithmetic, conversion, transfer, warp
+from tools.ptx_simulator.counters import Counters
+from tools.ptx_simulator.decode import decode
+from tools.ptx_simulator.machine import LOCKSTEP, Dim3, Machine, Operate
+from tools.ptx_simulator.memory import GlobalMemory
+from tools.ptx_simulator.program import Program, parse
 
 INSTRUCTION_SETS = (arithmetic, conversion, transfer, warp)  # importing them registers their decoders
-_MAX_LANES = 8192  # blocks are run side by side up to so many lanes: guessed, where numpy's overhead is spread well
+_MAX_LANES = 8192  # blocks run side by side up to this many lanes; a guess at where numpy's overhead is spread well
 _MAX_SHARED_BYTES = 227 * 1024  # what a block of an H100 may have
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cuda_kernels.simulator.errors import UnsupportedError
+from tools.ptx_simulator.errors import UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(%\w+)<(\d+)>$")
 _INSTRUCTION = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.S)
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
 _LABEL = re.compile(r"([$\w]+):\s*")
-# The one scope that the compiler opens: for the upper half of a register, the lower one into a register of its own.
+# The only scope that the compiler opens: for the upper half of a register; the lower half goes into a new register.
 _UPPER_HALF = re.compile(r"\{\s*\.reg \.(b16|b32) tmp;\s*(mov\.b(?:32|64)) \{tmp, (%\w+)\}, (%\w+);\s*\}")
 _LOWER_HALF = {"%lower_b16": "b16", "%lower_b32": "b32"}
 

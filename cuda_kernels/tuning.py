@@ -1,0 +1,53 @@
+"""Numbers that only a measurement can settle. No GPU has run these kernels: every one of them is a guess."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """One architecture's numbers.
+
+    Attributes:
+        waves: Blocks per multiprocessor below which a decode's contexts are split.
+        max_splits: Most parts of a context.
+        least_split_keys: Keys below which a part costs more than it brings.
+        gemm_rows: Most rows of an int8 product; beyond it widening the weights for cuBLAS costs less.
+        gemm_bytes: Stages in flight of an int8 product, which has few blocks.
+        expert_bytes: The same of experts, where several blocks share a multiprocessor.
+        expert_rows: Tokens an expert can expect, above which its tiles have 64 rows instead of 16.
+        widened_elements: Weights widened for cuBLAS at a time.
+        prologue_bytes: Most of a batch that every block of a product normalises anew; beyond it a launch costs less.
+    """
+
+    waves: int
+    max_splits: int
+    least_split_keys: int
+    gemm_rows: int
+    gemm_bytes: int
+    expert_bytes: int
+    expert_rows: int
+    widened_elements: int
+    prologue_bytes: int
+
+
+#                waves splits keys rows  gemm_bytes  expert_bytes  expert_rows  widened     prologue
+BY_ARCHITECTURE = {
+    (8, 0): Tuning(2, 64, 256, 64, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 16 * 1024),
+    (8, 9): Tuning(2, 64, 256, 64, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 16 * 1024),
+    (9, 0): Tuning(2, 64, 256, 64, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 16 * 1024),
+    (10, 0): Tuning(2, 64, 256, 64, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 16 * 1024),
+    (12, 0): Tuning(2, 64, 256, 64, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 16 * 1024),
+}  # fmt: skip
+_OLDEST, _SIMULATED = (8, 0), (9, 0)
+
+
+@functools.cache
+def tuning(device: torch.device) -> Tuning:
+    """Return the numbers of a device: those of the newest architecture that is not newer than it."""
+    found = torch.cuda.get_device_capability(device) if device.type == "cuda" else _SIMULATED
+    return BY_ARCHITECTURE[max((known for known in BY_ARCHITECTURE if known <= found), default=_OLDEST)]

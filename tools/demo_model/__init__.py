@@ -1,0 +1,1 @@
+"""How the demo model is made: the corpus, the training and the questions that score it."""

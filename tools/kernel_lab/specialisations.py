@@ -1,0 +1,124 @@
+"""Every way the kernels are compiled for the supported models, and what must be true of each: the compile gate."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import product
+
+import attrs
+
+from cuda_kernels.compile import CompileError, Usage
+from cuda_kernels.launch import Kernel, kernel
+from cuda_kernels.paged_attn import Device, choose_tile
+from tools.ptx_simulator.program import parse
+
+ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+SHARED_BYTES = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}  # KiB a block may ask for
+# What must be in an entry point's PTX, and what ptxas makes of it: the tensor cores' HMMA, LDSM into fragments, LDGSTS
+# past the registers, and 16 bytes a thread in LDG.128.
+_MMA, _LDMATRIX = "mma.sync.aligned.m16n8k16.row.col.f32", "ldmatrix.sync.aligned.m8n8.x4"
+_COPY16, _LOAD16, _LOAD16_CACHED = "cp.async.cg.shared.global", "ld.global.L1__no_allocate.v4", "ld.global.nc.v4"
+NEEDED = {
+    "paged_attention": (_MMA, _LDMATRIX + ".shared", _LDMATRIX + ".trans", _COPY16, _LOAD16, "st.global.v4"),
+    "grouped_linear": (_MMA, _LDMATRIX, _COPY16),
+    "gemv": (_LOAD16, _LOAD16_CACHED),
+    "rms_norm": (_LOAD16, "st.global.v4"),
+    "add_rms_norm": (_LOAD16, "st.global.v4"),
+    "act_and_mul": (_LOAD16, "st.global.v4"),
+    "quantize_rows": (_LOAD16_CACHED,),
+    "read_all": (_LOAD16,),
+}
+HEADS = ((64, 7), (128, 4), (128, 1), (256, 8), (512, 8))  # head size, query heads per key head
+
+
+# Rows of a tile, int8 weights or not, and stages: of experts, then of one weight.
+GEMMS = ((16, 0, 4), (64, 0, 3), (16, 1, 8), (64, 1, 4), (16, 1, 16), (32, 1, 12), (64, 1, 8))
+
+
+@attrs.frozen
+class Made:
+    """One entry point of one specialisation, as compiled for one architecture.
+
+    Attributes:
+        usage: Registers and spills; None for PTX alone.
+        missing: Instructions of NEEDED that are not there.
+    """
+
+    kernel: Kernel
+    entry: str
+    arch: str
+    usage: Usage | None
+    missing: tuple[str, ...]
+
+    @property
+    def fault(self) -> str | None:
+        """What is wrong; None where nothing is. No kernel is allowed to spill."""
+        if self.usage and self.usage.spill_bytes:
+            return f"spills {self.usage.spill_bytes} bytes at {self.usage.registers} registers"
+        return f"lacks {', '.join(self.missing)}" if self.missing else None
+
+
+def inspect(kernel: Kernel, arch: str) -> Iterator[Made]:
+    """Compile a specialisation, or take it from the cache, and look at its entry points."""
+    built = kernel.build(arch)
+    entries = built.usage or {kernel.entry: None}
+    if kernel.entry not in entries:
+        raise CompileError(f"{kernel.source}: nothing is said of {kernel.entry}")
+    for entry, usage in entries.items():
+        there = Counter(".".join((i.opcode, *i.modifiers)) for i in parse(built.ptx, entry).instructions)
+        missing = tuple(name for name in _needed(kernel, entry) if not any(one.startswith(name) for one in there))
+        yield Made(kernel, entry, arch, usage, missing)
+
+
+def _needed(kernel: Kernel, entry: str) -> tuple[str, ...]:
+    """Return what an entry must have; one that joins splits writes its rows by pairs."""
+    joins = ("SPLIT", 1) in kernel.defines
+    return tuple(name for name in NEEDED.get(entry, ()) if not (joins and name.startswith("st.global.v4")))
+
+
+def attention(arch: str) -> list[Kernel]:
+    """Return the attention kernels that an architecture's shared memory leads to."""
+    device = Device(multiprocessors=100, shared_bytes=SHARED_BYTES[arch] * 1024)
+    made: set[Kernel] = set()
+    for head_dim, group in HEADS:
+        for int8 in (False, True):
+            for rows in (16, 64, 128):
+                tile = choose_tile(rows, head_dim, device, int8=int8)
+                defines = {
+                    "HEAD_DIM": head_dim, "GQA": group, "BM": tile.rows, "BN": tile.keys, "WARPS_N": tile.warps_n,
+                    "STAGES": tile.stages, "KV_INT8": int(int8),
+                }  # fmt: skip
+                for split, fp16 in product((0, 1), (0, 1) if head_dim == 128 else (0,)):
+                    made.add(kernel("paged_attn.cu", "paged_attention", **defines, SPLIT=split, IO_FP16=fp16))
+    return sorted(made, key=str)
+
+
+def others() -> list[Kernel]:
+    """Return the rest, for bfloat16 and float16."""
+    flag = (0, 1)
+    rows = ((64, 32), (896, 128), (4096, 512), (5376, 512), (16384, 512))
+    return [
+        *(kernel("norm.cu", "rms_norm", HIDDEN=h, THREADS=t, IO_FP16=fp16) for (h, t), fp16 in product(rows, flag)),
+        *(kernel("act.cu", "act_and_mul", GELU=gelu, IO_FP16=fp16) for gelu, fp16 in product(flag, flag)),
+        *(
+            kernel("kv_write.cu", "kv_write", HEAD_DIM=head_dim, KV_INT8=int8, IO_FP16=fp16)
+            for head_dim, int8, fp16 in product((64, 128, 256, 512), flag, flag)
+        ),
+        *(
+            kernel("gemv.cu", "gemv", M=m, INT8=int8, GATED=gated, GELU=0, NORM=norm, IO_FP16=fp16)
+            for m, int8, gated, norm, fp16 in product((1, 2, 4, 8), flag, flag, flag, flag)
+        ),
+        *(
+            kernel("moe.cu", entry, BM=rows, NUM_EXPERTS=128, TOP_K=8, IO_FP16=fp16)
+            for entry, rows, fp16 in product(("route", "sort_pairs", "combine"), (16, 64), flag)
+        ),
+        *(
+            kernel("gemm.cu", "grouped_linear", BM=rows, INT8=int8, GATED=gated, GELU=0, STAGES=stages, IO_FP16=fp16)
+            for (rows, int8, stages), gated, fp16 in product(GEMMS, flag, flag)
+        ),
+        *(kernel("primitives.cu", "primitives", IO_FP16=fp16) for fp16 in flag),
+        kernel("step.cu", "prepare_step"),
+        *(kernel("quant.cu", "quantize_rows", IO_FP16=fp16) for fp16 in flag),
+        *(kernel("sample.cu", entry, THREADS=512) for entry in ("sample", "token_logprobs")),
+    ]
