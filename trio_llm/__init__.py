@@ -8,8 +8,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "Config": "trio_llm.config",
     "LLM": "trio_llm.llm",
-    "PoolingParams": "trio_llm.messages",
-    "SamplingParams": "trio_llm.messages",
+    "PoolingParams": "trio_llm.params",
+    "SamplingParams": "trio_llm.params",
+    "StructuredOutputs": "trio_llm.params",
     "open_engine": "trio_llm.assemble",
 }
 

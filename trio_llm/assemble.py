@@ -1,4 +1,4 @@
-"""The composition root: the one place that knows the core, the model and the engine, and puts them together."""
+"""The composition root: it connects the core, the model and the engine."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from trio_llm.config import Config
 from trio_llm.engine.engine import Engine
 from trio_llm.engine.step_thread import StepThread
 from trio_llm.engine.supervisor import Runner, run_engine
-from trio_llm.messages import Progress
-from trio_llm.model.hub import resolve_model
+from trio_llm.model.checkpoint.hub import resolve_tokenizer
+from trio_llm.model_info import Progress
 from trio_llm.tokenizer import Tokenizer
 
 
@@ -32,16 +32,16 @@ async def open_engine(
 
     Args:
         config: Default: the demo model with all defaults.
-        report: Told how far loading is, on the model's thread.
+        report: Called with the progress of loading, on the model's thread.
         tune_interpreter: Set up garbage collection and thread switching for serving, for the whole process.
 
     Raises:
         CheckpointError: The model's files are damaged or do not fit together.
-        UnsupportedError: Something that is not built, by name.
+        UnsupportedError: A feature that is not supported; names it.
         ConfigError: Settings that do not fit the model or the machine.
     """
     config = Config() if config is None else config
-    directory = await trio.to_thread.run_sync(resolve_model, config.engine.tokenizer or config.engine.model)
+    directory = await trio.to_thread.run_sync(resolve_tokenizer, config.engine)
     tokenizer = await trio.to_thread.run_sync(Tokenizer.from_directory, directory)
     worker = StepThread()
 
@@ -54,7 +54,7 @@ async def open_engine(
     def load() -> Runner:
         from trio_llm.model.load import load_runner
 
-        return load_runner(config.engine, report_unless_cancelled)
+        return load_runner(config.engine, report_unless_cancelled, eos_token_id=tokenizer.eos_token_id)
 
     name = next(iter(config.server.served_model_name), None)
     async with run_engine(config.engine, load, tokenizer, worker=worker, model_name=name) as engine:
@@ -66,8 +66,8 @@ async def open_engine(
 def tuned_interpreter() -> Generator[None, None, None]:
     """Make garbage collection rare and thread switches prompt, while serving.
 
-    What is alive by now lives as long as the server: collections need not look at it again (15 to 25 % of the CPU
-    time of many streams, measured). A step's Python must not wait 5 ms for the event loop's thread to let go.
+    Objects that are alive now live as long as the server: freezing them saves collections (15 to 25 % of the CPU time
+    of many streams, measured). A step's Python must not wait 5 ms for the event loop's thread to release the GIL.
     """
     thresholds, interval_s = gc.get_threshold(), sys.getswitchinterval()
     gc.collect()
@@ -83,4 +83,4 @@ def tuned_interpreter() -> Generator[None, None, None]:
 
 
 class _LoadingCancelledError(Exception):
-    """Ends loading; nobody sees it, because whoever waited was cancelled."""
+    """Ends loading. Nothing catches it, because the waiting task was cancelled."""

@@ -1,20 +1,38 @@
-"""Every error a user can meet (floor 0).
+"""The errors that users can meet (floor 0).
 
-Each carries the data its reader needs (the field, the value, what is allowed), so that the server can
-build an OpenAI error object and the command line one clear line, without parsing text. An `assert`
-is for invariants of ours; whatever a user, a client or a file can cause is one of these.
+Each has the data that its reader needs: the field, the value, what is allowed. So the server can build an OpenAI error
+object, and the command line one clear line, without parsing text. What a user, a client or a file can cause is one of
+these errors; `assert` is for invariants of this project.
 """
+
+import reprlib
 
 import attrs
 
 
+class _BoundedRepr(reprlib.Repr):
+    """Shows any value in an error message: cut where it is long, nested deeply or refers to itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, 200, 200
+        self.maxlist = self.maxtuple = self.maxdict = 8
+
+    def repr_int(self, x: int, level: int) -> str:  # noqa: ARG002 - reprlib calls it with both
+        # Python refuses to write integers of more than 4,300 digits.
+        return repr(x) if x.bit_length() <= 256 else f"<an integer of {x.bit_length()} bits>"
+
+
+_BOUNDED = _BoundedRepr()
+
+
 class TrioLLMError(Exception):
-    """Anything trio-llm raises on purpose."""
+    """Base class of the errors that trio-llm raises on purpose."""
 
 
 @attrs.define(eq=False)
 class InvalidRequestError(TrioLLMError):
-    """A request that can never be served as it stands: HTTP 400."""
+    """A request that can never be served: HTTP 400."""
 
     message: str
     param: str | None = None
@@ -37,7 +55,7 @@ class ModelNotFoundError(TrioLLMError):
 
 @attrs.define(eq=False)
 class OverloadedError(TrioLLMError):
-    """The queue is full: HTTP 503 with Retry-After, at once."""
+    """The queue is full: HTTP 503 with Retry-After."""
 
     message: str
     retry_after_s: float = 1.0
@@ -48,7 +66,7 @@ class OverloadedError(TrioLLMError):
 
 @attrs.define(eq=False)
 class DrainingError(TrioLLMError):
-    """The engine no longer admits requests because it is shutting down: HTTP 503."""
+    """The engine is shutting down and admits no request: HTTP 503."""
 
     message: str = "The server is shutting down."
 
@@ -58,7 +76,7 @@ class DrainingError(TrioLLMError):
 
 @attrs.define(eq=False)
 class EngineDeadError(TrioLLMError):
-    """An actor died; every open request ends with this and the process exits: HTTP 503."""
+    """An actor failed. Every open request ends with this error, and the process exits: HTTP 503."""
 
     message: str = "The engine stopped because of an internal error."
 
@@ -67,8 +85,19 @@ class EngineDeadError(TrioLLMError):
 
 
 @attrs.define(eq=False)
+class StorageError(TrioLLMError):
+    """The data directory cannot be read or written: HTTP 507 where its disk is full, else 503."""
+
+    message: str
+    disk_full: bool
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@attrs.define(eq=False)
 class RequestFailedError(TrioLLMError):
-    """The step failed for this one request; the others went on: HTTP 500."""
+    """The step failed for this request only: HTTP 500."""
 
     message: str
 
@@ -78,7 +107,7 @@ class RequestFailedError(TrioLLMError):
 
 @attrs.define(eq=False)
 class ConfigError(TrioLLMError):
-    """A setting that is unknown or does not parse; names the key, the value and where it came from."""
+    """A setting is unknown or not valid. Names the key, the value and its source."""
 
     key: str
     value: object
@@ -86,12 +115,12 @@ class ConfigError(TrioLLMError):
     allowed: str
 
     def __str__(self) -> str:
-        return f"{self.source}: {self.key} = {self.value!r}: {self.allowed}"
+        return f"{self.source}: {self.key} = {_BOUNDED.repr(self.value)}: {self.allowed}"
 
 
 @attrs.define(eq=False)
 class CheckpointError(TrioLLMError):
-    """A model directory that cannot be loaded; names the file or tensor, what was found and what was expected."""
+    """A model directory cannot be loaded. Names the file or tensor, what was found and what was expected."""
 
     message: str
 
@@ -101,7 +130,29 @@ class CheckpointError(TrioLLMError):
 
 @attrs.define(eq=False)
 class UnsupportedError(TrioLLMError):
-    """Something that exists elsewhere but not here (a model family, a quantisation, a device)."""
+    """A feature is not implemented (a model family, a quantization, a device)."""
+
+    message: str
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@attrs.define(eq=False)
+class OutOfOrderError(TrioLLMError):
+    """A verb of a step that was called out of order, or with something else than the verb before it returned."""
+
+    called: str
+    why: str
+    expected: str
+
+    def __str__(self) -> str:
+        return f"{self.called}: {self.why}. Expected next: {self.expected}."
+
+
+@attrs.define(eq=False)
+class RecordError(TrioLLMError):
+    """A record cannot be written, read or replayed. Names the file where there is one."""
 
     message: str
 

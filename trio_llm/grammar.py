@@ -1,12 +1,13 @@
 """Structured output: JSON schemas, regular expressions, choices and grammars, as masks over the vocabulary.
 
-llguidance does the parsing; this file bounds it, caches it and turns its refusals into errors that name the field.
-Sources are made and compiled on the server's side, away from the event loop; the runner only asks a matcher which
-tokens may come next and tells it which one came. Knows no server, no model and no torch.
+llguidance does the parsing; this module bounds it, caches grammars and turns its errors into ones that name the field.
+The server makes and compiles sources, off the event loop; the runner asks a matcher for the allowed tokens and passes
+it the sampled ones. This module is independent of server, model and torch.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import re
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 import attrs
 
 from trio_llm.errors import InvalidRequestError
+from trio_llm.tokenizer import unspellable
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -35,12 +37,22 @@ MAX_MULTIPLE = 10_000
 MAX_SUM_OF_MULTIPLES = 20_000
 
 
+# Bound of the cache of compiled grammars, by this estimate: 64 KiB and 32 bytes per byte of source. Measured with
+# vocabularies of 150,000 and 262,000: 45 to 90 KiB for schemas of 230 bytes, 1.6 MB for 59 KB of alternatives.
+MAX_CACHE_BYTES = 64 * 2**20
+_BYTES_PER_GRAMMAR, _BYTES_PER_SOURCE_BYTE = 64 * 2**10, 32
+
+# White space between two tokens of JSON: one space, or a line break and indentation. Without a bound a weak model may
+# write nothing else: half of the answers of a 135M model did.
+_JSON_BLANKS = r"( |\r?\n[ \t]{0,24})"
+
+
 @attrs.frozen
 class GrammarSource:
-    """A grammar as llguidance reads it, and the request field it came from, for error messages.
+    """A grammar in llguidance's format, and its request field, for error messages.
 
     Attributes:
-        forms: The grammars that it was put together from, if it was.
+        forms: The grammars that it is composed of, if any.
     """
 
     text: str
@@ -65,7 +77,7 @@ def json_schema(schema: Any, *, param: str, any_whitespace: bool = True) -> Gram
         parsed = {}
     elif not isinstance(parsed, dict):
         raise InvalidRequestError(f"{param} must be a JSON schema (an object), not {type(parsed).__name__}.", param)
-    text = json.dumps(parsed)  # What was looked at is what is compiled, also where the text has a key twice.
+    text = json.dumps(parsed)  # Compile what was checked: the original text may have duplicate keys.
     try:
         return GrammarSource(_matcher().grammar_from_json_schema(text, overrides=_json_options(any_whitespace)), param)
     except ValueError as error:  # It counts levels too, and allows fewer.
@@ -88,6 +100,8 @@ def choice(options: Sequence[str], *, param: str) -> GrammarSource:
     """Constrain the output to one of several strings."""
     if not options or not all(options):
         raise InvalidRequestError(f"{param} must be a list of at least one string, none of them empty.", param)
+    # Check before half a million options are written out: each takes at least quotes and a bar.
+    _check_bytes(sum(map(len, options)) + 5 * len(options), param)
     # One terminal: as a rule of its own, each would be one more way to go on that the parser has to keep in view.
     return lark(["start: CHOICE", "CHOICE: " + " | ".join(json.dumps(option) for option in options)], param=param)
 
@@ -98,7 +112,7 @@ def lark(rules: Sequence[str], *, param: str) -> GrammarSource:
 
 
 def compose(rules: Sequence[str], forms: Sequence[GrammarSource]) -> GrammarSource:
-    """Put grammars together by Lark rules, which call each of them `@` and its `form_name`."""
+    """Compose grammars by Lark rules, which refer to each as `@` and its `form_name`."""
     parts: list[dict[str, Any]] = [{"lark_grammar": "\n".join(rules)}]
     for index, form in enumerate(forms):
         first, *others = json.loads(form.text)["grammars"] if form.text[:1] == "{" else [{"lark_grammar": form.text}]
@@ -107,16 +121,16 @@ def compose(rules: Sequence[str], forms: Sequence[GrammarSource]) -> GrammarSour
 
 
 def form_name(index: int) -> str:
-    """Return by what name the rules of a composed grammar call one of its parts."""
+    """Return the name of a part in the rules of a composed grammar."""
     return f"form_{index}"
 
 
 def free_grammar(grammar: str, *, param: str) -> GrammarSource:
-    """Constrain the output to a grammar that a client wrote: Lark as above, or GBNF as llama.cpp writes it."""
+    """Constrain the output to a client's grammar: Lark as above, or llama.cpp's GBNF."""
     if not grammar.strip():
         raise InvalidRequestError(f"{param} must not be empty.", param)
     _check_size(grammar, param)
-    if grammar.lstrip().startswith("{"):  # The compiler would take it for its own way to write several grammars.
+    if grammar.lstrip().startswith("{"):  # The compiler would parse it as its own format of several grammars.
         raise InvalidRequestError(f"{param} is neither a Lark nor a GBNF grammar.", param)
     for start in re.finditer(r"%json\s*", grammar):
         try:
@@ -134,7 +148,7 @@ def free_grammar(grammar: str, *, param: str) -> GrammarSource:
 
 
 def check_multiples(schema: Any, param: str) -> None:
-    """Refuse schemas, at any depth, whose multipleOf would take minutes to compile.
+    """Refuse schemas with a multipleOf, at any depth, that would take minutes to compile.
 
     Raises:
         InvalidRequestError: Names the field.
@@ -149,13 +163,15 @@ def check_multiples(schema: Any, param: str) -> None:
 
 
 def _multiples(schema: Any) -> Iterator[int]:
-    """Yield every multipleOf as a whole number, without its decimal point."""
+    """Yield every multipleOf as an integer, without its decimal point."""
     waiting: list[Any] = [schema]
     while waiting:
         match waiting.pop():
             case dict() as node:
                 waiting += cast("dict[str, Any]", node).values()
                 match cast("dict[str, Any]", node).get("multipleOf"):
+                    case int() | float() as value if value == math.inf:
+                        yield MAX_MULTIPLE + 1  # Only a grammar of the client's own can spell it.
                     case int() | float() as value if value > 0:
                         number = Decimal(str(value)).as_tuple()
                         yield int("".join(map(str, number.digits))) * 10 ** max(int(number.exponent), 0)
@@ -168,54 +184,61 @@ def _multiples(schema: Any) -> Iterator[int]:
 
 
 class Matcher:
-    """The state of one sequence in its grammar. Used by the runner's thread alone."""
+    """The state of one sequence in its grammar. Only the runner's thread uses it."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
         self._matcher = matcher
+        self._mask_bytes = 4 * -(-vocab_size // 32)
 
     def fill(self, address: int, num_bytes: int) -> str | None:
-        """Write which tokens may come next, a bit per token id, little-endian; return why it cannot, or None."""
-        self._matcher.unsafe_compute_mask_ptr(address, num_bytes)
+        """Write the allowed next tokens, a bit per token id, little-endian; return an error or None.
+
+        Ids beyond `num_bytes` are left out: a tokenizer may have more of them than the model has logits.
+        """
+        if num_bytes < self._mask_bytes:
+            ctypes.memmove(address, self._matcher.compute_bitmask(), num_bytes)
+        else:
+            self._matcher.unsafe_compute_mask_ptr(address, num_bytes)
         return self._matcher.get_error() or None
 
     def consume(self, token_ids: Sequence[int]) -> int:
-        """Advance past tokens up to the first that may not come; return how many that were."""
+        """Consume tokens up to the first that is not allowed; return the number consumed."""
         return self._matcher.try_consume_tokens(list(token_ids))
 
     def rollback(self, num_tokens: int) -> None:
-        """Go back to where it was before the last tokens that it consumed."""
+        """Roll back the last `num_tokens` consumed tokens."""
         self._matcher.rollback(num_tokens)
 
 
 class Grammar:
-    """A compiled grammar. Sequences that share it each take a matcher of their own."""
+    """A compiled grammar. Each sequence has its own matcher."""
 
-    def __init__(self, prototype: LLMatcher) -> None:
-        self._prototype = prototype
-        self._lock = threading.Lock()  # A matcher must not be copied by two threads at once.
+    def __init__(self, prototype: LLMatcher, vocab_size: int) -> None:
+        self._prototype, self._vocab_size = prototype, vocab_size
+        self._lock = threading.Lock()  # Two threads must not copy a matcher at once.
 
     def matcher(self) -> Matcher:
         with self._lock:
-            return Matcher(self._prototype.deep_copy())
+            return Matcher(self._prototype.deep_copy(), self._vocab_size)
 
 
 class GrammarCompiler:
-    """Compiles grammars for one vocabulary and remembers the most recent ones. Thread-safe.
+    """Compiles grammars for one vocabulary and caches the most recently used. Thread-safe.
 
     Args:
         tokenizer_json: The text of tokenizer.json.
-        vocab_size: Rows of the logits, which may be more than the tokenizer knows.
-        eos_token_ids: Allowed where the grammar is complete.
-        capacity: Grammars remembered.
+        vocab_size: Number of token ids of the model or the tokenizer, whichever is larger.
+        eos_token_ids: Allowed when the grammar is complete.
+        max_bytes: Bound of the cache, as estimated.
     """
 
     def __init__(
-        self, tokenizer_json: str, *, vocab_size: int, eos_token_ids: Sequence[int], capacity: int = 128
+        self, tokenizer_json: str, *, vocab_size: int, eos_token_ids: Sequence[int], max_bytes: int = MAX_CACHE_BYTES
     ) -> None:
         self._tokenizer_json = tokenizer_json
         self._vocab_size = vocab_size
         self._eos_token_ids = list(eos_token_ids)
-        self._capacity = capacity
+        self._max_bytes, self._num_bytes = max_bytes, 0
         self._compiled: OrderedDict[str, Grammar] = OrderedDict()
         self._lock = threading.Lock()
         self._preparing = threading.Lock()
@@ -226,17 +249,21 @@ class GrammarCompiler:
         return self._vocabulary is not None
 
     def prepare(self) -> LLTokenizer:
-        """Index the vocabulary, once: seconds for one of 150,000 tokens, so call it from a worker thread."""
+        """Index the vocabulary, once: seconds for one of 150,000 tokens, most of them without releasing the GIL.
+
+        A server calls it before it listens.
+        """
         from llguidance import LLTokenizer
 
         with self._preparing:
             if self._vocabulary is None:
                 eos = self._eos_token_ids
-                self._vocabulary = LLTokenizer(self._tokenizer_json, n_vocab=self._vocab_size, eos_token=eos)
+                text = unspellable(self._tokenizer_json)
+                self._vocabulary = LLTokenizer(text, n_vocab=self._vocab_size, eos_token=eos)
             return self._vocabulary
 
-    def known(self, source: GrammarSource) -> Grammar | None:
-        """Return a grammar that was compiled already and is remembered. Takes microseconds."""
+    def cached(self, source: GrammarSource) -> Grammar | None:
+        """Return a cached grammar, None if it is not cached. Takes microseconds."""
         with self._lock:
             if (grammar := self._compiled.get(source.text)) is not None:
                 self._compiled.move_to_end(source.text)
@@ -246,22 +273,35 @@ class GrammarCompiler:
         """Return the grammar, ready to be matched. Blocks for milliseconds: call it from a worker thread.
 
         Raises:
-            InvalidRequestError: It is too large, too deep, or not a grammar; names the field.
+            InvalidRequestError: It is too large, too deep or invalid, or the model has no end token; names the field.
         """
+        if not self._eos_token_ids:
+            raise InvalidRequestError(
+                f"{source.param} cannot be used with this model: it names no end token, so nothing could follow the "
+                "last token of the grammar (eos_token_id of config.json or generation_config.json).",
+                source.param,
+            )
         _check_size(source.text, source.param)
-        if (known := self.known(source)) is not None:
-            return known
+        if (grammar := self.cached(source)) is not None:
+            return grammar
         prototype = _matcher()(self.prepare(), source.text, log_level=0, limits=self._limits)
         if error := prototype.get_error() or _error_at_start(prototype):
             for form in source.forms:
-                self.compile(form)  # If one of them is to blame, its own field is named.
+                self.compile(form)  # An error in one of them names its own field.
             raise InvalidRequestError(f"{source.param} cannot be used: {_first_line(error)}", source.param)
-        grammar = Grammar(prototype)
-        with self._lock:
-            self._compiled[source.text] = grammar
-            while len(self._compiled) > self._capacity:
-                self._compiled.popitem(last=False)
+        grammar = Grammar(prototype, self._vocab_size)
+        self._remember(source.text, grammar)
         return grammar
+
+    def _remember(self, text: str, grammar: Grammar) -> None:
+        """Cache a grammar, and evict the least recently used ones."""
+        with self._lock:
+            if text not in self._compiled:
+                self._num_bytes += _estimated_bytes(text)
+            self._compiled[text] = grammar
+            while self._num_bytes > self._max_bytes:
+                forgotten, _ = self._compiled.popitem(last=False)
+                self._num_bytes -= _estimated_bytes(forgotten)
 
     def __len__(self) -> int:
         return len(self._compiled)
@@ -273,8 +313,12 @@ class GrammarCompiler:
         return LLParserLimits(verbose_errors=False)
 
 
+def _estimated_bytes(text: str) -> int:
+    return _BYTES_PER_GRAMMAR + _BYTES_PER_SOURCE_BYTE * len(text)
+
+
 def _error_at_start(prototype: LLMatcher) -> str:
-    """Return why not even the first tokens can be found: some bombs only go off when they are used."""
+    """Return why the first mask cannot be computed: some hostile grammars fail only when they are used."""
     trial = prototype.deep_copy()
     first = int.from_bytes(trial.compute_bitmask(), "little")
     if first:
@@ -284,7 +328,11 @@ def _error_at_start(prototype: LLMatcher) -> str:
 
 
 def _check_size(text: str, param: str) -> None:
-    if (size := len(text.encode())) > MAX_SOURCE_BYTES:
+    _check_bytes(len(text.encode()), param)
+
+
+def _check_bytes(size: int, param: str) -> None:
+    if size > MAX_SOURCE_BYTES:
         raise InvalidRequestError(
             f"{param} is too large: {size} bytes as a grammar, at most {MAX_SOURCE_BYTES}.", param
         )
@@ -297,9 +345,9 @@ def _matcher() -> type[LLMatcher]:
 
 
 def _json_options(any_whitespace: bool) -> JsonCompileOptions:
-    # Without free whitespace the separators are those of json.dumps, which is what models were trained on.
+    # Without free white space the separators are those of json.dumps, as in models' training data.
     return (
-        {"whitespace_flexible": True}
+        {"whitespace_flexible": True, "whitespace_pattern": _JSON_BLANKS}
         if any_whitespace
         else {
             "whitespace_flexible": False,
@@ -310,4 +358,5 @@ def _json_options(any_whitespace: bool) -> JsonCompileOptions:
 
 
 def _first_line(error: object) -> str:
-    return str(error).splitlines()[0][:300]
+    line = str(error).splitlines()[0][:300]
+    return "it allows no output at all" if line == "NoExtensionBias" else line

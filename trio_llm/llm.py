@@ -1,22 +1,31 @@
-"""Offline use, synchronous, in vLLM's shape: `LLM(...).generate(prompts, params)` on the same engine as the server."""
+"""Offline use with vLLM's synchronous API: `LLM(...).generate(prompts, params)` on the same engine as the server."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from types import TracebackType, UnionType
-from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import attrs
 
 from trio_llm.assemble import open_engine
+from trio_llm.bridge import Bridge
 from trio_llm.config import Config, EngineConfig
 from trio_llm.engine.admission import check_pooling, resolve
-from trio_llm.errors import ConfigError, InvalidRequestError
-from trio_llm.messages import ModelInfo, PoolingParams, SamplingParams
-from trio_llm.notebook.bridge import Bridge
+from trio_llm.errors import CheckpointError, ConfigError, InvalidRequestError, UnsupportedError
+from trio_llm.model_info import ModelInfo
 from trio_llm.offline import EmbeddingOutput, Request, RequestOutput, Work, embed, generate, progress_bar
+from trio_llm.params import PoolingParams, SamplingParams, Submission
+from trio_llm.replay.explanation import Explanation
+
+if TYPE_CHECKING:
+    from trio_llm.server.services import Services
 
 Prompt = str | Mapping[str, Sequence[int]]
+Message = Mapping[str, Any]
+Params = TypeVar("Params", SamplingParams, PoolingParams)
 
 
 # `Literal[...] | None` is of the older kind.
@@ -35,13 +44,18 @@ class LLM:
         settings: Any other setting of `trio_llm.config.EngineConfig`, by its name.
 
     Raises:
-        ConfigError: There is no such setting, or the value is none it may have.
+        ConfigError: There is no such setting, or its value is not allowed.
         CheckpointError, UnsupportedError: The model cannot be loaded.
     """
 
     def __init__(self, model: str | None = None, *, dtype: str = "auto", **settings: Any) -> None:
         config = Config(engine=_engine_config({"model": model, "dtype": dtype, **settings}))
-        self._bridge = Bridge(partial(open_engine, config))
+        self._config = config
+        try:
+            self._bridge = Bridge(partial(open_engine, config))
+        except (CheckpointError, ConfigError, UnsupportedError) as error:
+            # The message says it all; the frames of the engine's thread would hide it.
+            raise error.with_traceback(None) from None
         self._engine = self._bridge.value
         self._close_when_collected = weakref.finalize(self, self._bridge.close)
 
@@ -64,7 +78,7 @@ class LLM:
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Complete prompts, as many at a time as fit, and return the answers in the prompts' order.
+        """Complete prompts, as many at once as fit, and return the answers in the prompts' order.
 
         Args:
             prompts: Text, or {"prompt_token_ids": [...]}, or a list of these.
@@ -72,14 +86,59 @@ class LLM:
             use_tqdm: Show progress with prefill and decode tokens per second.
 
         Raises:
-            InvalidRequestError: A prompt or parameter can never be served; nothing was started.
+            InvalidRequestError: A prompt or parameter is invalid; no prompt was started.
             RequestFailedError: The model failed on a prompt.
         """
         default = SamplingParams(**self.info.default_sampling)  # type: ignore[arg-type]
-        requests = self._requests(prompts, default if sampling_params is None else sampling_params)
-        for request in requests:
-            resolve(request.params, request.token_ids, self._engine.limits)
-        return self._run(generate, requests, use_tqdm)
+        requests = self._requests(prompts, default if sampling_params is None else sampling_params, SamplingParams)
+        requests = [attrs.evolve(one, submission=self._with_form(one.submission)) for one in requests]
+        return self._generate(requests, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer conversations, as /v1/chat/completions does; the answers carry a `message`.
+
+        Args:
+            messages: One conversation, [{"role": "user", "content": "..."}, ...], or a list of conversations.
+            sampling_params: For all conversations, or one per conversation; default: the model's own recommendation,
+                and answers as long as the context allows.
+            tools: Functions that the model may call, in OpenAI's form.
+            tool_choice: "auto", "none", "required" or {"type": "function", "function": {"name": ...}}.
+            add_generation_prompt, continue_final_message: Begin an answer, or go on with the last message.
+            chat_template_kwargs: Further variables of the chat template, {"enable_thinking": False} for example.
+            use_tqdm: Show progress with prefill and decode tokens per second.
+
+        Raises:
+            InvalidRequestError: The model has no chat template, or a conversation or parameter can never be served;
+                nothing was started.
+            RequestFailedError: The model failed on a conversation.
+        """
+        from trio_llm.offline_chat import prepare_chats, read_messages
+
+        listed = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        default = SamplingParams(**{**self.info.default_sampling, "max_tokens": None})  # type: ignore[arg-type]
+        options = {
+            "tools": tools,
+            "tool_choice": tool_choice,
+            "add_generation_prompt": None if continue_final_message else add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "chat_template_kwargs": chat_template_kwargs,
+        }
+        params = _one_each(listed, default if sampling_params is None else sampling_params, SamplingParams)
+        chats = self._bridge.call(prepare_chats, self._services, listed, params, options)
+        requests = [Request(None, Submission(chat.prompt_token_ids, chat.params)) for chat in chats]
+        outputs = self._generate(requests, use_tqdm)
+        return [read_messages(output, chat.style) for output, chat in zip(outputs, chats, strict=True)]
 
     def embed(
         self,
@@ -89,31 +148,56 @@ class LLM:
         use_tqdm: bool = True,
     ) -> list[EmbeddingOutput]:
         """Return the prompts' embeddings, in their order. Arguments and errors are those of `generate`."""
-        requests = self._requests(prompts, PoolingParams() if pooling_params is None else pooling_params)
+        requests = self._requests(prompts, PoolingParams() if pooling_params is None else pooling_params, PoolingParams)
         for request in requests:
-            check_pooling(request.params, request.token_ids, self._engine.limits)
+            check_pooling(request.submission, self._engine.limits)
         return self._run(embed, requests, use_tqdm)
 
-    def close(self) -> None:
-        """Stop the engine and free its memory; doing it again does nothing."""
-        self._close_when_collected()
+    def explain(self, request_id: int) -> Explanation | None:
+        """Return where the time of a sample went, by its output's `request_id`; None if it ended too long ago."""
+        return self._bridge.call(self._engine.explain, request_id)
 
-    def _requests(self, prompts: Prompt | Sequence[Prompt], params: Any) -> list[Request]:
+    def close(self) -> None:
+        """Stop the engine and free its memory. Idempotent."""
+        self._close_when_collected()
+        if "_services" in self.__dict__:
+            from trio_llm.offline_chat import close_services
+
+            close_services()
+
+    def _requests(self, prompts: Prompt | Sequence[Prompt], params: Any, kind: type[Params]) -> list[Request]:
         single = isinstance(prompts, str | Mapping)
         listed: Sequence[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item,arg-type]
-        each = list(params) if isinstance(params, Sequence) else [params] * len(listed)
-        if len(each) != len(listed):
-            raise InvalidRequestError(f"{len(listed)} prompts, but {len(each)} sets of parameters.", param="params")
-        return [self._request(prompt, one) for prompt, one in zip(listed, each, strict=True)]
+        return [self._request(prompt, one) for prompt, one in zip(listed, _one_each(listed, params, kind), strict=True)]
 
     def _request(self, prompt: Prompt, params: Any) -> Request:
         if isinstance(prompt, str):
-            return Request(prompt, tuple(self._engine.tokenizer.encode(prompt)), params)
+            return Request(prompt, Submission(self._engine.tokenizer.encode(prompt), params))
         try:
-            return Request(None, tuple(prompt["prompt_token_ids"]), params)
+            return Request(None, Submission(prompt["prompt_token_ids"], params))
         except (KeyError, TypeError):
             allowed = 'text or {"prompt_token_ids": [...]}'
             raise InvalidRequestError(f"A prompt is {allowed}, not {prompt!r}.", param="prompts") from None
+
+    @cached_property
+    def _services(self) -> Services:
+        """State for the server's functions, without a server."""
+        from trio_llm.offline_chat import make_services
+
+        return self._bridge.call_sync(make_services, self._engine, self._config)
+
+    def _with_form(self, submission: Submission) -> Submission:
+        params = submission.params
+        if not isinstance(params, SamplingParams) or params.structured_outputs is None:
+            return submission
+        from trio_llm.offline_chat import compile_form
+
+        return attrs.evolve(submission, params=self._bridge.call(compile_form, self._services, params))
+
+    def _generate(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
+        for request in requests:
+            resolve(request.submission, self._engine.limits)
+        return self._run(generate, requests, use_tqdm)
 
     def _run(self, work: Work, requests: list[Request], use_tqdm: bool) -> list[Any]:
         outputs: list[Any] = [None] * len(requests)
@@ -123,6 +207,22 @@ class LLM:
                 if progress.output is not None:
                     outputs[progress.index] = progress.output
         return outputs
+
+
+def _one_each(prompts: Sequence[Any], params: Any, kind: type[Params]) -> list[Params]:
+    """Return one set of parameters per prompt.
+
+    Raises:
+        InvalidRequestError: Their number or type is wrong.
+    """
+    each = list(params) if isinstance(params, list | tuple) else [params] * len(prompts)
+    if len(each) != len(prompts):
+        raise InvalidRequestError(f"{len(prompts)} prompts, but {len(each)} sets of parameters.", param="params")
+    for one in each:
+        if not isinstance(one, kind):
+            name = type(one).__name__
+            raise InvalidRequestError(f"Parameters are {kind.__name__}(...), not {name}: {one!r:.80}.", param="params")
+    return each
 
 
 def _engine_config(settings: Mapping[str, Any]) -> EngineConfig:

@@ -1,131 +1,34 @@
-"""All messages: what clients, actors, the pure core and the runner say to each other (floor 0).
+"""The messages between clients, actors, the pure core and the runner (floor 0).
 
-Words, one per idea: request (HTTP, handle), sequence (core), row (inside a step), block, step, plan, result.
-Hot messages hold columns (tuples of equal length), not one object per row: a frozen object per row costs
-ten times as much at 256 rows. Prompts travel once, at admission; block tables travel as additions.
+Terms: request (HTTP, handle), sequence (core), row (in a step), block, step, plan, result. Messages of every step hold
+columns (tuples of equal length), not one object per row: a frozen object per row costs ten times as much at 256 rows.
+Prompts are sent once, at admission. Block tables are sent as additions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol
+from collections.abc import Mapping
+from typing import Literal
 
 import attrs
+
+from trio_llm.params import PoolingParams, SamplingParams
 
 FinishReason = Literal["stop", "length", "repetition", "abort"]
 
 UNKNOWN = -1
-"""Stands in a StepPlan for the token that the step planned directly before it samples for the same sequence."""
-
-# --- what a request asks for -------------------------------------------------------------------------------------
-
-
-class GrammarMatcher(Protocol):
-    """One sequence's state in its grammar."""
-
-    def fill(self, address: int, num_bytes: int, /) -> str | None:
-        """Write which tokens may come next, a bit per id, little-endian; return why it cannot, or None."""
-        ...
-
-    def consume(self, token_ids: Sequence[int], /) -> int:
-        """Advance past tokens of the output, up to the first that may not come; return how many that were."""
-        ...
-
-    def rollback(self, num_tokens: int, /) -> None:
-        """Go back to where it was before the last `num_tokens` that it consumed."""
-        ...
-
-
-class Grammar(Protocol):
-    """A compiled grammar, shared by the sequences that are held to it."""
-
-    def matcher(self) -> GrammarMatcher:
-        """Return the state of a sequence without output."""
-        ...
-
-
-@attrs.frozen(kw_only=True)
-class RepetitionDetection:
-    """When an output goes in circles: its last tokens are one pattern, `min_count` times in a row.
-
-    Attributes:
-        max_pattern_size, min_pattern_size: Tokens of the pattern.
-    """
-
-    max_pattern_size: int
-    min_count: int
-    min_pattern_size: int = 1
-
-
-@attrs.frozen(kw_only=True)
-class SamplingParams:
-    """How tokens are chosen and when a request ends. Names, defaults and ranges are vLLM's.
-
-    Attributes:
-        temperature: 0 is greedy.
-        top_k: Keep the k likeliest tokens; 0 or -1 keeps all.
-        min_p: Drop tokens less likely than min_p times the likeliest.
-        presence_penalty, frequency_penalty: Subtracted from the logits of tokens already in the output.
-        repetition_penalty: Divides (multiplies, when negative) the logits of tokens in the prompt or output.
-        logit_bias: Token id -> added to its logit.
-        allowed_token_ids: The only tokens that may be sampled.
-        bad_words_token_ids: Token sequences whose last token is masked after the rest of it was produced.
-        seed: Same seed, same prompt, same output, whatever else is in the batch; None draws a fresh one.
-        max_tokens: At most so many output tokens; None is what is left of the context.
-        min_tokens: End-of-sequence, stop ids and stop strings are held back until so many.
-        stop: Strings that end the output; found across token borders.
-        logprobs: Report the sampled token and this many of the likeliest; -1 for the whole vocabulary.
-        logprob_token_ids: Report these tokens too, where `logprobs` is not None.
-        prompt_logprobs: The same for each prompt token after the first.
-        repetition_detection: End an output that goes in circles, once it has min_tokens.
-        grammar: What the output must be a sentence of; end-of-sequence comes only where it is complete.
-    """
-
-    n: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: Mapping[int, float] = attrs.field(factory=dict[int, float])
-    allowed_token_ids: tuple[int, ...] | None = None
-    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
-    seed: int | None = None
-    max_tokens: int | None = 16
-    min_tokens: int = 0
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    include_stop_str_in_output: bool = False
-    skip_special_tokens: bool = True
-    logprobs: int | None = None
-    logprob_token_ids: tuple[int, ...] = ()
-    prompt_logprobs: int | None = None
-    repetition_detection: RepetitionDetection | None = None
-    grammar: Grammar | None = None
-
-
-@attrs.frozen(kw_only=True)
-class PoolingParams:
-    """How the hidden states of a prompt become one vector (embeddings)."""
-
-    pooling: Literal["mean", "last"] = "mean"
-    normalize: bool = True
-    dimensions: int | None = None
-
+"""In a StepPlan, the token that the previous step samples for the same sequence."""
 
 # --- scheduler -> KV manager, once a step ------------------------------------------------------------------------
 
 
 @attrs.frozen
 class Admit:
-    """Tell the KV manager of a sequence before it first waits for blocks; its tokens travel this once.
+    """Introduces a sequence to the KV manager, before it first waits for blocks. Its tokens are sent only here.
 
     Attributes:
         salt: Only sequences with the same salt share blocks.
-        read_cache: False where every position must be computed (prompt logprobs, pooling).
+        read_cache: False if every position must be computed (prompt logprobs, pooling).
     """
 
     request_id: int
@@ -136,29 +39,29 @@ class Admit:
 
 @attrs.frozen
 class BlockAsk:
-    """What a step needs of the KV pool. Handled in this order: released, admits, running rows, waiting.
+    """What a step needs from the KV manager. Handled in this order: released, admits, running rows, waiting.
 
-    Steps run in the order of their plans, each after the one before it has ended. So blocks may change hands although
-    a planned step still reads or writes them for their last owner: whoever gets them comes later.
+    Steps run one after the other, in the order of their plans. So a block may get a new owner although a planned step
+    still reads or writes it for the old one: the step of the new owner runs later.
 
     Attributes:
-        released: Sequences that ended; they leave the manager.
-        released_computed: Per released sequence, tokens whose KV was really computed; -1 where it failed, so that
-            nothing it wrote may be shared.
-        request_ids: Every running sequence, in the order they are to be served.
-        computed: Per running row, tokens whose KV was really computed: the steps in flight are not counted.
-        starts: Per running row, where it goes on; the steps in flight compute what lies between.
-        ends: Per running row, the position up to which it would compute in this step; the budget may cut it. Where it
+        released: Sequences that ended; the manager forgets them.
+        released_computed: Per released sequence, tokens whose KV is computed and committed; -1 if it failed, so that
+            its blocks must not be shared.
+        request_ids: Every running sequence, in scheduling order.
+        computed: Per running row, tokens whose KV is computed and committed, without the steps in flight.
+        starts: Per running row, its next position; the steps in flight compute what is before it.
+        ends: Per running row, the position up to which it would compute in this step; the budget may reduce it. If it
             equals the start, the sequence has no row in this step.
         new_token_ids: Per running row, tokens sampled since the last ask.
-        preempt_order: The same sequences in policy order; when blocks run out the last one goes first.
-        waiting: Candidates in policy order. The first that cannot have its blocks stops admission.
-        token_budget: Tokens of the step, over all rows.
-        max_row_tokens: Tokens of one waiting row; at most the budget.
-        drafts: Per running row and then per waiting one, the drafts that it would compute too, beyond its last known
-            token. They get what all rows leave of the budget. Empty, as is the next, where nobody speculates.
-        room_ends: Of the same, the position up to which slots would be of use once it computes its last known token:
-            for its drafts, and for those that a draft model goes on to. From blocks that nobody else asks for.
+        preempt_order: The same sequences in policy order; when blocks run out, the last one is preempted first.
+        waiting: Candidates in policy order. The first one that does not get its blocks stops admission.
+        token_budget: Maximum tokens of the step, over all rows.
+        max_row_tokens: Maximum tokens of one row; at most the budget.
+        drafts: Per running row, then per waiting one, the number of drafts to compute after its last known token, from
+            the budget that all rows leave. Empty without speculative decoding, like `draft_ends`.
+        draft_ends: Per row, the last position to allocate for drafts, including those that a draft model proposes next.
+            From spare blocks only, and only if the row computes its last known token.
     """
 
     step: int
@@ -175,7 +78,7 @@ class BlockAsk:
     token_budget: int
     max_row_tokens: int
     drafts: tuple[int, ...] = ()
-    room_ends: tuple[int, ...] = ()
+    draft_ends: tuple[int, ...] = ()
 
 
 # --- KV manager -> scheduler -------------------------------------------------------------------------------------
@@ -183,13 +86,13 @@ class BlockAsk:
 
 @attrs.frozen
 class BlockStats:
-    """The pool after a step's blocks were handed out.
+    """The pool after the blocks of a step were allocated.
 
     Attributes:
-        total_blocks: Blocks that can hold tokens (the null block is none of them).
-        used_blocks: Per KV group, blocks that some sequence owns.
-        cached_blocks: Blocks that nobody owns but that a prompt may still hit; they are free all the same.
-        queried_tokens, hit_tokens: Of the sequences admitted for the first time in this step.
+        total_blocks: Blocks that can hold tokens, without the null block.
+        used_blocks: Per KV group, blocks that a sequence owns.
+        cached_blocks: Free blocks that a prompt may still hit.
+        queried_tokens, hit_tokens: Prompt tokens looked up and found, of sequences first admitted in this step.
     """
 
     total_blocks: int
@@ -204,11 +107,11 @@ class BlockGrant:
     """The rows that got their blocks, running ones first. Columns have one entry per row.
 
     Attributes:
-        num_admitted: So many rows at the end were waiting; their `starts` are their prefix hits.
+        num_admitted: Number of rows at the end that were waiting; their `starts` are their prefix hits.
         new_blocks: As in StepPlan.
-        preempted: Sequences that lost all their blocks, first victim first; none of them has a row.
-        drafts: So many of the row's tokens are drafts, the last ones; empty where nobody speculates.
-        capacities: Tokens for which the row's sequence has slots; empty where nobody speculates.
+        preempted: Sequences that lost all their blocks, in order; none of them has a row.
+        drafts: Number of the row's last tokens that are drafts. Empty without speculative decoding.
+        capacities: Number of tokens for which the sequence has slots. Empty without speculative decoding.
     """
 
     step: int
@@ -228,10 +131,9 @@ class BlockGrant:
 
 @attrs.frozen
 class Admission:
-    """What the runner must know of a sequence before its first row.
+    """What the runner needs to know about a sequence before its first row.
 
-    `token_ids` is the prompt, followed after a preemption by the output so far; the first
-    `num_prompt_tokens` are the prompt.
+    `token_ids` is the prompt and, after a preemption, the output so far. The first `num_prompt_tokens` are the prompt.
     """
 
     request_id: int
@@ -242,26 +144,26 @@ class Admission:
 
 @attrs.frozen
 class StepPlan:
-    """One forward over a ragged batch. Columns of one entry per row unless said otherwise.
+    """One forward pass over a ragged batch. Columns have one entry per row unless stated otherwise.
 
-    Applied in this order: `dropped` (sequences the runner forgets), `admitted` (sequences it learns),
-    `new_blocks`, then the rows run. Applying the same plan twice changes nothing (a failed step is retried in halves).
+    Applied in this order: `dropped` (sequences to forget), `admitted` (new sequences), `new_blocks`, then the rows.
+    Applying a plan twice has the same effect as once, because a failed step is retried in halves.
 
     Attributes:
         request_ids: The rows, in batch order; at most one row per sequence.
-        starts: Position of the row's first token; everything before it is in the KV cache once the steps planned
-            earlier have run.
-        counts: Tokens the row computes.
-        token_ids: Flat over the rows, sum(counts) long. A row of one token may be UNKNOWN: its result means nothing
-            where the step before sampled nothing for it, or its end.
-        samples: True where the row's last token is the last one there is, so that a token is sampled after it
-            (for a pooling row: where its vector is complete).
-        new_blocks: Per row, per KV group: (index in the block table, block ids to write from there on).
-            An empty tuple where a row has none. Block 0 is the null block: never written, never read.
-        drafts: How many of the row's last tokens are drafts, guesses at what is sampled: a token is sampled after each
-            of them and after the token before them. Empty where nobody speculates.
-        reaches: The position before which a draft model may compute, in blocks that the sequence has; 0 where it is
-            to guess nothing. Empty where there is no such model.
+        starts: Position of the row's first token. Everything before it is in the KV cache after the steps planned
+            earlier.
+        counts: Number of tokens that the row computes.
+        token_ids: Flattened over the rows, sum(counts) long. A row of one token may be UNKNOWN. Its result is
+            meaningless if the previous step sampled nothing for it, or its last token.
+        samples: Whether the row's last token is the last one of its sequence, so that a token is sampled after it. For
+            a pooling row, whether its embedding is complete.
+        new_blocks: Per row and KV group: (index in the block table, block ids from there on). An empty tuple if a row
+            has none. Block 0 is the null block, which is never written or read.
+        drafts: Number of the row's last tokens that are drafts. A token is sampled after each of them and after the
+            token before them. Empty without speculative decoding.
+        draft_limits: Position before which a draft model may compute, within the blocks of the sequence; 0 for no
+            drafts. Empty without a draft model.
     """
 
     step: int
@@ -274,7 +176,7 @@ class StepPlan:
     samples: tuple[bool, ...]
     new_blocks: tuple[tuple[tuple[int, tuple[int, ...]], ...], ...]
     drafts: tuple[int, ...] = ()
-    reaches: tuple[int, ...] = ()
+    draft_limits: tuple[int, ...] = ()
 
 
 # --- runner -> scheduler -----------------------------------------------------------------------------------------
@@ -284,8 +186,8 @@ class StepPlan:
 class TokenLogprobs:
     """Log-probabilities at one position, natural log, of the raw logits.
 
-    `top` holds (token id, logprob), likeliest first; it may or may not contain `token_id` itself.
-    `rank` is 1 for the likeliest token.
+    `top` holds (token id, logprob), the most likely first, and may contain `token_id`. `rank` is 1 for the most likely
+    token.
     """
 
     token_id: int
@@ -294,12 +196,13 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
-# Operation, what it ran on (cuda: a kernel of this project, cublas, reference), why not a kernel ("" where one did),
-# and how often. Few different ones: they depend on the model, not on requests.
+# Operation, implementation (cuda: a kernel of this project, cublas, reference), why no kernel ran ("" if one did), and
+# the number of calls. There are few different ones: they depend on the model, not on requests.
 KernelCall = tuple[str, str, str, int]
 
 
 CORRUPTED = "The model produced numbers that are not finite."
+CONTRADICTED = "No token may be sampled: the request's parameters mask the whole vocabulary."
 
 
 @attrs.frozen
@@ -307,15 +210,16 @@ class StepResult:
     """What a step produced. Columns are aligned with the plan's rows.
 
     Attributes:
-        token_ids: The tokens sampled in each row: empty, or one, or one more for each draft that was right.
-        logprobs: Per row, one entry per sampled token; None where a row did not ask, or at all.
+        token_ids: Per row, the sampled tokens: none, or one plus one for each accepted draft.
+        logprobs: Per row, one entry per sampled token; None for a row that did not ask, or if no row did.
         prompt_logprobs: request_id -> one entry per prompt position of this chunk (None for position 0).
-        embeddings: request_id -> the finished vector.
-        failed: request_id -> why this row alone failed; CORRUPTED where its logits or its vector were not finite.
-        seconds: Time in the model and the sampler, measured by the runner.
-        expert_tokens: Tokens that each expert was given, added up over the layers; None for a model without experts.
-        kernel_calls: What operations ran on since the result before; None where nothing is counted (on a CPU).
-        drafts: Per row, what a draft model guesses to follow the sampled tokens; None without such a model.
+        embeddings: request_id -> the complete embedding.
+        failed: request_id -> why this row alone failed; CORRUPTED if its logits or its embedding were not finite,
+            CONTRADICTED if its parameters leave no token.
+        seconds: Time in model and sampler, measured by the runner.
+        expert_tokens: Tokens routed to each expert, summed over the layers; None for a model without experts.
+        kernel_calls: Calls since the previous result, by implementation; None if they are not counted (on a CPU).
+        drafts: Per row, a draft model's drafts after the sampled tokens; None without a draft model.
     """
 
     step: int
@@ -335,14 +239,21 @@ class StepResult:
 
 @attrs.frozen
 class Started:
-    """Sent after the first step with a row of this sequence: so much of the prompt came from the prefix cache."""
+    """Sent after the first step of a sequence, with the number of prompt tokens from the prefix cache."""
 
     cached_tokens: int
 
 
 @attrs.frozen
+class Progress:
+    """How many tokens of the prompt are computed or from the prefix cache; only for those that asked for it."""
+
+    num_tokens: int
+
+
+@attrs.frozen
 class Usage:
-    """Token counts of one request; `cached_tokens` of the prompt came from the prefix cache."""
+    """Token counts of one request; `cached_tokens` are the prompt tokens from the prefix cache."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -351,7 +262,7 @@ class Usage:
 
 @attrs.frozen
 class Tokens:
-    """Tokens one step added to a sequence."""
+    """Tokens that one step added to a sequence."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] | None = None
@@ -359,23 +270,23 @@ class Tokens:
 
 @attrs.frozen
 class PromptLogprobs:
-    """Log-probabilities of the whole prompt, once, before the first `Tokens`; None for the first position."""
+    """Log-probabilities of the whole prompt, sent once, before the first `Tokens`; None for the first position."""
 
     entries: tuple[TokenLogprobs | None, ...]
 
 
 @attrs.frozen
 class Embedding:
-    """The vector of a pooling request; `Finished` follows."""
+    """The embedding of a pooling request; `Finished` follows."""
 
     vector: tuple[float, ...]
 
 
 @attrs.frozen
 class Finished:
-    """The last message of a sequence that ended well.
+    """The last message of a sequence that did not fail.
 
-    `stop_token_id` is the stop id or secondary end-of-sequence id that ended it, None for the primary one.
+    `stop_token_id` is the stop token that ended it; None for the primary end-of-sequence token.
     """
 
     reason: FinishReason
@@ -385,30 +296,30 @@ class Finished:
 
 @attrs.frozen
 class Failed:
-    """The last message of a sequence that did not; `error` is one of trio_llm.errors."""
+    """The last message of a sequence that failed; `error` is one of trio_llm.errors."""
 
     error: Exception
 
 
-Event = Started | Tokens | PromptLogprobs | Embedding | Finished | Failed
+Event = Started | Progress | Tokens | PromptLogprobs | Embedding | Finished | Failed
 
 # --- scheduler -> its actor and metrics, once a step -------------------------------------------------------------
 
 
 @attrs.frozen
 class StepStats:
-    """One step in numbers.
+    """Statistics of one step.
 
     Attributes:
         seconds: Time in the model and the sampler.
-        num_prefill_tokens: Tokens computed in rows that were not decodes; after a preemption some for the second time.
-        num_generated_tokens: Tokens that were sampled and kept.
+        num_prefill_tokens: Tokens computed in rows that were not decodes, including recomputation.
+        num_generated_tokens: Sampled tokens that were kept.
         num_running, num_waiting: Sequences after the step.
-        num_preempted: Sequences that lost their blocks since the step before was counted.
+        num_preempted: Sequences preempted since the previous step's statistics.
         expert_tokens, kernel_calls: As in StepResult.
-        num_held: Of those waiting, how many wait for another sample of their prompt to compute it.
-        drafted: In how many rows there was a first draft, a second one and so on.
-        accepted: In how many rows the first draft was kept, the second one and so on.
+        num_held: Waiting sequences that wait for another sample of the same prompt to compute it.
+        drafted: Number of rows with a first draft, with a second one, and so on.
+        accepted: Number of rows whose first draft was accepted, whose second one, and so on.
     """
 
     step: int
@@ -430,7 +341,7 @@ class StepStats:
 
 @attrs.frozen
 class Commit:
-    """What a step's result meant: events in the order they are to be sent, and the step in numbers."""
+    """The outcome of a step: events in the order in which to send them, and statistics."""
 
     events: tuple[tuple[int, Event], ...]
     stats: StepStats
@@ -438,66 +349,10 @@ class Commit:
 
 @attrs.frozen
 class StepTrace:
-    """One step as a picture of the schedule needs it: the plan's rows and where the time went."""
+    """One step for a picture of the schedule: the rows of the plan, and the time."""
 
     request_ids: tuple[int, ...]
     starts: tuple[int, ...]
     counts: tuple[int, ...]
     stats: StepStats
     own_s: float | None
-
-
-# --- model -> everyone, once at start ----------------------------------------------------------------------------
-
-
-@attrs.frozen
-class KVGroup:
-    """Attention layers that share one block table.
-
-    Attributes:
-        layers: Indices of the layers that own KV storage in this group.
-        block_size: Tokens per block. A power of two; groups of one model may differ (the layers of different
-            head sizes share one pool of equal-sized blocks).
-        window: Tokens visible to a query, itself included; None for all.
-    """
-
-    layers: tuple[int, ...]
-    block_size: int
-    window: int | None = None
-
-
-@attrs.frozen(kw_only=True)
-class ModelInfo:
-    """What floors above the model know of it.
-
-    Attributes:
-        num_kv_blocks: Blocks in the pool, the null block 0 included.
-        block_bytes: Bytes of one block over all the layers it serves.
-        eos_token_ids: From generation_config, the primary one first.
-        on_gpu: Whether steps run beside the host.
-        memory_table: What the memory goes to, in lines for people; "" if nobody counted.
-    """
-
-    name: str
-    architecture: str
-    vocab_size: int
-    hidden_size: int
-    max_model_len: int
-    eos_token_ids: tuple[int, ...]
-    kv_groups: tuple[KVGroup, ...]
-    num_kv_blocks: int
-    block_bytes: int
-    dtype: str
-    default_sampling: Mapping[str, float | int] = attrs.field(factory=dict[str, float | int])
-    on_gpu: bool = False
-    memory_table: str = attrs.field(default="", repr=False)
-
-
-@attrs.frozen
-class Progress:
-    """How far loading is: `done` of `total`, counted in `unit`. `stage` is a few words for a human."""
-
-    stage: str
-    done: int
-    total: int
-    unit: Literal["tensors", "bytes", "steps"] = "tensors"

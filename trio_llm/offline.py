@@ -1,9 +1,9 @@
-"""Many prompts through one engine at once, with progress: what `LLM` and `trio-llm generate` do."""
+"""Run many prompts through one engine at once, with progress: for `LLM` and `trio-llm generate`."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,11 +15,18 @@ from trio_llm.engine.nursery import open_nursery
 from trio_llm.engine.samples import open_samples
 from trio_llm.engine.stream import Delta, Stream
 from trio_llm.messages import FinishReason, TokenLogprobs
+from trio_llm.params import Submission
 
 
 @attrs.frozen
 class CompletionOutput:
-    """One sample of a prompt."""
+    """One sample of a prompt.
+
+    Attributes:
+        request_id: The engine's own number, for `LLM.explain`; two samples are equal without it.
+        message: The text as an assistant's message in OpenAI's form: content, reasoning and tool_calls. Only from
+            `LLM.chat`.
+    """
 
     index: int
     text: str
@@ -27,11 +34,13 @@ class CompletionOutput:
     logprobs: tuple[TokenLogprobs, ...] | None
     finish_reason: FinishReason
     stop_reason: int | str | None
+    request_id: int = attrs.field(eq=False)
+    message: Mapping[str, Any] | None = None
 
 
 @attrs.frozen
 class RequestOutput:
-    """A prompt and its samples. `prompt` is None where token ids were given."""
+    """A prompt and its samples. `prompt` is None if token ids were given."""
 
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
@@ -51,16 +60,15 @@ class EmbeddingOutput:
 
 @attrs.frozen
 class Request:
-    """A prompt and its SamplingParams or PoolingParams."""
+    """The caller's prompt, None for token ids, and its submission."""
 
     prompt: str | None
-    token_ids: tuple[int, ...]
-    params: Any
+    submission: Submission
 
 
 @attrs.frozen
 class Progress:
-    """Tokens of one request since its last progress; `output` with its last one."""
+    """Tokens of one request since its last progress; the last one has the `output`."""
 
     index: int
     prompt_tokens: int = 0
@@ -73,10 +81,10 @@ Work = Callable[[Engine, Sequence[Request], Put], Awaitable[None]]
 
 
 async def generate(engine: Engine, requests: Sequence[Request], put: Put) -> None:
-    """Complete requests, started in their order and never more at once than the engine admits."""
+    """Complete requests, started in order, at most as many at once as the engine admits."""
 
     async def answer(index: int, request: Request, task_status: trio.TaskStatus[None]) -> None:
-        async with open_samples(engine, request.token_ids, request.params) as streams:
+        async with open_samples(engine, request.submission) as streams:
             task_status.started()
             answers: dict[int, CompletionOutput] = {}
             async with open_nursery() as readers:
@@ -88,7 +96,11 @@ async def generate(engine: Engine, requests: Sequence[Request], put: Put) -> Non
                 Progress(
                     index,
                     output=RequestOutput(
-                        request.prompt, request.token_ids, first.prompt_logprobs, outputs, first.cached_tokens
+                        request.prompt,
+                        request.submission.prompt_token_ids,
+                        first.prompt_logprobs,
+                        outputs,
+                        first.cached_tokens,
                     ),
                 )
             )
@@ -102,19 +114,32 @@ async def generate(engine: Engine, requests: Sequence[Request], put: Put) -> Non
         whole = Delta.joined(deltas)
         assert whole.finish_reason is not None
         answers[at] = CompletionOutput(
-            at, whole.text, whole.token_ids, whole.logprobs, whole.finish_reason, whole.stop_reason
+            at,
+            whole.text,
+            whole.token_ids,
+            whole.logprobs,
+            whole.finish_reason,
+            whole.stop_reason,
+            stream.request_id,
         )
 
-    await _start_in_order(engine, requests, lambda request: request.params.n, answer)
+    await _start_in_order(engine, requests, lambda request: request.submission.num_samples, answer)
 
 
 async def embed(engine: Engine, requests: Sequence[Request], put: Put) -> None:
-    """Embed requests, never more at once than the engine admits."""
+    """Embed requests, at most as many at once as the engine admits."""
 
     async def answer(index: int, request: Request, task_status: trio.TaskStatus[None]) -> None:
         task_status.started()
-        vector, usage = await engine.embed(request.token_ids, request.params)
-        put(Progress(index, usage.prompt_tokens, 0, EmbeddingOutput(request.prompt, request.token_ids, vector)))
+        vector, usage = await engine.embed(request.submission)
+        put(
+            Progress(
+                index,
+                usage.prompt_tokens,
+                0,
+                EmbeddingOutput(request.prompt, request.submission.prompt_token_ids, vector),
+            )
+        )
 
     await _start_in_order(engine, requests, lambda _: 1, answer)
 
@@ -136,7 +161,7 @@ async def _start_in_order(
 
     async with open_nursery() as nursery:
         for index, request in enumerate(requests):
-            # More samples than there are places is for the engine to refuse.
+            # The engine refuses more samples than it has places.
             places = min(places_of(request), engine.max_requests)
             for _ in range(places):
                 await free.acquire()
@@ -144,9 +169,9 @@ async def _start_in_order(
 
 
 @contextmanager
-def progress_bar(total: int, shown: bool) -> Generator[Put, None, None]:
+def progress_bar(total: int, enabled: bool) -> Generator[Put, None, None]:
     """Show requests done, and prefill and decode tokens per second since the start."""
-    if not shown:
+    if not enabled:
         yield lambda _: None
         return
     from tqdm import tqdm

@@ -9,6 +9,9 @@ import attrs
 
 from trio_llm.errors import ConfigError
 
+# The limit of a number that has none of its own: up to here a float holds every integer.
+_LARGEST = 2**53
+
 
 def setting(
     default: Any,
@@ -21,9 +24,9 @@ def setting(
     power_of_two: bool = False,
     secret: bool = False,
 ) -> Any:
-    """Declare one setting. `flags` are its spellings on the command line, the first one shown.
+    """Declare one setting. `flags` are its command-line flags; messages show the first.
 
-    A value out of range is a ConfigError wherever it comes from. A secret is never shown, not even by repr.
+    A value out of range raises a ConfigError, whatever its source. A secret is never shown, not even by repr.
     """
     return attrs.field(
         default=default,
@@ -47,12 +50,14 @@ def _check_limits(instance: object, attribute: attrs.Attribute[Any], value: Any)
 
 
 def out_of_range(attribute: attrs.Attribute[Any], value: Any) -> str | None:
-    """Say what a setting's numbers may be, or nothing where this one is fine."""
+    """Return which values a setting allows if `value` is not one of them, else None."""
     if value is None or not isinstance(value, int | float):
         return None
     low, high = attribute.metadata["at_least"], attribute.metadata["at_most"]
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         return "must be a finite number"
+    if high is None and value > _LARGEST:
+        return f"must be at most {_LARGEST}"
     if (low is not None and value < low) or (high is not None and value > high):
         return f"must be {low} to {high}" if high is not None else f"must be at least {low}"
     if attribute.metadata["power_of_two"] and int(value).bit_count() != 1:

@@ -1,4 +1,4 @@
-"""What `trio-llm serve` tells the person who started it: progress, memory, what is open to whom, and lines to paste."""
+"""Output of `trio-llm serve` for its user: progress, memory, access, and example commands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from trio_llm.config import Config
-from trio_llm.messages import ModelInfo, Progress
+from trio_llm.model_info import ModelInfo, Progress
 
 if TYPE_CHECKING:
     import rich.progress
@@ -30,12 +30,12 @@ class LoadingDisplay:
         self.stop()
 
     def stop(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
 
     def report(self, progress: Progress) -> None:
-        """Show how far loading is."""
+        """Show the progress of loading."""
         if not sys.stderr.isatty():
             return
         bar = self._bar or self._start(progress)
@@ -57,12 +57,13 @@ class LoadingDisplay:
 
 
 def open_to_all(config: Config) -> str | None:
-    """Say who can use the server, where that is anybody; None where a key or a loopback address stands before it."""
+    """Return a warning if anyone can use the server; None if a key or a loopback address protects it."""
     if _needs_key(config) or _is_loopback(config.server.host):
         return None
+    port = f"port {config.server.port}" if config.server.port else "its port"
     return (
-        f"No API key is set and the server listens on {config.server.host}: whoever can reach this machine on port "
-        f"{config.server.port} can use the model. Set VLLM_API_KEY, or listen on --host 127.0.0.1."
+        f"No API key is set and the server listens on {config.server.host}: whoever can reach this machine on "
+        f"{port} can use the model. Set VLLM_API_KEY, or listen on --host 127.0.0.1."
     )
 
 
@@ -78,13 +79,14 @@ def _is_loopback(host: str) -> bool:
 
 
 def ready_text(config: Config, info: ModelInfo, name: str, url: str) -> str:
-    """Say what is served where, what it takes, and how to ask it."""
+    """Return the address, the memory table and example commands."""
     base = _reachable(url)
     key = ' -H "Authorization: Bearer $VLLM_API_KEY"' if _needs_key(config) else ""
     post = f"-H 'Content-Type: application/json'{key}"
+    page = f" In a browser: {base}/." if config.server.ui else ""
     return f"""{info.memory_table}
 
-{name} ({info.architecture}, {info.dtype}, {info.max_model_len} tokens of context) is served on {url}. Ask it:
+{name} ({info.architecture}, {info.dtype}, {info.max_model_len} tokens of context) is served on {url}.{page} Ask it:
 
   curl {base}/v1/chat/completions {post} \\
     -d '{{"messages": [{{"role": "user", "content": "What is the capital of Japan?"}}]}}'
@@ -95,5 +97,5 @@ def ready_text(config: Config, info: ModelInfo, name: str, url: str) -> str:
 
 
 def _reachable(url: str) -> str:
-    """Turn the address that is listened on into one that this machine can connect to."""
+    """Convert the listening address to one that this machine can connect to."""
     return url.replace("//0.0.0.0:", "//localhost:").replace("//[::]:", "//localhost:")

@@ -12,17 +12,17 @@ from typing import Any
 import attrs
 import click
 
+from trio_llm.bridge import Bridge
 from trio_llm.cli.announce import LoadingDisplay
 from trio_llm.cli.client import Api, ApiError
 from trio_llm.cli.settings import Settings
-from trio_llm.notebook.bridge import Bridge
 
 _HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
 
 
 @attrs.frozen
 class _Piece:
-    """Words of an answer. `said` is False for reasoning, which is shown but does not go back to the model."""
+    """Text of an answer. `said` is False for reasoning, which is printed but not sent back to the model."""
 
     text: str = ""
     said: bool = True
@@ -68,7 +68,7 @@ def _opening(
 
 
 class _Conversation:
-    """What was said so far, and the loop that adds to it."""
+    """The messages so far, and the loop that adds to them."""
 
     def __init__(self, bridge: Bridge[Api], body: Mapping[str, Any], system: str | None) -> None:
         self._bridge = bridge
@@ -93,7 +93,7 @@ class _Conversation:
                     self._answer(words)
 
     def _answer(self, words: str) -> None:
-        """Show an answer as it comes; what was shown before Ctrl-C is part of the conversation."""
+        """Print an answer as it arrives; the text before Ctrl-C becomes part of the conversation."""
         self._messages.append({"role": "user", "content": words})
         said: list[str] = []
         started_s, first_s, num_pieces, num_tokens = time.perf_counter(), 0.0, 0, None

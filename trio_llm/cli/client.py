@@ -1,7 +1,7 @@
-"""A small HTTP/1.1 client on Trio for OpenAI-compatible APIs: what `chat` and `bench serve` need, and nothing more.
+"""A small HTTP/1.1 client on Trio for OpenAI-compatible APIs, for `chat` and `bench serve`.
 
-A benchmark's client shares the machine with the server it measures, so there is no connection pool, no retry and no
-model of the answers: one connection a request, bytes in, JSON objects out.
+A benchmark's client shares the machine with the server that it measures, so it has no connection pool, no retries and
+no typed answers: one connection per request, bytes in, JSON objects out.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Reply:
                     return None
                 event = json.loads(value)
                 if "error" in event:
-                    raise ApiError(_told(event))
+                    raise ApiError(_error_message(event))
                 return event
             if not (data := await self.receive()):
                 raise ApiError("the stream broke off")
@@ -93,29 +93,29 @@ class Api:
         return [model["id"] for model in json.loads(await self._whole("GET", "/models"))["data"]]
 
     async def metrics(self) -> str:
-        """Return the /metrics page beside the API. Raises ApiError where there is none."""
-        return (await self._whole("GET", "/metrics", beside=True)).decode()
+        """Return the /metrics page of the server. Raises ApiError if there is none."""
+        return (await self._whole("GET", "/metrics", below_host=True)).decode()
 
-    async def _whole(self, method: str, path: str, *, beside: bool = False) -> bytes:
-        async with self.open(method, path, beside=beside) as reply:
+    async def _whole(self, method: str, path: str, *, below_host: bool = False) -> bytes:
+        async with self.open(method, path, below_host=below_host) as reply:
             return await reply.read()
 
     @asynccontextmanager
     async def open(
-        self, method: str, path: str, body: object = None, *, beside: bool = False
+        self, method: str, path: str, body: object = None, *, below_host: bool = False
     ) -> AsyncGenerator[Reply, None]:
         """Send a request; leaving the block closes the connection, which ends the request on the server.
 
         Args:
             method: As HTTP spells it.
-            path: Below the base URL, or with `beside`, below its host.
+            path: Below the base URL, or with `below_host`, below its host.
             body: Sent as JSON, unless None.
 
         Raises:
             ApiError: The answer's status is not 200, or there is no answer.
         """
         url = self._url
-        target = path if beside else url.path + path
+        target = path if below_host else url.path + path
         payload = b"" if body is None else json.dumps(body).encode()
         headers = [("Host", url.netloc.rpartition("@")[2]), ("Connection", "close"), ("Accept", "*/*")]
         if self.key:
@@ -174,12 +174,12 @@ async def _next_event(stream: trio.abc.Stream, connection: h11.Connection) -> An
 
 def _refusal(body: bytes) -> str:
     try:
-        return _told(json.loads(body))
+        return _error_message(json.loads(body))
     except (ValueError, TypeError):
         return body[:_MAX_ERROR_CHARS].decode(errors="replace")
 
 
-def _told(body: dict[str, Any]) -> str:
-    """Take the words out of an error object; some servers send a bare string."""
+def _error_message(body: dict[str, Any]) -> str:
+    """Return the message of an error object; some servers send a bare string."""
     error = body.get("error", body)
     return str(error.get("message", error) if isinstance(error, dict) else error)[:_MAX_ERROR_CHARS]

@@ -13,10 +13,10 @@ from trio_llm.cli.options import engine_settings_given
 from trio_llm.cli.settings import Settings
 from trio_llm.config import LimitsConfig
 from trio_llm.llm import LLM
-from trio_llm.messages import SamplingParams
-from trio_llm.model.hub import resolve_model
+from trio_llm.model.checkpoint.hub import resolve_tokenizer
 from trio_llm.offline import RequestOutput
-from trio_llm.server.chat_template import ChatTemplate
+from trio_llm.params import SamplingParams
+from trio_llm.server.templates.chat_template import ChatTemplate
 from trio_llm.tokenizer import Tokenizer
 
 
@@ -29,6 +29,7 @@ def run(
     max_tokens: int,
     temperature: float,
     top_p: float,
+    seed: int | None,
     as_json: bool,
 ) -> None:
     """Answer the prompts given as words, else those of a file or stdin, one a line, and print the answers."""
@@ -36,8 +37,8 @@ def run(
     texts = list(words) or [line.strip() for line in file or sys.stdin if line.strip()]
     if not texts:
         raise click.UsageError("There is no prompt: give one as an argument, with --file, or on stdin.")
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p)
-    tokenizer = Tokenizer.from_directory(resolve_model(engine.tokenizer or engine.model))
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    tokenizer = Tokenizer.from_directory(resolve_tokenizer(engine))
     prompts = texts if raw or tokenizer.chat_template is None else _questions(tokenizer, texts, settings.config.limits)
     with LLM(**engine_settings_given(settings)) as llm:
         outputs = llm.generate(prompts, params, use_tqdm=len(texts) > 1 and sys.stderr.isatty())
@@ -48,7 +49,7 @@ def run(
 def _questions(tokenizer: Tokenizer, texts: Iterable[str], limits: LimitsConfig) -> list[dict[str, list[int]]]:
     """Put each text into the user's turn of the model's chat template."""
     assert tokenizer.chat_template is not None
-    template = ChatTemplate(tokenizer.chat_template, tokenizer.named_special_tokens, tokenizer.special_tokens, limits)
+    template = ChatTemplate(tokenizer.chat_template, tokenizer.named_special_tokens, limits)
     segments = (
         template.render(
             [{"role": "user", "content": text}],

@@ -1,4 +1,4 @@
-"""What to do instead of vLLM's flags that do not exist here. A flag that nothing reads is never accepted."""
+"""What to do instead of flags of vLLM, and commands of Ollama and vLLM, that do not exist here."""
 
 _PROXY = "Terminate TLS in a reverse proxy; trio-llm speaks plain HTTP/1.1."
 _ONE_DEVICE = "Not built: the model runs on one device."
@@ -27,4 +27,24 @@ HINTS = {
     "--ssl-keyfile": _PROXY,
     "--ssl-certfile": _PROXY,
     "--ssl-ca-certs": _PROXY,
+}
+
+_SERVE = "To serve a model, use `trio-llm serve MODEL`, MODEL being a directory or a hub id."
+
+COMMANDS = {
+    "download": "To fetch a model from the hub, use `trio-llm pull OWNER/NAME`.",
+    "run": "To talk to a model, use `trio-llm chat -m MODEL`; for one answer, `trio-llm generate -m MODEL PROMPT`.",
+    "complete": "For one answer, use `trio-llm generate --raw -m MODEL PROMPT`.",
+    "list": "To see which models came from the hub, use `trio-llm models`.",
+    "ls": "To see which models came from the hub, use `trio-llm models`.",
+    "ps": "A server lists what it serves: `curl http://localhost:8000/v1/models`.",
+    "show": "To see what a model needs, use `trio-llm plan MODEL --users N --context TOKENS`.",
+    "rm": "Nothing is stored: delete the model's directory, or use `hf cache` for what came from the hub.",
+    "stop": "Press Ctrl-C in the server's terminal, or send SIGTERM to its process.",
+    "create": f"There are no Modelfiles. {_SERVE}",
+    "start": _SERVE,
+    "server": _SERVE,
+    "benchmark": "Use `trio-llm bench`.",
+    "version": "Use `trio-llm --version`.",
+    "help": "Use `trio-llm --help`.",
 }

@@ -39,6 +39,12 @@ def configure_logging(level: str, log_dir: str | None) -> None:
         handlers.append(_file(log_dir))
     logging.basicConfig(level=level.upper(), handlers=handlers, force=True)
     logging.captureWarnings(True)
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # huggingface_hub's: a line for every request
+
+
+def set_level(level: str) -> None:
+    """Change the level of a configured log."""
+    logging.getLogger().setLevel(level.upper())
 
 
 def _console() -> logging.Formatter:

@@ -13,6 +13,7 @@ import click
 from trio_llm.cli.hints import HINTS
 from trio_llm.cli.settings import Given, Settings, fields, load_settings, metavar, unknown_variables
 
+REPEAT = "A flag with several values is repeated: {flag} A {flag} B."
 _KV_CACHE_DTYPES = {"auto": False, "int8": True}
 
 
@@ -21,12 +22,29 @@ class SettingsCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse as click does; a flag known from vLLM is refused with what to do instead."""
+        given = list(args)  # click empties the list
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             if hint := HINTS.get(error.option_name):
                 raise click.UsageError(f"No such option: {error.option_name}. {hint}", ctx) from None
             raise
+        except click.UsageError as error:
+            if error.message.startswith("Got unexpected extra") and (hint := self._repeat_hint(given)):
+                raise click.UsageError(f"{error.message.rstrip('.')}. {hint}", ctx) from None
+            raise
+
+    def _repeat_hint(self, args: list[str]) -> str:
+        """Say how a flag takes several values, if one is given that does: vLLM's take them one after the other."""
+        several = {
+            flag
+            for option in self.params
+            if isinstance(option, click.Option) and option.multiple
+            for flag in option.opts
+        }
+        for flag in several.intersection(args):
+            return REPEAT.format(flag=flag)
+        return ""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, those that are settings under the name of their section."""
@@ -40,7 +58,7 @@ class SettingsCommand(click.Command):
                 formatter.write_dl(records)
 
 
-def setting_options(*names: str) -> list[click.Parameter]:
+def setting_options(*names: str, leave_out: tuple[str, ...] = ()) -> list[click.Parameter]:
     """Make one option for each of these settings, a section standing for all of its own, and `--config`."""
     return [
         click.Option(
@@ -48,7 +66,11 @@ def setting_options(*names: str) -> list[click.Parameter]:
             type=click.Path(path_type=Path, dir_okay=False),
             help="YAML file with settings; default: ./config.yaml where it exists.",
         ),
-        *(_option(key, attribute) for key, attribute in fields() if key in names or key.split(".")[0] in names),
+        *(
+            _option(key, attribute)
+            for key, attribute in fields()
+            if (key in names or key.split(".")[0] in names) and key not in leave_out
+        ),
         click.Option(
             ["--kv-cache-dtype", "engine__kv_cache_dtype"],
             type=click.Choice(list(_KV_CACHE_DTYPES)),
@@ -97,6 +119,9 @@ def settings_of(config: Path | None, model: str | None, options: Mapping[str, An
     if model is not None:
         if "engine.model" in flags:
             raise click.UsageError(f"The model is named twice: {model} and --model {flags['engine.model'].value}.")
+        if "server.served_model_name" in flags and "/" not in model and not Path(model).is_dir():
+            hint = REPEAT.format(flag="--served-model-name")
+            raise click.UsageError(f"{model} is read as MODEL, and is not a directory. {hint}")
         flags["engine.model"] = Given(model, "argument MODEL")
     return load_settings(config, os.environ, flags)
 

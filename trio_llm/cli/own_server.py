@@ -1,4 +1,4 @@
-"""A server of one's own for the time of a command: so `chat` speaks to it as to any other, and there is one way."""
+"""A private server for the duration of a command, so that `chat` uses it like any other server."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import trio
 from trio_llm.assemble import open_engine
 from trio_llm.cli.client import Api
 from trio_llm.config import AuthConfig, Config
-from trio_llm.messages import Progress
+from trio_llm.model_info import Progress
 from trio_llm.server.app import create_app
-from trio_llm.server.serve import serve
+from trio_llm.server.http.serve import serve
 
 
 @asynccontextmanager
 async def own_server(config: Config, report: Callable[[Progress], None] | None = None) -> AsyncGenerator[Api, None]:
-    """Load a model and serve it on a free loopback port, to whoever has a key made for this block only."""
+    """Load a model and serve it on a free loopback port, with a key for this block only."""
     key = secrets.token_hex(32)
     auth = AuthConfig(api_keys=(key,), rate_limit_requests=0)
     # Never the user's own directory: its pending batches would run here.

@@ -19,15 +19,16 @@ from trio_llm.config import Config
 from trio_llm.engine import Engine
 from trio_llm.engine.nursery import open_nursery
 from trio_llm.server.app import create_app
-from trio_llm.server.batch_runner import answer_line
-from trio_llm.server.batch_service import execute_line
-from trio_llm.server.storage.batches import LineRecord, PendingLine
+from trio_llm.server.batches.batch_store import LineRecord, PendingLine
+from trio_llm.server.batches.input_file import decode_line
+from trio_llm.server.batches.runner import answer_line
+from trio_llm.server.batches.service import execute_line
 
 _READ_AHEAD_LINES = 64
 
 
 class _Line(msgspec.Struct):
-    """What a line must hold."""
+    """The required fields of a line."""
 
     custom_id: str
     method: Literal["POST"]
@@ -36,12 +37,12 @@ class _Line(msgspec.Struct):
 
 
 class _InvalidLineError(Exception):
-    """The input holds a line that is no request; nothing was answered."""
+    """A line of the input is not a request; nothing was answered."""
 
 
 @attrs.define
 class _Slot:
-    """A place in the output, kept for an answer that may come later than those behind it."""
+    """A place in the output for an answer that may arrive after later ones."""
 
     answered: trio.Event = attrs.field(factory=trio.Event)
     record: LineRecord | None = None
@@ -49,7 +50,7 @@ class _Slot:
 
 @attrs.define
 class _Count:
-    """What became of the lines."""
+    """Counts of lines."""
 
     lines: int = 0
     failed: int = 0
@@ -80,8 +81,9 @@ def _requests(path: Path) -> Iterator[tuple[int, bytes, _Line]]:
             if not text.strip():
                 continue
             try:
-                line = msgspec.json.decode(text, type=_Line)
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                line = msgspec.convert(decode_line(text), _Line)
+                line.custom_id.encode()
+            except (ValueError, RecursionError) as error:  # msgspec's are ValueErrors too.
                 raise _InvalidLineError(f"Invalid request on line {number}: {error}") from None
             if line.body.get("stream"):
                 raise _InvalidLineError(f"Invalid request on line {number}: a batch cannot stream")
@@ -111,10 +113,10 @@ async def _answer_lines(
     """Answer requests, as many at once as the engine admits, and write the answers in the requests' order."""
     services = create_app(engine, config).services
 
-    async def execute(endpoint: str, body: Mapping[str, Any], owner: str) -> Mapping[str, Any]:
-        return await execute_line(services, endpoint, body, owner)
+    async def execute(endpoint: str, text: bytes, owner: str) -> Mapping[str, Any]:
+        return await execute_line(services, endpoint, text, owner)
 
-    # What is answered early waits here for those before it, so that memory is bounded however long one takes.
+    # Early answers wait here for those before them. The bound limits memory if one line is slow.
     room = trio.Semaphore(engine.max_requests)
     send, receive = trio.open_memory_channel[_Slot](engine.max_requests)
 

@@ -1,6 +1,6 @@
-"""Where settings come from: defaults < config.yaml < environment < flags, and an error for what does not parse.
+"""Load settings: defaults < config.yaml < environment < flags, with an error for each invalid value.
 
-What a key is, means and may be stands in `trio_llm.config`; this file only gathers values and remembers their source.
+`trio_llm.config` declares the keys; this module gathers values and records their sources.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ SECTIONS: Mapping[str, type] = {
     "limits": LimitsConfig,
 }
 DEFAULT_FILE = Path("config.yaml")
+_MAX_FILE_BYTES = 2**20
 
 
 @attrs.frozen
 class Given:
-    """A value as somebody wrote it, and where."""
+    """A raw value and its source."""
 
     value: Any
     source: str
@@ -40,7 +41,7 @@ class Given:
 
 @attrs.frozen
 class Settings:
-    """The configuration, and for each key ("server.port") where its value came from."""
+    """The configuration, and the source of each key's value ("server.port")."""
 
     config: Config
     sources: Mapping[str, str]
@@ -58,9 +59,9 @@ def load_settings(path: Path | None, environ: Mapping[str, str], flags: Mapping[
     """Gather every setting.
 
     Args:
-        path: The YAML file that was asked for; None takes ./config.yaml where it exists.
+        path: The YAML file; None for ./config.yaml if it exists.
         environ: The process's variables; an empty one counts as unset.
-        flags: What stood on the command line, by dotted key.
+        flags: From the command line, by dotted key.
     Raises:
         ConfigError: A key is unknown or a value is not allowed; names key, value, source and what is allowed.
     """
@@ -80,7 +81,7 @@ def load_settings(path: Path | None, environ: Mapping[str, str], flags: Mapping[
 def unknown_variables(environ: Mapping[str, str]) -> dict[str, str | None]:
     """Name the VLLM_* variables that no setting reads, each with the known one it resembles, if any.
 
-    They are worth a warning, not an error: a machine may carry variables that are meant for vLLM.
+    They get a warning, not an error: the machine may have variables for vLLM.
     """
     known = [attribute.metadata["env"] for _, attribute in fields() if attribute.metadata["env"]]
     unknown = sorted(name for name in environ if name.startswith("VLLM_") and name not in known)
@@ -103,15 +104,22 @@ def _from_file(path: Path | None) -> dict[str, Given]:
     given: dict[str, Given] = {}
     for section, entries in _read_yaml(Path(source)).items():
         if section not in SECTIONS:
-            raise ConfigError(str(section), entries, source, f"unknown section; there are {', '.join(SECTIONS)}")
+            names = list(entries) if isinstance(entries, dict) else entries
+            allowed = f"unknown section; there are {', '.join(SECTIONS)}"
+            raise ConfigError(str(section), _redacted(str(section), names), source, allowed)
         if not isinstance(entries, dict | None):
-            raise ConfigError(section, entries, source, "must be a mapping of settings")
+            raise ConfigError(section, _redacted(section, entries), source, "must be a mapping of settings")
         for name, value in (entries or {}).items():
             key = f"{section}.{name}"
             if key not in known:
-                raise ConfigError(key, value, source, f"unknown setting{_resembling(key, known)}")
+                raise ConfigError(key, _redacted(key, value), source, f"unknown setting{_resembling(key, known)}")
             given[key] = Given(value, source)
     return given
+
+
+def _redacted(where: str, value: Any) -> Any:
+    """Return a value for an error, unless it may be a key whose setting is misspelled: errors end in logs."""
+    return "***" if "auth" in where or "key" in where else value
 
 
 def _resembling(key: str, known: list[str]) -> str:
@@ -120,34 +128,48 @@ def _resembling(key: str, known: list[str]) -> str:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML without the one thing it forgives that hides mistakes: a key that stands twice, the last one winning."""
+    """YAML that refuses duplicate keys, which would hide mistakes."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
             key = str(key_node.value)
             if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key!r} stands twice", problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"{key!r} occurs twice", problem_mark=key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
 def _read_yaml(path: Path) -> dict[Any, Any]:
+    text = _read_text(path)
     try:
         # A subclass of SafeLoader: no tag can make it construct anything but plain values.
-        document = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)  # noqa: S506
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("file", str(path), "--config", f"cannot be read: {error}") from None
+        document = yaml.load(text, _UniqueKeyLoader)  # noqa: S506
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        line = path.read_text(encoding="utf-8").splitlines()[mark.line].strip() if mark else ""
-        where = f"line {mark.line + 1}" if mark else "file"
-        raise ConfigError(where, line, str(path), f"is not YAML: {error.problem}") from None
+        number = error.problem_mark.line if error.problem_mark else 0
+        lines = text.splitlines()
+        # An error at the end of the file is marked after its last line.
+        where, line = (f"line {number + 1}", lines[number].strip()) if number < len(lines) else ("end of file", "")
+        raise ConfigError(where, _redacted(line, line), str(path), f"is not YAML: {error.problem}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError("file", str(path), str(path), f"is not YAML: {error}") from None
+    except RecursionError:
+        raise ConfigError("file", str(path), str(path), "is nested too deeply") from None
     if not isinstance(document, dict | None):
         raise ConfigError("file", document, str(path), f"must hold the sections {', '.join(SECTIONS)}")
     return document or {}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_FILE_BYTES + 1)
+        text = content.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("file", str(path), "--config", f"cannot be read: {error}") from None
+    if len(content) > _MAX_FILE_BYTES:
+        raise ConfigError("file", str(path), "--config", f"is larger than {_MAX_FILE_BYTES} bytes")
+    return text
 
 
 # --- one parser for all sources: YAML brings typed values, variables and flags bring text ------------------------
@@ -191,7 +213,7 @@ def _to_strings(value: Any, _: type) -> tuple[str, ...]:
 
 
 def _as_list(text: Any) -> list[Any]:
-    """Take apart a list written as JSON, as vLLM's flags want it: `--allowed-origins '["https://chat.example"]'`."""
+    """Parse a JSON list, as in vLLM's flags: `--allowed-origins '["https://chat.example"]'`."""
     return json.loads(text) if isinstance(text, str) and text.startswith("[") else [text]
 
 
@@ -212,16 +234,28 @@ _converter.register_structure_hook_func(lambda kind: kind == tuple[str, ...], _t
 
 def _parse(key: str, attribute: attrs.Attribute[Any], given: Given) -> Any:
     kind, optional = _unwrap(attribute.type)
-    shown = "***" if attribute.metadata["secret"] else given.value
+    quoted = "***" if attribute.metadata["secret"] else given.value
     if optional and (given.value is None or given.value == "none"):
         return None
     try:
         value = _converter.structure(given.value, kind)
-    except (TypeError, ValueError):
-        raise ConfigError(key, shown, given.source, f"must be {describe(attribute.type)}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(key, quoted, given.source, f"must be {describe(attribute.type)}") from None
+    for text in value if isinstance(value, tuple) else (value,):
+        if isinstance(text, str) and (reason := _bad_text(text)):
+            raise ConfigError(key, quoted, given.source, reason)
     if reason := out_of_range(attribute, value):
-        raise ConfigError(key, shown, given.source, reason)
+        raise ConfigError(key, quoted, given.source, reason)
     return value
+
+
+def _bad_text(text: str) -> str | None:
+    """Return the error of a name, path or address: an empty one is usually an unset variable of a script."""
+    if not text.strip():
+        return "must not be empty; leave it out to have the default"
+    if "\0" in text or not text.isprintable():
+        return "must not hold control characters"
+    return None
 
 
 def _unwrap(kind: Any) -> tuple[Any, bool]:
@@ -232,14 +266,14 @@ def _unwrap(kind: Any) -> tuple[Any, bool]:
 
 
 def describe(kind: Any) -> str:
-    """Say in words what a setting of this type may be."""
+    """Describe the values of a setting of this type."""
     inner, optional = _unwrap(kind)
     words = "one of " + ", ".join(typing.get_args(inner)) if typing.get_origin(inner) is Literal else _KINDS[inner][0]
     return words + (", or none" if optional else "")
 
 
 def metavar(kind: Any) -> str:
-    """Say in `--help` what a setting of this type may be."""
+    """Return the metavar of this type for `--help`."""
     inner, _ = _unwrap(kind)
     return "|".join(typing.get_args(inner)) if typing.get_origin(inner) is Literal else _KINDS[inner][1]
 

@@ -25,7 +25,7 @@ def settings_table(settings: Settings) -> str:
         value = getattr(getattr(settings.config, section), name)
         text = f"({len(value)} given)" if attribute.metadata["secret"] else as_text(value)
         rows.append((key, text, settings.sources[key]))
-    return _columns([("SETTING", "VALUE", "SOURCE"), *rows])
+    return columns([("SETTING", "VALUE", "SOURCE"), *rows])
 
 
 def environment_report() -> str:
@@ -43,7 +43,7 @@ def environment_report() -> str:
         ("memory", f"{memory_bytes / 2**30:.1f} GiB"),
         ("gpu", _gpu()),
     ]
-    return _columns(rows)
+    return columns(rows)
 
 
 def _processor() -> str:
@@ -60,7 +60,8 @@ def _gpu() -> str:
     return f"{', '.join(names)} (CUDA {torch.version.cuda})"
 
 
-def _columns(rows: list[tuple[str, ...]]) -> str:
+def columns(rows: list[tuple[str, ...]]) -> str:
+    """Align the cells of rows."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

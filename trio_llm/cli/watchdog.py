@@ -1,4 +1,4 @@
-"""The last resort: a process that should be gone and is not says where it hangs, and goes."""
+"""End a process that hangs at its shutdown, and print the stacks of its threads."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ EXIT_CODE = 70
 
 
 class Watchdog:
-    """A thread that ends the process unless it ended by itself; Trio cannot, when something ignores cancellation."""
+    """A thread that ends the process after a timeout; Trio cannot if a task ignores cancellation."""
 
     def __init__(self) -> None:
         self._timer: threading.Timer | None = None
 
     def arm(self, timeout_s: float) -> None:
-        """End the process in `timeout_s` seconds; arming again sets a new time."""
+        """End the process in `timeout_s` seconds; arming again resets the time."""
         self.disarm()
         self._timer = threading.Timer(timeout_s, _end, [timeout_s])
         self._timer.daemon = True
         self._timer.start()
 
     def disarm(self) -> None:
-        """Let the process live: it is ending by itself."""
+        """Do not end the process: it ends by itself."""
         if self._timer is not None:
             self._timer.cancel()
 

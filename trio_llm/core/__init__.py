@@ -1,1 +1,1 @@
-"""Floor 1: which tokens a step computes and where their KV lives; pure state machines (no trio, torch, clock, dice)."""
+"""Floor 1: scheduling and KV blocks as pure state machines, without Trio, torch, clocks or random numbers."""

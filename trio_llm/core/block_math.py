@@ -1,13 +1,13 @@
-"""How many blocks a sequence needs, by its length and the windows of the model."""
+"""How many blocks a sequence needs, given its length and the windows of the model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trio_llm.messages import KVGroup
+from trio_llm.model_info import KVGroup
 
 MAX_POSITIONS = 2**31 - 1
-"""Positions are int32 on the device; no sequence is longer, however little a window needs."""
+"""Positions are int32 on the device, so no sequence is longer, even if a window needs few blocks."""
 
 
 def blocks_for(num_tokens: int, group: KVGroup) -> int:
@@ -23,10 +23,10 @@ def first_visible_block(group: KVGroup, position: int) -> int:
 
 
 def max_live_blocks(num_tokens: int, group: KVGroup, max_step_tokens: int | None) -> int:
-    """Return the most blocks of a group that a sequence of this length owns at any one time.
+    """Return the maximum number of blocks of a group that a sequence of this length owns at any time.
 
-    The first query of a step sees window - 1 tokens before it, so window - 1 plus the tokens of the step are live;
-    where they begin within a block, that is one block more.
+    The first query of a step sees the window - 1 tokens before it, so these and the tokens of the step are live. If
+    they begin inside a block, they take one more block.
     """
     blocks = blocks_for(num_tokens, group)
     if group.window is None or max_step_tokens is None:
@@ -35,7 +35,7 @@ def max_live_blocks(num_tokens: int, group: KVGroup, max_step_tokens: int | None
 
 
 def longest_sequence(num_blocks: int, groups: Sequence[KVGroup], max_step_tokens: int | None) -> int:
-    """Return the most tokens that one sequence can have in a pool of its own."""
+    """Return the length of the longest sequence that fits into a pool of `num_blocks`."""
     low, high = 0, MAX_POSITIONS
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,7 +1,7 @@
-"""The prefix cache's keys, and how far a prompt is already computed.
+"""The keys of the prefix cache, and how much of a prompt is cached.
 
-A chain has one digest per chunk of tokens, each made from the one before it, so a digest names its chunk
-together with everything in front of it. A block is found under the digest at its end, whatever its size.
+A chain has one digest per chunk of tokens. Each digest includes the previous one, so it identifies its chunk and
+everything before it. A block's key is the digest at its end, whatever the block's size.
 """
 
 from __future__ import annotations
@@ -10,27 +10,43 @@ from array import array
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 
-from trio_llm.core.block_math import first_visible_block
-from trio_llm.messages import KVGroup
+import attrs
 
-DIGEST_BYTES = 16
+from trio_llm.core.block_math import first_visible_block
+from trio_llm.core.block_pool import DIGEST_BYTES
+from trio_llm.model_info import KVGroup
+
+_MAX_SHOWN_TOKENS = 32
 
 Find = Callable[[int, int], int]
 """(group, index in its table) -> id of the block that holds it, 0 if none."""
 
 
+@attrs.frozen
+class Difference:
+    """Where a prompt leaves what is cached: from `position` on, its tokens and those of a cached block differ.
+
+    The columns have at most 32 tokens; either is empty if its tokens end there.
+    """
+
+    position: int
+    token_ids: tuple[int, ...]
+    cached_token_ids: tuple[int, ...]
+
+
 class Chain:
     """Digests of a growing token sequence at every multiple of `chunk_tokens`.
 
-    Keyed with a secret of the process, so that nobody outside can build two prompts that share a digest; the
-    content (parent digest and tokens) is kept and compared on a hit, so not even luck can serve the wrong KV.
+    The hash is keyed with a secret of the process, so a client cannot build two prompts with the same digest. The
+    content (parent digest and tokens) is stored and compared on a hit, so a collision cannot return wrong KV.
     """
 
-    __slots__ = ("_chunk_tokens", "_contents", "_digests", "_hash", "_root", "tail")
+    __slots__ = ("_chunk_tokens", "_contents", "_digests", "_hash", "_root", "salt", "tail")
 
     def __init__(self, secret: bytes, salt: bytes, token_ids: Sequence[int], chunk_tokens: int) -> None:
         self.tail = list(token_ids)
-        """Tokens not digested yet. The sequence grows by appending here; digests are made when a block is asked for."""
+        """Tokens not hashed yet. The sequence grows by appending here; `block` hashes them."""
+        self.salt = salt
         self._hash = blake2b(key=secret, digest_size=DIGEST_BYTES)
         self._chunk_tokens = chunk_tokens
         self._root = self._digest(salt)
@@ -46,6 +62,21 @@ class Chain:
             return self._digests[index], self._contents[index]
         end = (index + 1) * ratio
         return self._digests[end - 1], b"".join(self._contents[end - ratio : end])
+
+    def parent(self, index: int) -> bytes:
+        """Return the digest before the chunk with this index."""
+        return self._digests[index - 1] if index else self._root
+
+    def chunk(self, index: int) -> tuple[int, ...]:
+        """Return the tokens of a chunk, as far as they are known."""
+        if index < len(self._contents):
+            return chunk_tokens(self._contents[index])
+        return tuple(self.tail[: self._chunk_tokens]) if index == len(self._contents) else ()
+
+    @property
+    def digests(self) -> Sequence[bytes]:
+        """The digests that were needed so far, of the first chunks; only appended to."""
+        return self._digests
 
     def _digest(self, content: bytes) -> bytes:
         state = self._hash.copy()
@@ -64,12 +95,27 @@ class Chain:
         del tail[:full]
 
 
+def chunk_tokens(content: bytes) -> tuple[int, ...]:
+    """Return the tokens of a chunk, from its content."""
+    return tuple(array("I", content[DIGEST_BYTES:]))
+
+
+def difference(chain: Chain, index: int, chunk_size: int, cached: bytes) -> Difference | None:
+    """Return where a sequence's chunk differs from the content of a cached one after the same chunks."""
+    own, other = chain.chunk(index), chunk_tokens(cached)
+    same = next((at for at, (one, two) in enumerate(zip(own, other, strict=False)) if one != two), len(own))
+    if same == len(other):
+        return None
+    end = same + _MAX_SHOWN_TOKENS
+    return Difference(index * chunk_size + same, own[same:end], other[same:end])
+
+
 def hit_length(groups: Sequence[KVGroup], limit: int, find: Find) -> int:
     """Return how many of the first `limit` tokens are cached in every group.
 
-    A full group needs all blocks from the start; a window group only those that the next query sees. A shorter
-    length moves the window to other blocks, so lengths go down until all groups agree: the fixed point. The result is
-    a multiple of every block size, because the block after it is written to and must not be shared.
+    A full-attention group needs all blocks from the start, a window group only those that the next query sees. A
+    shorter length moves the window to other blocks, so the length is reduced until all groups agree (a fixed point).
+    The result is a multiple of every block size, because the block after it is written and must not be shared.
     """
     step = max(group.block_size for group in groups)
     length = limit // step * step
@@ -95,11 +141,11 @@ def _run_from_start(index: int, group: KVGroup, limit: int, find: Find) -> int:
 def _window_hit(index: int, group: KVGroup, limit: int, step: int, find: Find) -> int:
     """Return the longest multiple of `step`, at most `limit`, whose window is cached; each block is looked up once."""
     length, size = limit, group.block_size
-    known = length // size  # Blocks from here to the end of the window are cached.
-    while known > first_visible_block(group, length):
-        if find(index, known - 1):
-            known -= 1
+    first_cached = length // size  # Blocks from here to the end of the window are cached.
+    while first_cached > first_visible_block(group, length):
+        if find(index, first_cached - 1):
+            first_cached -= 1
         else:
-            length = (known - 1) * size // step * step
-            known = length // size
+            length = (first_cached - 1) * size // step * step
+            first_cached = length // size
     return length

@@ -1,4 +1,4 @@
-"""Who runs, who waits and who is held, each in the policy's order."""
+"""The running, waiting and held sequences, in policy order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Queues:
     Attributes:
         running: In policy order; the last one is preempted first.
         waiting: In the order of admission.
-        num_held: Sequences that wait for their leader's prompt and stand in nobody's way.
+        num_held: Sequences that wait for their leader's prompt and do not block others.
     """
 
     def __init__(self) -> None:
@@ -34,11 +34,11 @@ class Queues:
         return self._live.get(request_id)
 
     def find(self, request_ids: Iterable[int]) -> list[Sequence | None]:
-        """Return the sequences with these ids, None for those that ended; quicker than one by one."""
+        """Return the sequences with these ids, None for those that ended. Faster than one call per id."""
         return list(map(self._live.get, request_ids))
 
     def add(self, sequence: Sequence, leader: int | None) -> None:
-        """Let a new sequence wait, behind its leader's prompt if that is yet to be computed."""
+        """Queue a new sequence; hold it while its leader's prompt is not computed."""
         ahead = None if leader is None else self._live.get(leader)
         self._live[sequence.request_id] = sequence
         if ahead is not None and not ahead.prompt_computed:
@@ -55,14 +55,14 @@ class Queues:
         insort(self.running, sequence, key=_by_key)
 
     def preempt(self, sequence: Sequence) -> None:
-        """Let a running sequence start over at the head of the waiting ones of its priority."""
+        """Move a running sequence to the front of the waiting sequences of its priority, to be recomputed."""
         self._remove_running(sequence)
         again = sequence.restart()
         self._live[again.request_id] = again
         insort(self.waiting, again, key=_by_waiting_key)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take an ended sequence out, wherever it is."""
+        """Remove an ended sequence, whatever its state."""
         del self._live[sequence.request_id]
         if sequence.status is Status.RUNNING:
             self._remove_running(sequence)
@@ -74,7 +74,7 @@ class Queues:
         self.free_followers(sequence)
 
     def free_followers(self, leader: Sequence) -> None:
-        """Let those that were held for this sequence wait for blocks like everybody else."""
+        """Move the followers of this sequence to the waiting sequences."""
         for follower in leader.followers:
             if follower.status is Status.HELD:
                 follower.status = Status.WAITING

@@ -1,25 +1,25 @@
-"""Outputs that go in circles, found a token at a time."""
+"""Detects outputs that repeat a pattern, one token at a time."""
 
 from __future__ import annotations
 
-from trio_llm.messages import RepetitionDetection
+from trio_llm.params import RepetitionDetection
 
 
 class RepetitionDetector:
-    """Says when the last tokens are one pattern, so many times in a row.
+    """Detects that the last tokens are one pattern, repeated `min_count` times.
 
-    The last tokens have period p where each equals the one p before it. So many of the last tokens are counted for
-    every p, which makes the cost of a token its number of pattern sizes, however often the pattern has to come.
+    Tokens have period p if each equals the one p tokens before it. For every p, the detector counts how many of the
+    last tokens have it. So a token costs one comparison per pattern size, whatever the number of repetitions.
     """
 
-    def __init__(self, wanted: RepetitionDetection) -> None:
-        self._repeats = wanted.min_count - 1
-        self._first = max(wanted.min_pattern_size, 1)
+    def __init__(self, detection: RepetitionDetection) -> None:
+        self._repeats = detection.min_count - 1
+        self._first = max(detection.min_pattern_size, 1)
         self._recent: list[int] = []  # The last max_pattern_size tokens, the newest first.
-        self._equal = [0] * (wanted.max_pattern_size + 1 - self._first)
+        self._equal = [0] * (detection.max_pattern_size + 1 - self._first)
 
     def add(self, token_id: int) -> bool:
-        """Take the next token; return whether the output now ends in such a pattern."""
+        """Add the next token; return whether the output now ends in a repeated pattern."""
         found = False
         first, recent, equal = self._first, self._recent, self._equal
         for at, size in enumerate(range(first, first + len(equal))):

@@ -1,4 +1,4 @@
-"""A step in flight: what was planned, kept until its result is committed."""
+"""A step in flight: its plan, kept until its result is committed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class RunningStep:
     """One planned step.
 
     Attributes:
-        rows: The sequences. One that was preempted since stands here as ended; see `Sequence.restart`.
-        ends: Per row, the tokens that are computed once the step is done, without drafts.
-        samples: Per row, whether a token (or a vector) comes of it.
-        prefills: Indices of the rows that compute more than the newest token and its drafts.
+        rows: The sequences. One that was preempted since then is ENDED here; see `Sequence.restart`.
+        ends: Per row, the number of tokens computed after the step, without drafts.
+        samples: Per row, whether it samples a token or yields an embedding.
+        prefills: Indices of the rows that are not decodes.
         started: Sequences whose first step this is.
-        accepted: Index of a row with drafts -> how many of them were kept, once that is known.
+        accepted: Index of a row with drafts -> number of accepted drafts, set by the commit.
     """
 
     grant: BlockGrant
@@ -39,7 +39,7 @@ class RunningStep:
     def lay_out(
         cls, grant: BlockGrant, rows: list[Sequence], started: list[Sequence]
     ) -> tuple[RunningStep, tuple[int, ...]]:
-        """Return the step and its tokens, flat over the rows; the sequences count as scheduled so far."""
+        """Return the step and its tokens, flattened over the rows; mark the tokens of the sequences as scheduled."""
         token_ids: list[int] = []
         ends: list[int] = []
         samples: list[bool] = []
@@ -61,9 +61,9 @@ class RunningStep:
             sequence.scheduled = end
             sampled = end == sequence.target
             samples.append(sampled)
-            # What is sampled can be computed in the next step, known or not, unless it is surely the last token. With
-            # drafts nobody knows at what position that is: the sequence rests until its row is committed.
-            if sampled and not speculates and end < sequence.limits.max_len - 1:
+            # The next step can compute the sampled token, known or not, unless it is certainly the last one. With
+            # drafts its position is unknown, so the sequence is not scheduled until its row is committed.
+            if sampled and not speculates and end < sequence.stop.max_len - 1:
                 sequence.target = end + 1
         step = cls(grant, rows, started, ends, samples, prefills, len(token_ids), num_prefill_tokens)
         return step, tuple(token_ids)
@@ -83,19 +83,19 @@ class RunningStep:
             result.expert_tokens,
             queues.num_held,
             result.kernel_calls,
-            _reached(self.grant.drafts[at] for at in self.accepted),
-            _reached(self.accepted.values()),
+            _count_above(self.grant.drafts[at] for at in self.accepted),
+            _count_above(self.accepted.values()),
         )
 
 
-def _reached(lengths: Iterable[int]) -> tuple[int, ...]:
-    """Return how many of the lengths are above 0, above 1 and so on."""
+def _count_above(lengths: Iterable[int]) -> tuple[int, ...]:
+    """Return how many of the lengths are above 0, how many above 1, and so on."""
     longest_first = sorted(lengths, reverse=True)
     return tuple(sum(length > at for length in longest_first) for at in range(max(longest_first, default=0)))
 
 
 def without_ended(grant: BlockGrant, rows: list[Sequence | None]) -> BlockGrant:
-    """Take out the rows of sequences that were aborted since the ask; their blocks go back with the next one."""
+    """Remove the rows of sequences that were aborted since the ask; the next ask releases their blocks."""
     if all(rows):
         return grant
     alive = [sequence is not None for sequence in rows]

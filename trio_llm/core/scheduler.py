@@ -1,8 +1,8 @@
-"""Which sequences compute which tokens in a step, and what a step's result means for them.
+"""The scheduler: chooses the tokens of each step and applies each step's result to the sequences.
 
-A pure state machine: `ask -> (BlockManager.reserve) -> plan -> (runner) -> commit`. It knows no blocks, no clock and no
-chance; the same calls in the same order give the same plans. One more step may be planned while the runner has the one
-before, with tokens in it that are yet to be sampled; commits come in the order of the plans.
+A pure state machine: `ask -> (BlockManager.reserve) -> plan -> (runner) -> commit`. It has no blocks, no clock and no
+random numbers: the same calls in the same order give the same plans. One step may be planned while the runner executes
+the previous one; such a plan contains tokens that are not sampled yet. Commits come in the order of the plans.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from itertools import repeat
 
 from trio_llm.core.queues import Queues
 from trio_llm.core.running_step import RunningStep, without_ended
-from trio_llm.core.sequence import Limits, Sequence, Status
-from trio_llm.core.speculator import Speculation
+from trio_llm.core.sequence import Sequence, Status, StopCondition
+from trio_llm.core.speculation import Speculation
+from trio_llm.core.step_order import check_ask, check_commit, check_plan
 from trio_llm.errors import InvalidRequestError, RequestFailedError
 from trio_llm.messages import (
+    CONTRADICTED,
     Admission,
     Admit,
     BlockAsk,
@@ -26,14 +28,14 @@ from trio_llm.messages import (
     Event,
     Failed,
     Finished,
-    PoolingParams,
+    Progress,
     PromptLogprobs,
-    SamplingParams,
     Started,
     StepPlan,
     StepResult,
     Tokens,
 )
+from trio_llm.params import SamplingParams, Submission, check_prompt_length
 
 Events = list[tuple[int, Event]]
 
@@ -42,20 +44,20 @@ _BACKGROUND = 2**65
 
 
 class Scheduler:
-    """Continuous batching with one token budget a step.
+    """Continuous batching with one token budget per step.
 
-    Decodes are served first, then prefill chunks in the same batch; running sequences before waiting ones. The first
-    waiting sequence that cannot have its blocks stops admission, so none is starved; where blocks run out, the last
-    in policy order is preempted and computed again later.
+    Decodes are scheduled first, then prefill chunks, in the same batch. Running sequences come before waiting ones. The
+    first waiting sequence that does not get its blocks stops admission, so none starves. When blocks run out, the last
+    sequence in policy order is preempted and recomputed later.
 
     Args:
-        max_num_batched_tokens: Tokens in one step.
-        max_batch_size: Sequences that run at the same time.
-        max_model_len: Prompt plus output of one sequence; at most BlockManager.max_tokens().
-        eos_token_ids: The primary one first.
-        policy: "fcfs", or "priority": smaller numbers first, ties by arrival.
-        long_prefill_token_threshold: Tokens of one sequence in a step; 0 for no limit but the budget.
-        speculation: Let sequences compute drafts beside their newest token; None for no such guesses.
+        max_num_batched_tokens: Maximum tokens in one step.
+        max_batch_size: Maximum running sequences.
+        max_model_len: Maximum prompt plus output of one sequence; at most BlockManager.max_tokens().
+        eos_token_ids: End-of-sequence ids, the primary one first.
+        policy: "fcfs", or "priority": smaller numbers first, then by arrival.
+        long_prefill_token_threshold: Maximum tokens of one sequence in a step; 0 means the budget is the limit.
+        speculation: Speculative decoding; None disables it.
     """
 
     def __init__(
@@ -102,7 +104,7 @@ class Scheduler:
 
     @property
     def num_held(self) -> int:
-        """Of the waiting ones, those that wait for their leader's prompt."""
+        """Waiting sequences whose leader's prompt is not computed yet."""
         return self._queues.num_held
 
     @property
@@ -115,91 +117,75 @@ class Scheduler:
         """The waiting sequences in the order of admission, without those held for their leader."""
         return tuple(self._queues.waiting)
 
-    @property
-    def has_work(self) -> bool:
-        """Whether a step would do something, now or after those in flight: run a row or hand back blocks."""
-        return bool(self._queues.running or self._queues.waiting or self._to_release)
-
     # --- from clients ---------------------------------------------------------------------------------------------
 
-    def submit(
-        self,
-        request_id: int,
-        prompt_token_ids: Seq[int],
-        params: SamplingParams | PoolingParams,
-        *,
-        priority: int = 0,
-        background: bool = False,
-        salt: bytes = b"",
-        leader: int | None = None,
-    ) -> None:
-        """Queue a sequence.
+    def submit(self, request_id: int, submission: Submission) -> None:
+        """Queue a sequence. Its parameters are final: None means no limit.
+
+        A sequence with a leader waits until the leader's prompt is computed, or the leader ended. It then finds the
+        prompt in the prefix cache.
 
         Args:
-            request_id: Not in use.
-            prompt_token_ids: At least one; room must be left for a token of output.
-            params: Final: what is None here is not limited.
-            priority: Smaller is earlier; without meaning under fcfs.
-            background: Later than all that are not, whatever the policy.
-            salt: Only sequences with equal salts share KV.
-            leader: Wait until this sequence's prompt is computed or it ended, so as to find it in the prefix cache.
+            request_id: Must not be in use.
         Raises:
-            InvalidRequestError: The prompt is empty or leaves no room for the output; nothing has changed then.
+            InvalidRequestError: The prompt is empty or leaves no room for the output, or the id is in use. The state is
+                unchanged.
         """
-        assert request_id not in self._queues
-        self._check_length(len(prompt_token_ids), params)
+        if request_id in self._queues:
+            raise InvalidRequestError(f"request_id = {request_id} is in use by another request.", param="request_id")
+        prompt, params = submission.prompt_token_ids, submission.params
+        check_prompt_length(len(prompt), self._max_model_len, generates=isinstance(params, SamplingParams))
         self._num_arrivals += 1
-        prompt = tuple(prompt_token_ids)
-        level = (priority if self._by_priority else 0) + (_BACKGROUND if background else 0)
-        key = (level, self._num_arrivals)
-        limits = Limits.of(params, len(prompt), self._max_model_len, self._eos_token_ids)
-        self._queues.add(Sequence(request_id, prompt, params, salt, key, limits, list(prompt)), leader)
+        stop = StopCondition.of(params, len(prompt), self._max_model_len, self._eos_token_ids)
+        sequence = Sequence(request_id, submission, (self.level_of(submission), self._num_arrivals), stop, list(prompt))
+        self._queues.add(sequence, submission.leader)
+
+    def level_of(self, submission: Submission) -> int:
+        """Return the first part of its place in policy order; smaller is scheduled first."""
+        return (submission.priority if self._by_priority else 0) + (_BACKGROUND if submission.background else 0)
 
     def abort(self, request_id: int) -> None:
-        """End a sequence wherever it is; no event follows, and what steps in flight compute for it is dropped."""
+        """End a sequence in any state. No event follows. Results of steps in flight are dropped for it."""
         sequence = self._queues.get(request_id)
         if sequence is not None:
             self._end(sequence)
 
     def take_ended(self) -> tuple[int, ...]:
-        """Return the sequences that were dropped altogether, blocks included, since the last call."""
+        """Return the sequences whose blocks were released since the last call, or that never had any."""
         ended, self._ended = tuple(self._ended), []
         return ended
 
-    def _check_length(self, num_tokens: int, params: SamplingParams | PoolingParams) -> None:
-        if num_tokens == 0:
-            raise InvalidRequestError("The prompt is empty.", param="prompt")
-        limit = self._max_model_len - (0 if isinstance(params, PoolingParams) else 1)
-        if num_tokens > limit:
-            message = (
-                f"The prompt has {num_tokens} tokens; at most {limit} fit, because "
-                f"the context is {self._max_model_len} tokens, prompt and output together."
-            )
-            raise InvalidRequestError(message, param="prompt", code="context_length_exceeded")
-
     # --- ask ------------------------------------------------------------------------------------------------------
 
-    def ask(self) -> BlockAsk | None:
-        """Say what the next step needs of the KV pool; None if there is nothing to run now and nothing to release.
+    def ask(self, prompt_tokens: int | None = None) -> BlockAsk | None:
+        """Return what the next step needs from the KV manager; None if there is nothing to run and nothing to release.
 
-        One step may be in flight meanwhile, not more: an UNKNOWN token is one of the step before.
+        At most one step may be in flight: an UNKNOWN token refers to the previous step.
+
+        Args:
+            prompt_tokens: Maximum tokens of the step in addition to its decodes, at least 1; None means that
+                max_num_batched_tokens is the only limit.
+
+        Raises:
+            OutOfOrderError: The last ask is not planned, or two steps are in flight.
         """
-        assert self._asked is None, "the step before has not been planned"
-        assert len(self._in_flight) <= 1, "two steps are in flight"
-        running, most = self._queues.running, self._max_row_tokens
+        check_ask(self._asked, len(self._in_flight))
+        running = self._queues.running
         decodes = [sequence for sequence in running if sequence.target - sequence.scheduled == 1]
         prefills = [sequence for sequence in running if sequence.target - sequence.scheduled > 1]
         rows = decodes + prefills
-        slots = min(self._max_batch_size - len(running), self._token_budget - len(decodes))  # A row costs a token.
+        token_budget = self._budget(len(decodes), prompt_tokens)
+        max_row_tokens = min(self._max_row_tokens, token_budget)
+        slots = min(self._max_batch_size - len(running), token_budget - len(decodes))  # A row costs at least one token.
         candidates = self._queues.waiting[: max(0, slots)]
         if not (rows or candidates or self._to_release):
             return None
-        if len(rows) < len(running):  # The others end with the step in flight.
+        if len(rows) < len(running):  # The others end with the step in flight, but keep their blocks.
             rows += [sequence for sequence in running if sequence.target == sequence.scheduled]
-        ends = [min(sequence.target, sequence.scheduled + most) for sequence in rows]
+        ends = [min(sequence.target, sequence.scheduled + max_row_tokens) for sequence in rows]
         released, self._to_release = self._to_release, []
         self._step += 1
-        wishes = self._speculation and self._speculation.wishes(decodes, rows + candidates, most)
+        columns = self._speculation and self._speculation.draft_columns(decodes, rows + candidates, max_row_tokens)
         self._asked = BlockAsk(
             self._step,
             tuple([sequence.request_id for sequence in released]),
@@ -212,27 +198,38 @@ class Scheduler:
             tuple([sequence.unsent for sequence in rows]),
             tuple([sequence.request_id for sequence in running]),
             tuple([sequence.request_id for sequence in candidates]),
-            self._token_budget,
-            most,
-            *(wishes or ()),
+            token_budget,
+            max_row_tokens,
+            *(columns or ()),
         )
         for sequence in rows:
             sequence.unsent = ()
         return self._asked
 
+    def _budget(self, num_decodes: int, prompt_tokens: int | None) -> int:
+        """Return the maximum number of tokens of the step."""
+        if prompt_tokens is None:
+            return self._token_budget
+        per_decode = 1 if self._speculation is None else 1 + self._speculation.max_drafts
+        return min(self._token_budget, num_decodes * per_decode + prompt_tokens)
+
     def _introduce(self, candidates: list[Sequence]) -> tuple[Admit, ...]:
-        """Tell the KV manager of the candidates it has not heard of."""
+        """Return an Admit for each candidate that the KV manager does not know yet."""
         new = [sequence for sequence in candidates if not sequence.known_to_blocks]
         for sequence in new:
             sequence.known_to_blocks = True
-        return tuple([Admit(one.request_id, one.prompt, one.salt, one.read_cache) for one in new])
+        return tuple([Admit(one.request_id, one.prompt, one.submission.salt, one.read_cache) for one in new])
 
     # --- plan -----------------------------------------------------------------------------------------------------
 
     def plan(self, grant: BlockGrant) -> StepPlan | None:
-        """Turn the granted rows into one ragged batch; None if there are none."""
+        """Turn the granted rows into one ragged batch; None if there are none.
+
+        Raises:
+            OutOfOrderError: The grant is not that of the last ask. The state is unchanged.
+        """
+        check_plan(self._asked, grant)
         assert self._asked is not None
-        assert grant.step == self._asked.step
         self._ended += self._asked.released
         self._asked = None
         self._num_preempted += len(grant.preempted)
@@ -258,7 +255,7 @@ class Scheduler:
             tuple(step.samples),
             grant.new_blocks,
             grant.drafts,
-            self._speculation.reaches(grant, step) if self._speculation else (),
+            self._speculation.draft_limits(grant, step) if self._speculation else (),
         )
 
     def _preempt(self, request_id: int) -> None:
@@ -269,7 +266,7 @@ class Scheduler:
         self._queues.preempt(sequence)
 
     def _start(self, grant: BlockGrant, rows: list[Sequence]) -> tuple[tuple[Admission, ...], list[Sequence]]:
-        """Let the admitted sequences run; return what the runner must know of them, and whose clients know nothing."""
+        """Start the admitted sequences; return their admissions, and those whose clients get a Started."""
         admissions: list[Admission] = []
         started: list[Sequence] = []
         first = len(rows) - grant.num_admitted
@@ -288,10 +285,13 @@ class Scheduler:
     # --- commit ---------------------------------------------------------------------------------------------------
 
     def commit(self, result: StepResult) -> Commit:
-        """Advance the sequences of the first step in flight and say what their clients are to hear."""
-        assert self._asked is None, "the step that was asked for has not been planned"
+        """Apply the result of the oldest step in flight; return the events for clients and the statistics.
+
+        Raises:
+            OutOfOrderError: The result is not that of this step. The state is unchanged.
+        """
+        check_commit(self._asked, self._in_flight[0].grant.step if self._in_flight else None, result)
         step = self._in_flight.popleft()
-        assert result.step == step.grant.step
         events: Events = []
         for sequence in step.started:
             if sequence.status is Status.RUNNING:
@@ -310,16 +310,19 @@ class Scheduler:
         for sequence in step.rows:
             why = result.failed.get(sequence.request_id)
             if why is not None:
-                sequence.failed = True  # Also if it was aborted meanwhile: nobody may hit what it wrote.
+                sequence.failed = True  # Also after an abort: the prefix cache must not share what it wrote.
                 if sequence.status is Status.RUNNING:
                     self._end(sequence)
-                    events.append((sequence.request_id, Failed(RequestFailedError(why))))
+                    kind = InvalidRequestError if why == CONTRADICTED else RequestFailedError
+                    events.append((sequence.request_id, Failed(kind(why))))
 
     def _commit_prompt(self, sequence: Sequence, end: int, result: StepResult, events: Events) -> None:
-        """Take in what prompt tokens yield besides KV: prompt logprobs, vectors, followers set free."""
-        if sequence.prompt_computed:  # It was preempted since, and computes its prompt again.
+        """Apply the other results of a prefill: prompt logprobs, an embedding, followers that may now run."""
+        if sequence.prompt_computed:  # Preempted since then; it recomputes its prompt.
             return
         request_id = sequence.request_id
+        if sequence.submission.reports_progress:
+            events.append((request_id, Progress(min(end, len(sequence.prompt)))))
         if sequence.wants_prompt_logprobs:
             assert result.prompt_logprobs is not None
             sequence.prompt_logprobs += result.prompt_logprobs[request_id]
@@ -337,7 +340,7 @@ class Scheduler:
             self._end(sequence)
 
     def _commit_tokens(self, step: RunningStep, result: StepResult, events: Events) -> int:
-        """Advance every row and append what was sampled; return how many tokens were kept."""
+        """Advance every row and append the sampled tokens; return how many tokens were kept."""
         num_generated = 0
         running = Status.RUNNING
         logprobs = result.logprobs or repeat(None, len(step.rows))
@@ -346,29 +349,29 @@ class Scheduler:
             sequence.computed = end
             if not samples or sequence.status is not running:
                 continue
-            limits = sequence.limits
+            stop = sequence.stop
             if self._speculation is not None:
-                sampled = limits.cut(len(sequence.tokens), sampled)  # noqa: PLW2901
+                sampled = stop.cut(len(sequence.tokens), sampled)  # noqa: PLW2901
                 row_logprobs = row_logprobs and row_logprobs[: len(sampled)]  # noqa: PLW2901
-                self._speculation.settle(step, at, len(sampled), result)
+                self._speculation.commit_drafts(step, at, len(sampled), result)
             num_generated += len(sampled)
             sequence.tokens += sampled
             sequence.unsent += sampled
             events.append((sequence.request_id, Tokens(sampled, row_logprobs)))
-            if sampled[-1] in limits.stop_ids or len(sequence.tokens) >= limits.max_len:
+            if sampled[-1] in stop.stop_ids or len(sequence.tokens) >= stop.max_len:
                 self._finish_if_done(sequence, sampled[-1], events)
         return num_generated
 
     def _finish_if_done(self, sequence: Sequence, token_id: int, events: Events) -> None:
-        limits = sequence.limits
-        reason = limits.reason(len(sequence.tokens), token_id)
+        stop = sequence.stop
+        reason = stop.reason(len(sequence.tokens), token_id)
         if reason is not None:
-            named = token_id if reason == "stop" and token_id != limits.primary_eos else None
+            named = token_id if reason == "stop" and token_id != stop.primary_eos else None
             events.append((sequence.request_id, Finished(reason, sequence.usage, named)))
             self._end(sequence)
 
     def _end(self, sequence: Sequence) -> None:
-        """Take a sequence out; the KV manager and the runner are told with the next ask and plan."""
+        """Remove a sequence; the next ask and plan inform the KV manager and the runner."""
         self._queues.remove(sequence)
         self._drop_from_runner(sequence)
         if sequence.known_to_blocks:

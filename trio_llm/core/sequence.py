@@ -1,4 +1,4 @@
-"""One sequence of the scheduler: its tokens, how far they are computed, and when it has had enough."""
+"""One sequence of the scheduler: its tokens, how many of them are computed, and when it stops."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import enum
 
 import attrs
 
-from trio_llm.core.speculate import PromptLookup
-from trio_llm.messages import FinishReason, PoolingParams, SamplingParams, TokenLogprobs, Usage
+from trio_llm.core.prompt_lookup import PromptLookup
+from trio_llm.messages import FinishReason, TokenLogprobs, Usage
+from trio_llm.params import PoolingParams, SamplingParams, Submission
 
 
 class Status(enum.Enum):
-    """Where a sequence is. HELD waits for its leader's prompt and stands in nobody's way."""
+    """State of a sequence. HELD waits for its leader's prompt and does not block others."""
 
     HELD = "held"
     WAITING = "waiting"
@@ -20,15 +21,15 @@ class Status(enum.Enum):
 
 
 @attrs.frozen
-class Limits:
-    """When a sequence ends by itself.
+class StopCondition:
+    """When a sequence stops.
 
     Attributes:
-        max_len: Tokens, prompt included, at which it ends for length, even before min_len: there is no room. A text to
-            embed ends with its prompt.
-        min_len: Tokens it must have before a stop token counts.
-        stop_ids: Tokens that end it.
-        primary_eos: The stop token that needs no mention in Finished; None where it does not end the sequence.
+        max_len: Number of tokens, prompt included, at which it stops for length, even below min_len. The prompt's
+            length for an embedding.
+        min_len: Number of tokens, prompt included, below which stop tokens do not count.
+        stop_ids: Tokens that stop it.
+        primary_eos: The stop token that Finished does not name; None if it does not stop the sequence.
     """
 
     max_len: int
@@ -39,8 +40,8 @@ class Limits:
     @classmethod
     def of(
         cls, params: SamplingParams | PoolingParams, num_prompt_tokens: int, max_model_len: int, eos: tuple[int, ...]
-    ) -> Limits:
-        """Work them out from the parameters of a request and the end-of-sequence ids of a model, primary one first."""
+    ) -> StopCondition:
+        """Derive the condition from a request's parameters and the model's end-of-sequence ids, primary one first."""
         if isinstance(params, PoolingParams):
             return cls(num_prompt_tokens)
         max_len = max_model_len
@@ -51,13 +52,13 @@ class Limits:
         return cls(max_len, num_prompt_tokens + params.min_tokens, stop_ids, eos[0] if eos else None)
 
     def reason(self, num_tokens: int, newest: int) -> FinishReason | None:
-        """Say whether the newest token ends a sequence that now has `num_tokens`, and why."""
+        """Return why the newest token stops a sequence that now has `num_tokens`; None if it does not."""
         if newest in self.stop_ids and num_tokens >= self.min_len:
             return "stop"
         return "length" if num_tokens >= self.max_len else None
 
     def cut(self, num_tokens: int, newest: tuple[int, ...]) -> tuple[int, ...]:
-        """Return those of the newest tokens, which come after `num_tokens` others, up to the first that ends it."""
+        """Return the newest tokens, which follow `num_tokens` others, up to the first that stops the sequence."""
         for at, token_id in enumerate(newest, start=1):
             if self.reason(num_tokens + at, token_id) is not None:
                 return newest[:at]
@@ -66,34 +67,33 @@ class Limits:
 
 @attrs.define(eq=False, repr=False)
 class Sequence:
-    """State of one request inside the core; read-only to everybody but the scheduler.
+    """State of one request inside the core. Only the scheduler changes it.
 
     Attributes:
-        prompt: The prompt's tokens.
+        submission: The request, as its client made it.
         tokens: Prompt and output.
-        key: (priority, arrival), the place in the policy's order; smaller is earlier; unique.
-        limits: When it ends.
-        computed: Tokens whose KV is really computed.
-        scheduled: Tokens whose KV is computed once the steps in flight are done.
-        target: Tokens that can be scheduled: those known, and one that a step in flight samples unless it is the last.
-        prompt_computed: The whole prompt was computed at least once; followers may go.
-        unsent: Tokens sampled since the KV manager last heard of it.
+        key: (priority, arrival): its unique place in policy order, smaller first.
+        stop: When it stops.
+        computed: Tokens whose KV is computed and committed.
+        scheduled: Tokens whose KV is computed after the steps in flight.
+        target: Tokens that can be scheduled: the known ones, plus one that a step in flight samples, unless it is the
+            last.
+        prompt_computed: The whole prompt was computed at least once; followers may run.
+        unsent: Tokens that the KV manager does not know yet.
         cached_tokens: Prompt tokens found in the prefix cache at the first admission, None before it.
-        announced: Its client was told that it started.
-        failed: What it computed is not to be trusted.
-        known_to_blocks, known_to_runner: Who has to be told that it is gone.
+        announced: Its client has got a Started.
+        failed: Its KV must not be shared.
+        known_to_blocks, known_to_runner: Whether the KV manager and the runner must be informed when it ends.
         followers: Sequences held until this one's prompt is computed.
-        prompt_logprobs: Gathered over the chunks of the prompt, empty again once they were sent.
-        drafts: What may follow its tokens.
-        lookup: Where its drafts are looked up; None where they are not, or not yet.
+        prompt_logprobs: Collected over the chunks of the prompt; cleared when sent.
+        drafts: Draft tokens to verify in its next step.
+        lookup: The n-gram index of its tokens; None before its first draft, or without prompt look-up.
     """
 
     request_id: int
-    prompt: tuple[int, ...]
-    params: SamplingParams | PoolingParams
-    salt: bytes
+    submission: Submission
     key: tuple[int, int]
-    limits: Limits
+    stop: StopCondition
     tokens: list[int]
     status: Status = Status.WAITING
     computed: int = 0
@@ -120,9 +120,9 @@ class Sequence:
         )
 
     def restart(self) -> Sequence:
-        """Return the sequence as it waits to be computed again; it takes the place of this one, which ends here.
+        """Return a copy that waits to be recomputed. It replaces this object, which ends here.
 
-        Steps in flight keep this one, so what they yield for it falls on nobody.
+        Steps in flight keep this object, so their results for it are dropped.
         """
         self.status = Status.ENDED
         return attrs.evolve(
@@ -137,8 +137,16 @@ class Sequence:
         )
 
     @property
+    def prompt(self) -> tuple[int, ...]:
+        return self.submission.prompt_token_ids
+
+    @property
+    def params(self) -> SamplingParams | PoolingParams:
+        return self.submission.params
+
+    @property
     def waiting_key(self) -> tuple[int, int, int]:
-        """Place among the waiting: a preempted sequence stands before all others of its priority."""
+        """Place among the waiting sequences: a preempted one comes before all others of its priority."""
         priority, arrival = self.key
         return priority, 0 if self.num_preemptions else 1, arrival
 
@@ -152,12 +160,12 @@ class Sequence:
 
     @property
     def read_cache(self) -> bool:
-        """Whether KV of others may stand in for computing; not where every position must yield something."""
+        """Whether it may use cached KV. Not if every prompt position must yield a result."""
         return not self.pooling and not self.wants_prompt_logprobs
 
     @property
     def trusted(self) -> int:
-        """Of its first tokens, how many the KV manager knows and may let others use; -1 where it failed."""
+        """Number of leading tokens that the KV manager knows and may share; -1 if the sequence failed."""
         return -1 if self.failed else min(self.computed, len(self.tokens) - len(self.unsent))
 
     @property

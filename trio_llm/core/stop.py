@@ -1,4 +1,4 @@
-"""Stop strings, found across token borders, with no more text held back than may still become one."""
+"""Finds stop strings across token boundaries; holds back only text that may still become one."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Sequence
 class StopStrings:
     """Matches text that arrives in pieces against a few strings.
 
-    The match that is complete first wins, whatever the pieces; of several complete at once, the longest. One automaton
-    (Knuth, Morris, Pratt 1977) per string makes the cost per character constant, also for hostile strings.
+    The match that is complete first wins, however the text is split; of several at once, the longest wins. One
+    automaton per string (Knuth, Morris, Pratt 1977) makes the cost per character constant, even for hostile strings.
 
     Args:
-        stop: The strings, none of them empty.
-        include: Emit the matched string too.
+        stop: The strings; none is empty.
+        include: Also emit the matched string.
     """
 
     def __init__(self, stop: Sequence[str], *, include: bool = False) -> None:
@@ -24,9 +24,9 @@ class StopStrings:
         self._held = ""
 
     def add(self, text: str, *, may_end: bool = True) -> tuple[str, str | None]:
-        """Take more text; return what may be shown and the stop string that ended it, after which nothing is added.
+        """Add text; return the text to emit and the stop string that was found, after which nothing may be added.
 
-        Text that may not end it can still begin a stop string that later text completes.
+        With `may_end` false, no stop string ends here, but one may begin here and be completed by later text.
         """
         buffer = self._held + text
         for end, character in enumerate(text, start=len(self._held) + 1):
@@ -41,18 +41,18 @@ class StopStrings:
                     self._held = ""
                     return buffer[: end if self._include else end - state], pattern
                 self._states[index] = state
-        shown = len(buffer) - max(self._states, default=0)
-        self._held = buffer[shown:]
-        return buffer[:shown], None
+        emitted = len(buffer) - max(self._states, default=0)
+        self._held = buffer[emitted:]
+        return buffer[:emitted], None
 
     def finish(self) -> str:
-        """Return what was held back: no more text comes, so it was no stop string."""
+        """Return the text held back, which is not a stop string because no more text follows."""
         held, self._held = self._held, ""
         return held
 
 
 def _failure_table(pattern: str) -> list[int]:
-    """Return for each prefix the length of its longest proper suffix that is a prefix too."""
+    """Return for each prefix the length of its longest proper suffix that is also a prefix."""
     table = [0] * len(pattern)
     state = 0
     for at in range(1, len(pattern)):

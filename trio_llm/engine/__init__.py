@@ -1,4 +1,4 @@
-"""Floor 3: the pure core and the runner, carried by four Trio actors (no torch, no HTTP)."""
+"""Floor 3: four Trio actors around the pure core and the runner, without torch and HTTP."""
 
 from trio_llm.engine.engine import Engine, Health
 from trio_llm.engine.messages import RequestStats, StepReport

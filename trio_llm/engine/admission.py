@@ -1,24 +1,24 @@
-"""What a request must satisfy before anybody else sees it: everything that would fail later fails here, by name."""
+"""Checks a request before it is submitted: whatever could fail later fails here, by name."""
 
 from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 import attrs
 
 from trio_llm.errors import InvalidRequestError
-from trio_llm.messages import PoolingParams, SamplingParams
+from trio_llm.params import PoolingParams, SamplingParams, Submission, check_prompt_length
 
 
 @attrs.frozen(kw_only=True)
-class Limits:
+class RequestLimits:
     """The limits that the model and the settings put on a request.
 
     Attributes:
-        max_model_len: Longest prompt plus output in tokens; a sequence of this length fits the KV pool.
-        max_logprobs: Most logprobs per position.
+        max_model_len: Maximum prompt plus output in tokens; a sequence of this length fits the KV cache.
+        max_logprobs: Maximum logprobs per position.
     """
 
     max_model_len: int
@@ -27,46 +27,37 @@ class Limits:
     max_logprobs: int
 
 
-def check_prompt(prompt: Sequence[int], limits: Limits, *, generates: bool) -> None:
-    """Refuse a prompt that is empty, too long (a request that generates needs room for a token) or out of range."""
-    if not prompt:
-        raise InvalidRequestError("The prompt is empty: at least one token is needed.", param="prompt")
-    longest = limits.max_model_len - generates
-    if len(prompt) > longest:
-        room = f" A prompt can have at most {longest} tokens, to leave room for one of output." if generates else ""
-        raise InvalidRequestError(
-            f"This model's maximum context length is {limits.max_model_len} tokens. "
-            f"However, your prompt resulted in {len(prompt)} tokens.{room}",
-            param="prompt",
-            code="context_length_exceeded",
-        )
-    _check_ids("prompt", prompt, limits)
-
-
-def resolve(params: SamplingParams, prompt: Sequence[int], limits: Limits) -> SamplingParams:
-    """Return checked parameters as the scheduler and the runner want them: seed drawn, max_tokens final.
+def resolve(submission: Submission, limits: RequestLimits) -> Submission:
+    """Check a request; return it with a seed and a final `max_tokens`.
 
     Raises:
         InvalidRequestError: Names the parameter, the value and what is allowed.
     """
-    check_prompt(prompt, limits, generates=True)
+    params, prompt = submission.params, submission.prompt_token_ids
+    assert isinstance(params, SamplingParams)
+    check_prompt_length(len(prompt), limits.max_model_len, generates=True)
+    _check_ids("prompt", prompt, limits)
     _check_sampling(params)
     _check_logprobs(params, limits)
     _check_tokens(params, limits)
-    room = limits.max_model_len - len(prompt)
-    max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-    return attrs.evolve(
+    remaining = limits.max_model_len - len(prompt)
+    max_tokens = remaining if params.max_tokens is None else min(params.max_tokens, remaining)
+    final = attrs.evolve(
         params,
-        # A request for nothing but its prompt's logprobs still needs one sampled token to end with.
+        # A request for its prompt's logprobs only still samples one token, to end with.
         max_tokens=max(max_tokens, 1),
         min_tokens=min(params.min_tokens, max_tokens),
         seed=secrets.randbits(63) if params.seed is None else params.seed,
     )
+    return attrs.evolve(submission, params=final)
 
 
-def check_pooling(params: PoolingParams, prompt: Sequence[int], limits: Limits) -> None:
-    """Refuse an embedding request that can never be served."""
-    check_prompt(prompt, limits, generates=False)
+def check_pooling(submission: Submission, limits: RequestLimits) -> None:
+    """Check an embedding request. Raises InvalidRequestError if it can never be served."""
+    params, prompt = submission.params, submission.prompt_token_ids
+    assert isinstance(params, PoolingParams)
+    check_prompt_length(len(prompt), limits.max_model_len, generates=False)
+    _check_ids("prompt", prompt, limits)
     if params.dimensions is not None and not 1 <= params.dimensions <= limits.hidden_size:
         _refuse("dimensions", params.dimensions, f"1 to {limits.hidden_size}")
 
@@ -87,25 +78,27 @@ def _check_sampling(params: SamplingParams) -> None:
         _refuse("seed", params.seed, "a 64-bit signed integer")
     if "" in params.stop:
         _refuse("stop", params.stop, "strings that are not empty")
+    if params.structured_outputs is not None:
+        _refuse("structured_outputs", params.structured_outputs, "a compiled `grammar`, which LLM makes of it")
     if params.grammar is not None:
-        # The grammar alone says where the output is complete, and then nothing but its end may follow.
+        # Only the grammar says where the output is complete; then only the end may follow.
         if params.min_tokens:
-            _refuse("min_tokens", params.min_tokens, "0 where the output is held to a grammar")
+            _refuse("min_tokens", params.min_tokens, "0 with a grammar")
         if params.ignore_eos:
-            _refuse("ignore_eos", params.ignore_eos, "false where the output is held to a grammar")
+            _refuse("ignore_eos", params.ignore_eos, "false with a grammar")
 
 
-def _check_logprobs(params: SamplingParams, limits: Limits) -> None:
+def _check_logprobs(params: SamplingParams, limits: RequestLimits) -> None:
     for name, value in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
-        wanted = limits.vocab_size if value == -1 else value
-        if wanted is not None and not 0 <= wanted <= limits.max_logprobs:
+        count = limits.vocab_size if value == -1 else value
+        if count is not None and not 0 <= count <= limits.max_logprobs:
             _refuse(name, value, f"0 to {limits.max_logprobs} (--max-logprobs)")
     if params.logprob_token_ids and params.logprobs is None:
-        _refuse("logprob_token_ids", params.logprob_token_ids, "only where logprobs are asked for")
+        _refuse("logprob_token_ids", params.logprob_token_ids, "only with logprobs")
     _check_ids("logprob_token_ids", params.logprob_token_ids, limits)
 
 
-def _check_tokens(params: SamplingParams, limits: Limits) -> None:
+def _check_tokens(params: SamplingParams, limits: RequestLimits) -> None:
     _check_ids("stop_token_ids", params.stop_token_ids, limits)
     _check_ids("logit_bias", params.logit_bias, limits)
     for token_id, bias in params.logit_bias.items():
@@ -120,7 +113,7 @@ def _check_tokens(params: SamplingParams, limits: Limits) -> None:
         _check_ids("bad_words", word, limits)
 
 
-def _check_ids(name: str, token_ids: Collection[int], limits: Limits) -> None:
+def _check_ids(name: str, token_ids: Collection[int], limits: RequestLimits) -> None:
     for token_id in (min(token_ids), max(token_ids)) if token_ids else ():
         if not 0 <= token_id < limits.vocab_size:
             _refuse(name, token_id, f"token ids from 0 to {limits.vocab_size - 1}")

@@ -1,4 +1,7 @@
-"""Where a request's events arrive: the receiving end of its reply channel, and how its reader leaves."""
+"""The events of one request, on their way from the scheduler actor to the request's reader.
+
+A list and a parked task. A memory channel costs twice as much per event, and cannot wake one reader for many requests.
+"""
 
 from __future__ import annotations
 
@@ -11,36 +14,68 @@ from trio_llm.messages import Event, FinishReason
 
 
 class Mailbox:
-    """The events of one request, for one reader.
+    """Holds events until their reader takes them, so the engine never waits for the reader. One reader at a time.
 
     Args:
-        events: Bounded to what the request can ever produce, so that the engine never waits for the reader.
-        on_close: Called once, with the reason to abort the request, or None if it has ended by itself.
+        on_close: Called once, with the reason to abort the request, or None if it has ended.
+
+    Attributes:
+        wakeup: Where the reader waits. Mailboxes with the same reader may share one.
+        ended: No event will be put any more.
     """
 
-    def __init__(
-        self, events: trio.MemoryReceiveChannel[Event], on_close: Callable[[FinishReason | None], None]
-    ) -> None:
-        self._events = events
+    def __init__(self, on_close: Callable[[FinishReason | None], None]) -> None:
+        self.wakeup = trio.lowlevel.ParkingLot()
+        self.ended = False
+        self._events: list[Event] = []
         self._on_close: Callable[[FinishReason | None], None] | None = on_close
 
+    # --- the engine's end -----------------------------------------------------------------------------------------
+
+    def put(self, event: Event) -> None:
+        """Add an event and wake the reader. If the reader has left, its Abort is on its way and the event is lost."""
+        if self._on_close is not None:
+            self._events.append(event)
+            self._wake()
+
+    def end(self) -> None:
+        """Put no more events."""
+        self.ended = True
+        self._wake()
+
+    # --- the reader's end -----------------------------------------------------------------------------------------
+
+    def take(self) -> list[Event]:
+        """Return the events that were put since the last call, without waiting.
+
+        Raises:
+            EngineDeadError: There are none, and there will be none.
+            trio.ClosedResourceError: The mailbox is closed.
+        """
+        if self._on_close is None:
+            raise trio.ClosedResourceError
+        if self.ended and not self._events:
+            raise EngineDeadError
+        events, self._events = self._events, []
+        return events
+
     async def receive(self) -> list[Event]:
-        """Wait for an event and return it with all that have queued behind it."""
-        try:
-            events = [await self._events.receive()]
-        except trio.EndOfChannel:
-            raise EngineDeadError from None
-        try:
-            while True:
-                events.append(self._events.receive_nowait())
-        except (trio.WouldBlock, trio.EndOfChannel):
-            return events
+        """Wait for an event; return it and all events put after it. Raises what `take` raises."""
+        if self._events:
+            await trio.lowlevel.checkpoint()
+        while not (events := self.take()):
+            await self.wakeup.park()
+        return events
 
     def close(self, reason: FinishReason | None) -> None:
-        """Stop reading. `reason` is why the rest is not wanted; ignored where there is no rest."""
+        """Stop reading. `reason` is why the rest is not wanted; it is ignored if the request has ended."""
         if self._on_close is None:
             return
         on_close, self._on_close = self._on_close, None
-        ended = self._events.statistics().open_send_channels == 0
-        self._events.close()
-        on_close(None if ended else reason)
+        self._events = []
+        self._wake()
+        on_close(None if self.ended else reason)
+
+    def _wake(self) -> None:
+        if self.wakeup:
+            self.wakeup.unpark_all()

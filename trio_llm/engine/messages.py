@@ -1,44 +1,45 @@
-"""Messages that stay on this floor: from clients to the scheduler, and from anyone to metrics."""
+"""Messages within this floor: from clients to the scheduler, and to metrics."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 import attrs
-import trio
 
-from trio_llm.messages import BlockStats, Event, FinishReason, PoolingParams, SamplingParams, StepStats
+from trio_llm.engine.mailbox import Mailbox
+from trio_llm.engine.request_times import RequestTimes
+from trio_llm.messages import BlockStats, FinishReason, StepStats
+from trio_llm.params import Submission
 
 # --- client -> scheduler -----------------------------------------------------------------------------------------
 
 
 @attrs.frozen
 class Submit:
-    """An accepted request. `params` are final (seed drawn, max_tokens resolved); `arrived_s` is on Trio's clock.
+    """An accepted request; its parameters are final.
 
-    `reply` is bounded to what the request can ever produce.
+    Attributes:
+        times: Its arrival; the scheduler actor adds the others.
+        mailbox: For everything that the request produces.
     """
 
     request_id: int
-    prompt_token_ids: tuple[int, ...]
-    params: SamplingParams | PoolingParams
-    background: bool
-    priority: int
-    salt: bytes
-    leader: int | None
-    arrived_s: float
-    reply: trio.MemorySendChannel[Event]
+    submission: Submission
+    times: RequestTimes
+    mailbox: Mailbox
 
 
 @attrs.frozen
 class Abort:
-    """Nobody wants the rest of this request; unknown and ended ids are ignored.
+    """Ends a request early. Unknown and ended ids are ignored.
 
-    `reason` is "stop" where a stop string ended it (found by the client), "abort" where the client left.
+    `reason` is "stop" if a stop string ended it (the client's task finds it), "abort" if the client left. With
+    `tells`, its reader still waits and gets a Finished.
     """
 
     request_id: int
     reason: FinishReason = "abort"
+    tells: bool = False
 
 
 # --- anyone -> metrics -------------------------------------------------------------------------------------------
@@ -46,13 +47,13 @@ class Abort:
 
 @attrs.frozen(kw_only=True)
 class RequestStats:
-    """One request that ended, in numbers; durations in seconds, None where it never came so far.
+    """Statistics of an ended request. Durations are in seconds, None if it did not get that far.
 
     Attributes:
-        reason: Why it ended; "error" where it failed.
-        corrupted: It failed because the model's numbers for it were not finite.
-        n: Samples that its prompt was to have; None for the second sample and later.
-        siblings_max_tokens: Most tokens of all the samples of this prompt, None while one of them still runs.
+        reason: Why it ended; "error" if it failed.
+        corrupted: It failed because its logits or its embedding were not finite.
+        n: Number of samples of its prompt; None for the second sample and later ones.
+        siblings_max_tokens: Most tokens over all samples of this prompt; None while one of them still runs.
         num_cached_tokens: Prompt tokens that came from the prefix cache.
         queue_s: Arrival to first step. prefill_s: First step to first token. decode_s: First token to last.
         e2e_s: Arrival to end.
@@ -68,6 +69,7 @@ class RequestStats:
     num_cached_tokens: int
     num_generated_tokens: int
     num_preemptions: int
+    num_accepted_drafts: int
     queue_s: float | None
     prefill_s: float | None
     decode_s: float | None
@@ -76,15 +78,15 @@ class RequestStats:
 
 @attrs.frozen(kw_only=True)
 class StepReport:
-    """One step and what it meant for requests.
+    """One step and its effects on requests.
 
     Attributes:
-        request_ids: Its rows.
-        at_s: When its result was there, on Trio's clock.
-        own_s: Time since the previous result outside the model: the engine's own; None after idleness.
-        prompt_tokens, cached_tokens: Of the requests whose prompt was complete with this step.
-        first_token_s: Arrival to first token, one entry per request that got its first one.
-        inter_token_s: Time since the request's previous tokens, one entry per other request that got some.
+        request_ids: The rows.
+        at_s: Time of the result, on Trio's clock.
+        own_s: Time since the previous result that was spent outside the model; None after idleness.
+        prompt_tokens, cached_tokens: Of the requests whose prompt was completed by this step.
+        first_token_s: Arrival to first token, one entry per request that got its first token.
+        inter_token_s: Time since the previous tokens, one entry per other request that got tokens.
         ended: Requests that ended since the last report.
     """
 
@@ -101,7 +103,7 @@ class StepReport:
 
 @attrs.frozen
 class IdleReport:
-    """The gauges when no step was planned, and what ended without one."""
+    """The gauges when no step was planned, and requests that ended without one."""
 
     num_running: int
     num_waiting: int
@@ -111,7 +113,7 @@ class IdleReport:
 
 @attrs.frozen
 class Rejected:
-    """A request that was refused at admission, and why (a fixed word, never a client's text)."""
+    """A request refused at admission, and why: a fixed word, never a client's text."""
 
     reason: Literal["overloaded", "draining"]
 

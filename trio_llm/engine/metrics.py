@@ -1,7 +1,7 @@
-"""Metrics: reports in, a Prometheus registry out, under vLLM's names so that its dashboards work unchanged.
+"""The metrics actor: turns reports into a Prometheus registry, under vLLM's names so that its dashboards work.
 
-Every series can move in this engine; what cannot is not here. Whoever reports never waits: a report that finds
-the channel full is dropped and counted.
+There is no series that this engine cannot change. Reporting never waits: a report that finds the queue full is dropped
+and counted.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import trio
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 
 from trio_llm.engine.messages import IdleReport, Rejected, Report, RequestStats, StepReport
-from trio_llm.messages import BlockStats, ModelInfo
+from trio_llm.messages import BlockStats
+from trio_llm.model_info import ModelInfo
 
-# vLLM's buckets, with finer ones below 10 ms: a small model's whole step is faster than vLLM's first bucket.
+# vLLM's buckets, and finer ones below 10 ms: a step of a small model is faster than vLLM's first bucket.
 _FAST_S = (0.0005, 0.001, 0.0025, 0.005, 0.0075)
 _LATENCY_S = (
     0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680,
@@ -51,27 +52,32 @@ def _computed_tokens(request: RequestStats) -> float | None:
     return None if request.prefill_s is None else request.num_prompt_tokens - request.num_cached_tokens
 
 
-# Name without prefix, meaning, buckets (None: tokens up to the longest sequence), value (None: nothing to observe).
+# Name without prefix, text, buckets (None: tokens up to the longest sequence), value (None: nothing to observe).
 _REQUEST_HISTOGRAMS: tuple[tuple[str, str, tuple[float, ...] | None, Callable[[RequestStats], float | None]], ...] = (
-    ("e2e_request_latency_seconds", "Arrival to end.", _LATENCY_S, lambda r: r.e2e_s),
-    ("request_queue_time_seconds", "Arrival to first step.", _LATENCY_S, lambda r: r.queue_s),
-    ("request_prefill_time_seconds", "First step to first token.", _LATENCY_S, lambda r: r.prefill_s),
-    ("request_decode_time_seconds", "First token to last.", _LATENCY_S, lambda r: r.decode_s),
-    ("request_inference_time_seconds", "First step to last token.", _LATENCY_S, _inference_s),
-    ("request_time_per_output_token_seconds", "Mean after the first token.", _TOKEN_S, _per_token_s),
-    ("request_prompt_tokens", "Tokens of the prompt.", None, lambda r: r.num_prompt_tokens),
-    ("request_generation_tokens", "Tokens generated.", None, lambda r: r.num_generated_tokens),
-    ("request_max_num_generation_tokens", "Most of a prompt's samples.", None, lambda r: r.siblings_max_tokens),
-    ("request_params_n", "Samples asked for.", (1, 2, 5, 10, 20), lambda r: r.n),
-    ("request_params_max_tokens", "max_tokens, resolved.", None, lambda r: r.max_tokens),
-    ("request_num_preemptions", "Its preemptions.", (1, 2, 3, 4, 5, 10, 20), lambda r: r.num_preemptions),
-    ("request_prefill_kv_computed_tokens", "Prompt tokens not from the cache.", None, _computed_tokens),
+    ("e2e_request_latency_seconds", "Time from arrival to the end.", _LATENCY_S, lambda r: r.e2e_s),
+    ("request_queue_time_seconds", "Time from arrival to the first step.", _LATENCY_S, lambda r: r.queue_s),
+    ("request_prefill_time_seconds", "Time from the first step to the first token.", _LATENCY_S, lambda r: r.prefill_s),
+    ("request_decode_time_seconds", "Time from the first to the last token.", _LATENCY_S, lambda r: r.decode_s),
+    ("request_inference_time_seconds", "Time from the first step to the last token.", _LATENCY_S, _inference_s),
+    ("request_time_per_output_token_seconds", "Mean time per token after the first.", _TOKEN_S, _per_token_s),
+    ("request_prompt_tokens", "Prompt tokens of a request.", None, lambda r: r.num_prompt_tokens),
+    ("request_generation_tokens", "Generated tokens of a request.", None, lambda r: r.num_generated_tokens),
+    (
+        "request_max_num_generation_tokens",
+        "Generated tokens of a prompt's longest sample.",
+        None,
+        lambda r: r.siblings_max_tokens,
+    ),
+    ("request_params_n", "Value of n.", (1, 2, 5, 10, 20), lambda r: r.n),
+    ("request_params_max_tokens", "Value of max_tokens, or its default.", None, lambda r: r.max_tokens),
+    ("request_num_preemptions", "Preemptions of a request.", (1, 2, 3, 4, 5, 10, 20), lambda r: r.num_preemptions),
+    ("request_prefill_kv_computed_tokens", "Prompt tokens that were computed, not cached.", None, _computed_tokens),
 )
 
 
 @attrs.frozen
 class _Counted:
-    """A registry without `_created` series: a third of the page, and neither vLLM's boards nor ours draw them."""
+    """A registry without `_created` series, which are a third of the page and which no dashboard uses."""
 
     registry: CollectorRegistry
 
@@ -87,17 +93,17 @@ def exposition(registry: CollectorRegistry) -> bytes:
 
 
 class Metrics:
-    """The metrics actor: `run` is its task, `report` is how anybody speaks to it.
+    """The metrics actor. `run` is its task; any task may call `report`.
 
     Args:
-        info: The model; its name is the label of every series.
-        cache: Settings of the KV cache, by vLLM's names, for one series that tells them.
-        capacity: Reports that may wait to be recorded.
+        info: The model; its name is a label of every series.
+        cache: Settings of the KV cache under vLLM's names, the labels of `vllm:cache_config_info`.
+        capacity: Maximum reports that wait to be recorded.
 
     Attributes:
-        registry: Private to this engine, so that engines of one process do not mix.
-        watchers: Told of every request that ended.
-        step_watchers: Told of every step, before the requests that ended with it.
+        registry: Private to this engine, so that several engines in a process do not mix.
+        watchers: Called with every ended request.
+        step_watchers: Called with every step, before the requests that ended with it.
     """
 
     def __init__(self, info: ModelInfo, cache: Mapping[str, object] | None = None, *, capacity: int = 1024) -> None:
@@ -106,13 +112,13 @@ class Metrics:
         self.step_watchers: list[Callable[[StepReport], None]] = []
         self._labels = {"model_name": info.name, "engine": "0"}
         self._block_bytes = info.block_bytes
-        # No memory channel: that hands a message to a waiting receiver, where catch_up could not see it.
+        # Not a memory channel: it would hand a message to a waiting receiver, and catch_up would not see it.
         self._reports = deque[Report]()
         self._capacity = capacity
         self._news = trio.lowlevel.ParkingLot()
         self._declare_queue()
         self._declare_steps()
-        self._declare_model(len(info.kv_groups))
+        self._declare_model(info)
         self._declare_requests(info.max_model_len)
         about = {"num_gpu_blocks": info.num_kv_blocks, "block_size": info.kv_groups[0].block_size, **(cache or {})}
         texts = {name: str(value) for name, value in about.items()}
@@ -122,7 +128,7 @@ class Metrics:
         ).set(1)
 
     def report(self, report: Report) -> None:
-        """Take a report, now or never."""
+        """Queue a report, or drop and count it."""
         if len(self._reports) == self._capacity:
             self._dropped.inc()
             return
@@ -130,13 +136,13 @@ class Metrics:
         self._news.unpark()
 
     async def run(self) -> None:
-        """Be the metrics actor."""
+        """Run the metrics actor."""
         while True:
             self.catch_up()
             await self._news.park()
 
     def catch_up(self) -> None:
-        """Record what has been reported so far."""
+        """Record all queued reports."""
         while self._reports:
             self._record(self._reports.popleft())
 
@@ -146,63 +152,84 @@ class Metrics:
 
     def _declare_queue(self) -> None:
         gauge = self._gauge
-        self._running = gauge("vllm:num_requests_running", "Sequences being computed.")
+        self._running = gauge("vllm:num_requests_running", "Sequences that are running.")
         self._waiting = gauge("vllm:num_requests_waiting", "Sequences waiting to be scheduled.")
         by_reason = self._gauges(
             "vllm:num_requests_waiting_by_reason",
-            "Of these, for a place and blocks (capacity), or for another sample to compute their prompt (deferred).",
+            "Waiting sequences: capacity for a place and blocks, deferred for another sample to compute the prompt.",
             "reason",
         )
         self._waiting_for_room, self._held = by_reason("capacity"), by_reason("deferred")
-        self._usage = gauge("vllm:kv_cache_usage_perc", "KV blocks that sequences own, 0 to 1.")
+        self._usage = gauge("vllm:kv_cache_usage_perc", "Fraction of the KV cache blocks in use, 0 to 1.")
 
     def _declare_steps(self) -> None:
         counter, histogram = self._counter, self._histogram
-        self._preemptions = counter("vllm:num_preemptions", "Sequences that lost their KV blocks for a while.")
+        self._preemptions = counter("vllm:num_preemptions", "Preemptions: sequences that lost their KV blocks.")
         self._queried = counter("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
         self._hit = counter("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.")
-        self._prompt = counter("vllm:prompt_tokens", "Prompt tokens prefilled, cached ones included.")
-        self._prompt_cached = counter("vllm:prompt_tokens_cached", "Of these, tokens from the prefix cache.")
+        self._prompt = counter("vllm:prompt_tokens", "Prompt tokens prefilled, including cached ones.")
+        self._prompt_cached = counter("vllm:prompt_tokens_cached", "Prompt tokens taken from the prefix cache.")
         self._cached_by_source = self._counters(
-            "vllm:prompt_tokens_cached_by_source", "Of the cached ones, by where they were.", "source", ("device",)
+            "vllm:prompt_tokens_cached_by_source",
+            "Cached prompt tokens by the cache they came from.",
+            "source",
+            ("device",),
         )
         self._prompt_by_source = self._counters(
-            "vllm:prompt_tokens_by_source", "Of these, by source.", "source", ("local_compute", "local_cache_hit")
+            "vllm:prompt_tokens_by_source", "Prompt tokens by source.", "source", ("local_compute", "local_cache_hit")
         )
-        self._generated = counter("vllm:generation_tokens", "Tokens generated.")
-        self._step_tokens = histogram("vllm:iteration_tokens_total", "Prompt and new tokens of a step.", _STEP_TOKENS)
-        self._first_token = histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", _FIRST_TOKEN_S)
-        self._inter_token = histogram("vllm:inter_token_latency_seconds", "From token to token.", _TOKEN_S)
-        self._model_s = histogram("trio_llm:step_model_seconds", "A step's time in model and sampler.", _TOKEN_S)
-        self._own_s = histogram("trio_llm:step_own_seconds", "Time from result to result outside the model.", _OWN_S)
-        self._dropped = counter("trio_llm:dropped_reports", "Reports that metrics had no room for.")
+        self._generated = counter("vllm:generation_tokens", "Generated tokens.")
+        self._step_tokens = histogram(
+            "vllm:iteration_tokens_total", "Prompt and generated tokens in one step.", _STEP_TOKENS
+        )
+        self._first_token = histogram(
+            "vllm:time_to_first_token_seconds", "Time from arrival to the first token.", _FIRST_TOKEN_S
+        )
+        self._inter_token = histogram("vllm:inter_token_latency_seconds", "Time between two tokens.", _TOKEN_S)
+        self._model_s = histogram("trio_llm:step_model_seconds", "Time of a step in model and sampler.", _TOKEN_S)
+        self._own_s = histogram("trio_llm:step_own_seconds", "Time of a step outside the model.", _OWN_S)
+        self._dropped = counter("trio_llm:dropped_reports", "Reports dropped because the queue of metrics was full.")
 
-    def _declare_model(self, num_groups: int) -> None:
+    def _declare_model(self, info: ModelInfo) -> None:
         self._expert_tokens = Counter(
             "trio_llm:expert_tokens",
-            "Tokens given to each expert, over all layers.",
+            "Tokens routed to each expert, over all layers.",
             [*self._labels, "expert"],
             registry=self.registry,
         )
-        self._by_expert: list[Counter] = []  # as many as the model has; the first step tells
+        self._by_expert: list[Counter] = []  # one per expert, made with the first step
         self._kernel_calls = Counter(
             "trio_llm:kernel_dispatch",
-            "Operations on a GPU by what ran them: cuda (own kernels), cublas, or reference (slow) and why.",
+            "GPU operations by implementation: cuda (own kernels), cublas or reference (slow), and why.",
             [*self._labels, "op", "impl", "reason"],
             registry=self.registry,
         )
-        used = self._gauges("trio_llm:kv_cache_used_bytes", "Bytes of KV blocks that sequences own.", "group")
-        self._used_bytes = [used(str(group)) for group in range(num_groups)]
+        used = self._gauges("trio_llm:kv_cache_used_bytes", "Bytes of KV cache blocks in use.", "group")
+        self._used_bytes = [used(str(group)) for group in range(len(info.kv_groups))]
+        what = "Bytes of weights in the model's files, by format."
+        stored = self._gauges("trio_llm:stored_weight_bytes", what, "format")
+        for name, nbytes in info.stored_formats.items():
+            stored(name).set(nbytes)
+        what = "Of these, the bytes of weights that are computed as stored, not widened."
+        kept = self._gauges("trio_llm:kept_weight_bytes", what, "format")
+        for name, nbytes in info.kept_formats.items():
+            kept(name).set(nbytes)
 
     def _declare_requests(self, max_model_len: int) -> None:
-        self._success = self._counters("vllm:request_success", "Requests that ended.", "finished_reason", _REASONS)
-        self._corrupted = self._counter("vllm:corrupted_requests", "Requests whose numbers were not finite.")
-        self._rejected = self._counters("vllm:admission_rejections", "Requests refused.", "reason", _REJECTIONS)
+        self._success = self._counters("vllm:request_success", "Finished requests.", "finished_reason", _REASONS)
+        self._corrupted = self._counter("vllm:corrupted_requests", "Requests whose logits were not finite.")
+        self._rejected = self._counters("vllm:admission_rejections", "Refused requests.", "reason", _REJECTIONS)
         tokens = tuple(_one_two_five(max_model_len))
+        self._num_planned = self._num_running = 0
         self._by_request = [
             (self._histogram(f"vllm:{name}", what, tokens if buckets is None else buckets), value)
             for name, what, buckets, value in _REQUEST_HISTOGRAMS
         ]
+
+    def count_accepted(self, num_requests: int) -> None:
+        """Show accepted requests that the scheduler has not read yet as waiting: it reads between two steps."""
+        if num_requests > self._num_planned:
+            self._waiting.set(num_requests - self._num_running)
 
     def _record(self, report: Report) -> None:
         match report:
@@ -251,6 +278,8 @@ class Metrics:
             counter.inc(count)
 
     def _record_gauges(self, num_running: int, num_waiting: int, num_held: int, blocks: BlockStats | None) -> None:
+        self._num_planned = num_running + num_waiting
+        self._num_running = num_running
         self._running.set(num_running)
         self._waiting.set(num_waiting)
         self._waiting_for_room.set(num_waiting - num_held)

@@ -1,4 +1,4 @@
-"""Nurseries whose only failure is raised as itself: `except InvalidRequestError` works across them."""
+"""Nurseries that raise a single failure unwrapped, so that `except InvalidRequestError` works across them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import trio
 
 @asynccontextmanager
 async def open_nursery() -> AsyncGenerator[trio.Nursery, None]:
-    """Open a nursery that raises a group only where several of its tasks failed."""
+    """Open a nursery that raises a group only if several of its tasks failed."""
     try:
         async with trio.open_nursery() as nursery:
             yield nursery
@@ -19,5 +19,5 @@ async def open_nursery() -> AsyncGenerator[trio.Nursery, None]:
 
 
 def alone(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Return the one exception in a group, or the group where it has several."""
+    """Return the only exception of a group, or the group if it has several."""
     return group.exceptions[0] if len(group.exceptions) == 1 else group

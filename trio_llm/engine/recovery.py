@@ -1,4 +1,4 @@
-"""When a step raises: run its halves again until the poisonous request is alone, and fail that one only."""
+"""Bisects a step that raises until the request that causes it is alone; only that one fails."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _log = logging.getLogger(__name__)
 
 
 def launch_step(plan: StepPlan, launch: Launch) -> Collect:
-    """Launch a plan; on an exception bisect it. Costs log2(rows) extra steps per poisonous request.
+    """Launch a plan, and bisect it if that raises. Costs log2(rows) extra steps per failing request.
 
-    All parts have been launched on return, so a later plan finds what it builds on. A runner that cannot go on (a
-    sticky CUDA error) raises EngineDeadError, which passes through here, as does everything that is not an Exception.
+    On return all parts have been launched, so later plans may depend on them. A runner that cannot continue (a sticky
+    CUDA error) raises EngineDeadError, which is raised from here, like everything that is not an Exception.
     """
     try:
         return launch(plan)
     except EngineDeadError:
         raise
-    except Exception as error:  # noqa: BLE001 - whatever the model raises concerns its rows alone
+    except Exception as error:  # noqa: BLE001 - whatever the model raises concerns its rows only
         if len(plan.request_ids) <= 1:
             failed = _all_failed(plan, error)
             return lambda: failed
@@ -43,8 +43,8 @@ def launch_step(plan: StepPlan, launch: Launch) -> Collect:
 def _rows(plan: StepPlan, first: int, end: int | None) -> StepPlan:
     """Cut a plan to some of its rows, with the admissions that they need.
 
-    Everything is idempotent, so it does no harm that the failed step may have applied some of it already. Sequences
-    that are dropped and admitted again in one plan are dropped only where they are rows.
+    Plans are idempotent, so the failed step may already have applied a part. A sequence that is dropped and admitted
+    again in one plan is dropped only in the part that has its row.
     """
     ids = plan.request_ids[first:end]
     elsewhere = set(plan.request_ids) - set(ids)
@@ -61,13 +61,13 @@ def _rows(plan: StepPlan, first: int, end: int | None) -> StepPlan:
         samples=plan.samples[first:end],
         new_blocks=plan.new_blocks[first:end],
         drafts=plan.drafts[first:end],
-        reaches=plan.reaches[first:end],
+        draft_limits=plan.draft_limits[first:end],
     )
 
 
 def _all_failed(plan: StepPlan, error: Exception) -> StepResult:
     _log.error("requests %s failed in the model in step %d", plan.request_ids, plan.step, exc_info=error)
-    # What the exception says may name paths and addresses: it goes to the log, its type to the client.
+    # The exception's text may contain paths and addresses: it goes to the log, only its type to the client.
     why = f"The model failed on this request ({type(error).__name__})."
     return StepResult(plan.step, tuple(() for _ in plan.request_ids), failed=dict.fromkeys(plan.request_ids, why))
 
@@ -86,12 +86,12 @@ def _joined(plan: StepPlan, parts: Sequence[StepResult]) -> StepResult:
         seconds=sum(part.seconds for part in parts),
         expert_tokens=_summed(part.expert_tokens for part in parts),
         kernel_calls=tuple(call for part in parts for call in part.kernel_calls or ()) or None,
-        drafts=_drafts(parts) if plan.reaches else None,
+        drafts=_drafts(parts) if plan.draft_limits else None,
     )
 
 
 def _drafts(parts: Sequence[StepResult]) -> tuple[tuple[int, ...], ...]:
-    """Return what a draft model guesses for all rows, nothing for those that failed."""
+    """Return a draft model's drafts for all rows, none for rows that failed."""
     return tuple(row for part in parts for row in part.drafts or ((),) * len(part.token_ids))
 
 

@@ -1,7 +1,7 @@
-"""The one OS thread that owns the model: device, stream, graph capture and inference mode are all per thread.
+"""The OS thread that owns the model: device, stream, graph capture and inference mode are per thread.
 
-Work goes in through a queue and comes back through an eventfd that Trio waits on: half the round trip of
-`trio.to_thread.run_sync`, and always the same thread.
+Calls go in through a queue. An eventfd, on which Trio waits, signals their end. That takes half the round trip of
+`trio.to_thread.run_sync`, and it is always the same thread.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ Ts = TypeVarTuple("Ts")
 
 
 class Worker(Protocol):
-    """Something that runs synchronous calls one after another, away from the event loop."""
+    """Runs synchronous calls one after another, outside the event loop."""
 
     def post(self, function: Callable[[*Ts], T], *args: *Ts) -> Callable[[], Awaitable[T]]:
-        """Queue a call behind those before it, without waiting; return what `run` would have awaited, to be used once.
+        """Queue a call without waiting; return an async function that waits for its result, to be called once.
 
-        If nobody ever waits for it the call runs all the same.
+        The call runs even if nothing waits for it.
         """
         ...
 
     async def run(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
-        """Return what the call returns, raise what it raises. Never returns before the call has ended."""
+        """Return what the call returns, or raise what it raises. Does not return before the call has ended."""
         ...
 
     def close(self) -> None: ...
 
 
 class StepThread:
-    """A `Worker` on a thread of its own, for one Trio run.
+    """A `Worker` with its own thread, for one Trio run.
 
     Attributes:
-        cancelled: Nobody waits any more for the result of a call.
+        cancelled: A wait for a call was cancelled.
     """
 
     def __init__(self, name: str = "trio-llm-model") -> None:
         self.cancelled = False
         self._jobs: SimpleQueue[_Call[Any] | None] = SimpleQueue()
-        # One per call that is under way, used again when it is over.
+        # One per call in progress; reused afterwards.
         self._fds: list[int] = []
         self._idle_fds: list[int] = []
-        # A daemon, so that a call that never returns cannot keep a dying process alive.
+        # A daemon, so that a call that never returns does not keep the process alive.
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
@@ -64,8 +64,8 @@ class StepThread:
     async def run(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
         """Run one call on the thread.
 
-        Cancellation sets `cancelled`, for calls that look at it, and waits for the call's end: abandoning it would
-        let the next owner of a KV block read what the abandoned call still writes.
+        Cancellation sets `cancelled`, which calls may check, and waits for the end of the call. If it were abandoned,
+        the next owner of a KV block could read what the call still writes.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         return await self.post(function, *args)()
@@ -84,7 +84,7 @@ class StepThread:
         return call.unwrap()
 
     def close(self) -> None:
-        """End the thread, after all calls that were posted."""
+        """End the thread after all posted calls."""
         self._jobs.put(None)
         self._thread.join()
         for fd in self._fds:
@@ -99,7 +99,7 @@ class StepThread:
 
 
 class _Call(Generic[T]):
-    """One call and, after `run`, its outcome; `done_fd` becomes readable then."""
+    """One call and, after `run`, its outcome. Then `done_fd` is readable."""
 
     def __init__(self, function: Callable[[], T], done_fd: int) -> None:
         self.done_fd = done_fd
@@ -110,7 +110,7 @@ class _Call(Generic[T]):
     def run(self) -> None:
         try:
             self._value.append(self._function())
-        except BaseException as error:  # noqa: BLE001 - it is raised again where the call was made
+        except BaseException as error:  # noqa: BLE001 - `unwrap` raises it again
             self._error = error
 
     def unwrap(self) -> T:

@@ -1,14 +1,17 @@
-"""A client's end of one request: what the engine produced, turned into text in the client's own task."""
+"""The client's end of a request: turns tokens into text, in the client's own task."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Self
 
 import attrs
+import trio
 
 from trio_llm.engine.mailbox import Mailbox
+from trio_llm.engine.request_times import RequestTimes
 from trio_llm.engine.text import OutputText
 from trio_llm.messages import (
     Embedding,
@@ -16,25 +19,27 @@ from trio_llm.messages import (
     Failed,
     Finished,
     FinishReason,
+    Progress,
     PromptLogprobs,
-    SamplingParams,
     Started,
     TokenLogprobs,
     Tokens,
     Usage,
 )
+from trio_llm.params import SamplingParams, Submission
 
 
 @attrs.frozen
 class Delta:
-    """What a request produced since the last delta; a slow reader gets few large ones, a fast one a token each.
+    """The output since the last delta. A slow reader gets few large deltas, a fast one a token at a time.
 
     Concatenated over a stream, `text`, `token_ids` and `logprobs` are the whole output. `text` may lag behind
-    `token_ids`: half a character, or what may become a stop string, is held back. It may be empty.
+    `token_ids` and may be empty: part of a character, or of a possible stop string, is held back.
 
     Attributes:
-        logprobs: One entry per id in `token_ids`; None when the request did not ask.
-        finish_reason: None except on the last delta, of which there is exactly one.
+        logprobs: One entry per id in `token_ids`; None if the request did not ask for them.
+        finish_reason: Only on the last delta.
+        progress: Tokens of the prompt that are done; None once there is output, or if the request did not ask.
         stop_reason: The stop string or stop token id that ended the request, or "repetition_detected"; None for end
             of sequence or length.
         usage: Only on the last delta.
@@ -46,10 +51,11 @@ class Delta:
     finish_reason: FinishReason | None
     stop_reason: int | str | None
     usage: Usage | None
+    progress: int | None = None
 
     @classmethod
     def joined(cls, deltas: Sequence[Delta]) -> Delta:
-        """Return a whole stream's deltas as one."""
+        """Merge the deltas of a whole stream."""
         last = deltas[-1]
         parts = [delta.logprobs for delta in deltas if delta.logprobs is not None]
         return cls(
@@ -63,34 +69,39 @@ class Delta:
 
 
 class Stream:
-    """One accepted request. Iterate over it for its deltas, inside `async with`: leaving the block early aborts.
+    """An accepted request. Iterate over it inside `async with`; leaving the block early aborts the request.
 
-    The request runs from the moment the stream exists, read or not; nothing it produces is dropped and the
-    engine never waits for its reader. One reader at a time.
+    The request runs as soon as the stream exists, whether it is read or not. No output is dropped, and the engine never
+    waits for the reader. One reader at a time.
 
     Attributes:
-        request_id: The engine's own number, never one chosen by a client.
-        prompt_logprobs: One entry per prompt token (None for the first), from the first delta on; None if not asked.
-        cached_tokens: Tokens of the prompt found in the prefix cache; 0 until the request was scheduled.
+        request_id: The engine's own number, not the client's.
+        prompt_logprobs: One entry per prompt token (None for the first), from the first delta on; None if not
+            requested.
+        cached_tokens: Prompt tokens found in the prefix cache; 0 until the request is scheduled.
+        times: When it got how far.
     """
 
     def __init__(
         self,
         request_id: int,
-        prompt_token_ids: Sequence[int],
-        params: SamplingParams,
-        decode: Callable[[Sequence[int]], str],
+        submission: Submission,
+        decode: Callable[..., str],
         mailbox: Mailbox,
+        times: RequestTimes,
     ) -> None:
+        params = submission.params
+        assert isinstance(params, SamplingParams)
         self.request_id = request_id
-        self.prompt_token_ids = tuple(prompt_token_ids)
+        self.prompt_token_ids = submission.prompt_token_ids
         self.prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
         self.cached_tokens = 0
+        self.times = times
         self._params = params
         self._mailbox = mailbox
         self._text = OutputText(
-            decode,
-            prompt_token_ids,
+            partial(decode, skip_special_tokens=params.skip_special_tokens),
+            submission.prompt_token_ids,
             params.stop,
             include_stop=params.include_stop_str_in_output,
             min_tokens=params.min_tokens,
@@ -100,8 +111,13 @@ class Stream:
         self._ended = False
 
     @property
+    def ended(self) -> bool:
+        """Whether the last delta was returned, or an exception raised instead."""
+        return self._ended
+
+    @property
     def num_tokens(self) -> int:
-        """Tokens of the answer that were read so far."""
+        """Number of output tokens read so far."""
         return self._text.num_tokens
 
     async def __aenter__(self) -> Self:
@@ -113,36 +129,52 @@ class Stream:
         self.close()
 
     def close(self) -> None:
-        """Stop reading; abort the request if it still runs. Synchronous, so that it works in a cancelled task."""
+        """Stop reading, and abort the request if it still runs. Synchronous, so it works in a cancelled task."""
         self._mailbox.close("abort")
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Delta:
-        """Wait for something new and return all of it, merged.
-
-        Raises:
-            RequestFailedError: The model failed for this request alone.
-            EngineDeadError: The engine stopped.
-            InvalidRequestError: The tokenizer cannot decode what was produced.
-        """
+        """Wait for new output and return all of it, merged. Raises what `take` raises."""
         while not self._ended:
             events = await self._mailbox.receive() if self._last is None else []
             if (delta := self._digest(events)) is not None:
                 return delta
         raise StopAsyncIteration
 
+    def take(self) -> Delta | None:
+        """Return all new output, merged, without waiting; None if there is none, or if the stream has ended.
+
+        Raises:
+            RequestFailedError: The model failed on this request.
+            EngineDeadError: The engine stopped.
+            InvalidRequestError: The tokenizer cannot decode the output.
+            trio.ClosedResourceError: The stream is closed.
+        """
+        while not self._ended:
+            events = self._mailbox.take() if self._last is None else []
+            if (delta := self._digest(events)) is not None or not events:
+                return delta
+        return None
+
+    def notify(self, reader: trio.lowlevel.ParkingLot) -> None:
+        """Unpark the task that is parked in `reader` whenever there is something to take."""
+        self._mailbox.wakeup = reader
+
     async def collect(self) -> Delta:
-        """Read to the end and return all of it as one delta. Raises what iterating raises."""
+        """Read to the end and return all output as one delta. Raises what iterating raises."""
         return Delta.joined([delta async for delta in self])
 
     def _digest(self, events: Sequence[Event]) -> Delta | None:
-        """Merge events into a delta; None when they hold nothing to show."""
+        """Merge events into a delta; None if they contain no output."""
         token_ids: list[int] = []
         logprobs: list[TokenLogprobs] = []
+        progress: int | None = None
         for event in events:
             match event:
+                case Progress():
+                    progress = event.num_tokens
                 case Tokens():
                     token_ids.extend(event.token_ids)
                     logprobs.extend(event.logprobs or ())
@@ -156,24 +188,27 @@ class Stream:
                     self._last = event
                 case Embedding():
                     raise AssertionError("an embedding on a text stream")
-        if self._params.max_tokens == 0:  # A request to score its prompt; one token was sampled all the same.
+        if self._params.max_tokens == 0:  # A request that only scores its prompt; one token was sampled nevertheless.
             token_ids.clear()
             logprobs.clear()
         if isinstance(self._last, Failed) and not token_ids:
             self._ended = True
             self._mailbox.close(None)
             raise self._last.error
-        return self._delta(token_ids, logprobs, self._last if isinstance(self._last, Finished) else None)
+        delta = self._delta(token_ids, logprobs, self._last if isinstance(self._last, Finished) else None)
+        if delta is None and progress is not None:
+            return Delta("", (), None, None, None, None, progress)
+        return delta
 
     def _delta(self, token_ids: list[int], logprobs: list[TokenLogprobs], finished: Finished | None) -> Delta | None:
-        # The token that ended the request is reported; its text is not part of the answer.
+        # The token that ended the request is reported, but its text is not part of the answer.
         hides_last = finished is not None and finished.reason == "stop" and not self._params.include_stop_str_in_output
         hidden = token_ids[-1:] if hides_last else []
         visible = len(token_ids) - len(hidden)
         text, taken = self._text.add(token_ids[:visible])
         runs = finished is None
         if taken < visible:
-            finished = None  # What the engine produced after the end of the text is nobody's.
+            finished = None  # Discard tokens after the stop.
         if self._text.matched is None and (finished is not None or self._text.repeats):
             text += self._text.end(hidden if finished is not None else ())
             taken = taken if finished is None else len(token_ids)
@@ -193,7 +228,7 @@ class Stream:
         )
 
     def _why_ended(self, finished: Finished | None) -> tuple[FinishReason | None, int | str | None]:
-        """Return finish and stop reason; what the text says goes before what the engine says of the same token."""
+        """Return finish and stop reason. A match in the text takes precedence over the engine's reason."""
         if self._text.matched is not None:
             return "stop", self._text.matched
         if finished is not None:

@@ -1,4 +1,4 @@
-"""Admission: a request holds one ticket from its submission until the scheduler has dropped it."""
+"""Admission: a request holds a ticket from its submission until the scheduler has removed it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from trio_llm.errors import OverloadedError
 
 
 class Tickets:
-    """A fixed number of tickets; who finds none is refused at once, nobody queues for one."""
+    """A fixed number of tickets. A request that finds none is refused at once; none waits for a ticket."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -17,7 +17,7 @@ class Tickets:
         self._all_returned.set()
 
     def take(self) -> None:
-        """Take one ticket. Raises OverloadedError when none is left."""
+        """Take a ticket. Raises OverloadedError if none is left."""
         if self.in_use == self.limit:
             raise OverloadedError(f"All {self.limit} places for requests are taken. Retry later.")
         if self.in_use == 0:

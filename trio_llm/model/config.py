@@ -1,52 +1,32 @@
-"""config.json as typed accessors that name the key they miss.
+"""Typed accessors for config.json; errors name the key.
 
-Knows how Hugging Face spells things, in old and new versions; nothing of any one model family.
+It knows Hugging Face's spellings, old and new, but no single model family.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import attrs
 import torch
 
 from trio_llm.errors import CheckpointError, UnsupportedError
+from trio_llm.model_files import read_json
 
-MAX_JSON_BYTES = 64 * 1024 * 1024  # a config is kilobytes, a weight index a few megabytes; guessed generously
 MAX_INT = 2**31 - 1
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 Choice = TypeVar("Choice")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a regular file of sane size.
-
-    Raises:
-        CheckpointError: Names the file and what is wrong with it.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path}: {path.stat().st_size} bytes, more than the {MAX_JSON_BYTES} allowed")
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected an object, found {type(value).__name__}")
-    return cast("dict[str, Any]", value)
-
-
 @attrs.frozen
 class ModelConfig:
-    """One level of a config.json. Absent and null mean the same, as they do to Hugging Face.
+    """One level of a config.json. Absent and null mean the same, as in Hugging Face.
 
     Attributes:
         values: The parsed object.
-        source: What errors call it.
+        source: Its name in errors.
     """
 
     values: Mapping[str, Any]
@@ -54,9 +34,8 @@ class ModelConfig:
 
     @classmethod
     def from_directory(cls, directory: Path) -> ModelConfig:
-        """Read config.json; `auto_map` and anything else that would run code is never looked at."""
-        path = directory / "config.json"
-        return cls(read_json(path), str(path))
+        """Read config.json; `auto_map` and other keys that would run code are ignored."""
+        return cls(read_json(directory, "config.json"), str(directory / "config.json"))
 
     @property
     def text(self) -> ModelConfig:
@@ -70,10 +49,10 @@ class ModelConfig:
         value = self._get(key, None, (dict,), "an object")
         return ModelConfig(value, f"{self.source}: {key}")
 
-    def get_int(self, key: str, default: int | None = None, *, least: int = 1, most: int = MAX_INT) -> int:
+    def get_int(self, key: str, default: int | None = None, *, minimum: int = 1, maximum: int = MAX_INT) -> int:
         value = self._get(key, default, (int,), "an integer")
-        if not least <= value <= most:
-            raise CheckpointError(f"{self.source}: {key} = {value}: must be from {least} to {most}")
+        if not minimum <= value <= maximum:
+            raise CheckpointError(f"{self.source}: {key} = {value}: must be from {minimum} to {maximum}")
         return value
 
     def get_float(self, key: str, default: float | None = None) -> float:
@@ -95,8 +74,19 @@ class ModelConfig:
             raise CheckpointError(f"{self.source}: {key}: expected {length} strings, found {len(value)} entries")
         return tuple(value)
 
+    def floats(self, key: str, length: int) -> tuple[float, ...]:
+        """Return a list of exactly `length` numbers other than 0; 1e30 is how GGUF stops a rotation, in float32."""
+        value = self._get(key, None, (list,), "a list")
+        if len(value) != length or not all(isinstance(item, float) and 0 < abs(item) < 1e31 for item in value):
+            raise CheckpointError(f"{self.source}: {key}: expected {length} numbers, found {len(value)} entries")
+        return tuple(value)
+
     def choice(self, key: str, allowed: Mapping[str, Choice], default: str | None = None) -> Choice:
-        """Return what `allowed` maps the value to; anything else is refused by name."""
+        """Return `allowed[value]`.
+
+        Raises:
+            UnsupportedError: `allowed` lacks the value; names it.
+        """
         value = self.get_str(key, default)
         if value not in allowed:
             raise UnsupportedError(f"{self.source}: {key} = {value!r} is not supported; {', '.join(allowed)} are")
@@ -115,7 +105,7 @@ class ModelConfig:
         return torch.bfloat16
 
     def token_ids(self, key: str) -> tuple[int, ...]:
-        """Return one id or a list of ids as a tuple; empty where there is none."""
+        """Return one id or a list of ids as a tuple; empty if the key is absent."""
         if not self.has(key):
             return ()
         value = self._get(key, None, (int, list), "a token id or a list of them")

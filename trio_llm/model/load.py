@@ -1,68 +1,87 @@
-"""From settings to a runner: choose the device, check that all fits, read the weights, take the memory."""
+"""From settings to a runner: choose the device, check that everything fits, read the weights, allocate the memory."""
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import logging
 import os
-from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, suppress
+from types import ModuleType
 
+import attrs
 import torch
 
+from cpu_kernels.compile import CompileError
 from trio_llm.config import EngineConfig
 from trio_llm.errors import ConfigError, UnsupportedError
-from trio_llm.messages import ModelInfo, Progress
-from trio_llm.model.device import Cpu, Device, Gpu
-from trio_llm.model.dispatch import Dispatch, dispatching
-from trio_llm.model.draft_model import inspect_draft
-from trio_llm.model.loader import ModelPlan, inspect_model, load_model
-from trio_llm.model.memory import MemoryBudget, available_bytes, control_groups, make_budget
+from trio_llm.model.checkpoint.hub import model_name
+from trio_llm.model.checkpoint.tensors import FLOATS
+from trio_llm.model.device.device import Cpu, Device, Gpu
+from trio_llm.model.loading.cpu_threads import has_bfloat16_arithmetic, usable_cores
+from trio_llm.model.loading.draft_model import inspect_draft
+from trio_llm.model.loading.loader import ModelPlan, inspect_model, load_model
+from trio_llm.model.loading.memory_budget import MemoryBudget, available_bytes, make_budget
+from trio_llm.model.loading.pool_size import size_pool, usable_bytes
+from trio_llm.model.ops.dispatch import Dispatch, Mode, dispatching, mode_from_environment
+from trio_llm.model.parallel.messages import Start
+from trio_llm.model.parallel.ranks import Ranks
 from trio_llm.model.runner import Runner
-from trio_llm.model.sizing import size_pool, usable_bytes
+from trio_llm.model_info import ModelInfo, Progress
 
 _log = logging.getLogger(__name__)
 
 # Weights that stay in a core's cache. A request to the 3 MB demo model took 0.3 s on one thread and 2.5 to 3.8 s on two
 # while other programs used the machine (2 cores).
 _SMALL_MODEL_BYTES = 16 * 2**20
-# KV blocks where nothing is said: of a CPU's pool, and those that no pool can do without.
-_DEFAULT_BLOCKS, _LEAST_BLOCKS = 1024, 2
-# As torch would have it, before any model of this process changed it.
-_DEFAULT_THREADS = torch.get_num_threads()
+# KV blocks by default: on a CPU, and the minimum of any pool.
+_DEFAULT_BLOCKS, _MIN_BLOCKS = 1024, 2
+# Device type -> its module of kernels; on any other device the torch reference runs.
+_KERNELS = {"cuda": "trio_llm.model.ops.cuda", "cpu": "trio_llm.model.ops.cpu"}
+# The default of OMP_NUM_THREADS or torch, before any model of this process changed it.
+_TORCH_THREADS = torch.get_num_threads()
 
 
-def load_runner(config: EngineConfig, report: Callable[[Progress], None] | None = None) -> Runner:
+def load_runner(
+    config: EngineConfig,
+    report: Callable[[Progress], None] | None = None,
+    *,
+    eos_token_id: int | None = None,
+    as_stored: bool = True,
+) -> Runner:
     """Load a model and make it ready to run steps.
 
-    Everything that can be refused is refused before weights are read.
+    All settings and files are checked before weights are read.
 
     Args:
-        report: Told how far reading is.
+        report: Called with the progress of reading.
+        eos_token_id: The tokenizer's end token; answers end there too.
+        as_stored: Compute quantised weights as stored where the kernels can; else widen all of them.
     Raises:
         CheckpointError: The model's files are damaged or do not fit together.
-        UnsupportedError: Something that is not built yet, by name.
+        UnsupportedError: A feature that is not supported; names it.
         ConfigError: Settings that do not fit the model or the machine; a TRIO_LLM_KERNELS that is no mode.
     """
-    dispatch = Dispatch.from_environment()
+    mode = mode_from_environment()
     device = open_device(config)
+    dispatch = Dispatch(mode, find_kernels(mode, device, report or (lambda _: None)), device.torch_device.type)
     config = config.decided(on_gpu=isinstance(device, Gpu))
-    plan = inspect_model(config)
+    plan = _plan(config, device, dispatch.kernels, as_stored, eos_token_id)
     draft = inspect_draft(config, plan)
-    budget = make_budget(plan, config, *_least_pool(config, device), draft and draft.plan)
+    budget = _budget(plan, config, device, draft and draft.plan)
     info = _info(plan, config, budget, device)
-    _limit_threads(plan.weight_bytes)
-    for tower, count in plan.skipped.items():
-        _log.info("%s: left out %d tensors of %s: only the language model is served", plan.directory.name, count, tower)
-    with device.working(), dispatching(dispatch):
-        loaded = load_model(config, plan.dtype, device.torch_device, report)
+    set_threads(config, device, dispatch.kernels, plan.weight_bytes)
+    _log_what_changes(plan, _why_widened(plan, device, dispatch, as_stored))
+    with device.working(), dispatching(dispatch), _other_ranks(plan, config, device) as ranks:
+        loaded = load_model(plan, device.torch_device, report)
         drafter = draft and draft.load(device.torch_device, report)
         _return_freed_memory()
         if isinstance(device, Gpu):
             budget = size_pool(budget, loaded, config, device)
             info = _info(plan, config, budget, device)
-        dispatch.take()  # what loading and measuring called is no step's
+        _connect(ranks, info, report or (lambda _: None))
+        dispatch.take()  # do not count the calls of loading and measuring in a step
         runner = Runner(
             loaded.model,
             loaded.kv_layout,
@@ -72,10 +91,82 @@ def load_runner(config: EngineConfig, report: Callable[[Progress], None] | None 
             device=device,
             dispatch=dispatch,
             draft=drafter,
+            ranks=ranks,
         )
-        if isinstance(device, Gpu) and not config.enforce_eager:
-            runner.capture_decodes(device.capture, report or (lambda _: None))
+        if not config.enforce_eager and ranks is None:  # a collective is in no tape
+            _record_decodes(runner, device, dispatch, report or (lambda _: None))
     return runner
+
+
+def _record_decodes(runner: Runner, device: Device, dispatch: Dispatch, report: Callable[[Progress], None]) -> None:
+    """Make decodes graphs on a GPU, tapes on native CPU kernels."""
+    if isinstance(device, Gpu):
+        runner.capture_decodes(device.capture, report)
+    elif isinstance(device, Cpu) and getattr(dispatch.kernels, "NAME", "") == "native":
+        runner.record_decodes(device.record)
+
+
+@contextmanager
+def _other_ranks(plan: ModelPlan, config: EngineConfig, device: Device) -> Generator[Ranks | None]:
+    """Start the other ranks, which load while the block does; end them if it raises. None if there are none."""
+    if plan.group.size == 1:
+        yield None
+        return
+    ranks = Ranks(plan.group, config.distributed_timeout_s)
+    try:
+        dtype = str(plan.dtype).removeprefix("torch.")
+        kind = device.torch_device.type
+        ranks.spawn(attrs.evolve(config, model=str(plan.path), dtype=dtype, device=kind, spec_method="none"))
+        yield ranks
+    except BaseException:
+        ranks.kill()
+        ranks.close()
+        raise
+
+
+def _connect(ranks: Ranks | None, info: ModelInfo, report: Callable[[Progress], None]) -> None:
+    if ranks is None:
+        return
+    total = len(ranks.pids)
+    ranks.connect(
+        Start(info.num_kv_blocks, info.max_model_len),
+        lambda loaded: report(Progress("waiting for ranks", loaded, total, "ranks")),
+    )
+
+
+def _log_what_changes(plan: ModelPlan, why_widened: str) -> None:
+    """Log the tensors that are left out, and what stored formats are computed in."""
+    for tower, count in plan.skipped.items():
+        _log.info("%s: left out %d tensors of %s: only the language model is served", plan.path.name, count, tower)
+    if plan.kept_formats:
+        _log.info("%s: computed as stored: %s", plan.path.name, _megabytes(plan.kept_formats))
+    blocks = {name: nbytes for name, nbytes in plan.stored_formats.items() if name not in FLOATS}
+    widened = {name: nbytes - plan.kept_formats.get(name, 0) for name, nbytes in blocks.items()}
+    if any(widened.values()):
+        stored = _megabytes({name: nbytes for name, nbytes in widened.items() if nbytes})
+        _log.warning(
+            "%s: computed in %s, not as stored, %s: %s; all weights take %.0f MB in memory",
+            plan.path.name, plan.weight_format, why_widened, stored, plan.weight_bytes / 1e6,
+        )  # fmt: skip
+
+
+def _why_widened(plan: ModelPlan, device: Device, dispatch: Dispatch, as_stored: bool) -> str:
+    """Return why quantised weights are not computed as stored, or why some of them are not."""
+    if plan.engine.quantization:
+        return f"with --quantization {plan.engine.quantization}"
+    if isinstance(device, Gpu):
+        return "on a GPU"
+    if dispatch.mode == "reference":
+        return "with TRIO_LLM_KERNELS=reference"
+    if dispatch.kernels is None:
+        return "without native kernels"
+    if plan.group.size > 1:
+        return f"with --tensor-parallel-size {plan.group.size}"
+    return "for lack of a kernel" if as_stored else "to be compared in full precision"
+
+
+def _megabytes(formats: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({nbytes / 1e6:.0f} MB)" for name, nbytes in formats.items())
 
 
 def open_device(config: EngineConfig) -> Device:
@@ -83,24 +174,51 @@ def open_device(config: EngineConfig) -> Device:
 
     Raises:
         ConfigError: There is none.
-        UnsupportedError: More than one is asked for.
+        UnsupportedError: The settings name more than one GPU.
     """
-    if config.tensor_parallel_size > 1:
-        raise UnsupportedError(
-            f"--tensor-parallel-size {config.tensor_parallel_size}: running on several devices is not supported yet."
-        )
     if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
         return Cpu()
-    from trio_llm.model.cuda import open_cuda
+    if config.tensor_parallel_size > 1:
+        ranks = f"--tensor-parallel-size {config.tensor_parallel_size}"
+        raise UnsupportedError(f"{ranks}: several GPUs are not supported yet; --device cpu has ranks")
+    from trio_llm.model.device.cuda import open_cuda
 
     return open_cuda()
 
 
-def _least_pool(config: EngineConfig, device: Device) -> tuple[int, int]:
-    """Return the blocks that there have to be, and the bytes for all. A GPU's pool is sized when steps are measured."""
-    if isinstance(device, Gpu):
-        return config.num_kv_blocks or _LEAST_BLOCKS, usable_bytes(device, config)
-    return config.num_kv_blocks or _DEFAULT_BLOCKS, available_bytes()
+def find_kernels(mode: Mode, device: Device, report: Callable[[Progress], None]) -> ModuleType | None:
+    """Return the kernels for the device, compiled if it is a CPU; None if there are none.
+
+    Raises:
+        ConfigError: The mode names kernels of another device, or native ones that cannot be compiled.
+    """
+    kind = device.torch_device.type
+    of_mode = {"native": "cpu", "cuda": "cuda"}.get(mode, kind)
+    if of_mode != kind:
+        raise ConfigError("TRIO_LLM_KERNELS", mode, "environment", f"auto or reference on the device {kind}")
+    if kind == "cpu" and mode == "reference":
+        return None
+    kernels = importlib.import_module(_KERNELS[kind])
+    try:
+        kernels.prepare(lambda done, total: report(Progress("compiling kernels", done, total, "sources")))
+    except CompileError as error:
+        if mode == "native":
+            raise ConfigError("TRIO_LLM_KERNELS", mode, "environment", f"auto or reference: {error}") from error
+        _log.warning("no native kernels, the slower torch reference runs: %s", error)
+        return None
+    return kernels
+
+
+def _budget(plan: ModelPlan, config: EngineConfig, device: Device, draft: ModelPlan | None) -> MemoryBudget:
+    """Add up the memory of a rank, with the minimum of blocks on a GPU: its pool is sized after measuring steps."""
+    on_host = not isinstance(device, Gpu)
+    blocks = config.num_kv_blocks or (_DEFAULT_BLOCKS if on_host else _MIN_BLOCKS)
+    return make_budget(plan, config, blocks, rank_bytes(config, device), draft, on_host=on_host)
+
+
+def rank_bytes(config: EngineConfig, device: Device) -> int:
+    """Return the bytes that a rank may allocate on this machine."""
+    return usable_bytes(device, config) if isinstance(device, Gpu) else available_bytes() // config.tensor_parallel_size
 
 
 def _info(plan: ModelPlan, config: EngineConfig, budget: MemoryBudget, device: Device) -> ModelInfo:
@@ -110,7 +228,7 @@ def _info(plan: ModelPlan, config: EngineConfig, budget: MemoryBudget, device: D
             "max_model_len", longest, "model", f"at most {plan.max_model_len}, what the model was made for"
         )
     return ModelInfo(
-        name=plan.directory.name,
+        name=model_name(config.model, plan.path),
         architecture=plan.architecture,
         vocab_size=plan.config.text.get_int("vocab_size"),
         hidden_size=plan.config.text.get_int("hidden_size"),
@@ -121,33 +239,74 @@ def _info(plan: ModelPlan, config: EngineConfig, budget: MemoryBudget, device: D
         block_bytes=plan.kv_layout.block_bytes,
         dtype=str(plan.dtype).removeprefix("torch."),
         default_sampling=plan.default_sampling,
+        stored_formats=plan.stored_formats,
+        kept_formats=plan.kept_formats,
         on_gpu=isinstance(device, Gpu),
         memory_table=budget.render(),
     )
 
 
-def _limit_threads(weight_bytes: int) -> None:
-    """Use no more threads than the control group has processors, unless OMP_NUM_THREADS says how many.
+def _end_tokens(plan: ModelPlan, tokenizers: int | None) -> tuple[int, ...]:
+    """Return the tokens that end an answer, the tokenizer's first: chat templates write that one."""
+    named = dict.fromkeys((*(() if tokenizers is None else (tokenizers,)), *plan.eos_token_ids))
+    vocab_size = plan.config.text.get_int("vocab_size")
+    if beyond := [token_id for token_id in named if token_id >= vocab_size]:
+        _log.warning("end tokens %s are ignored: the model has %d tokens", beyond, vocab_size)
+    known = tuple(token_id for token_id in named if token_id < vocab_size)
+    if not known:
+        _log.warning("the model names no end token: answers run to max_tokens, structured output is refused")
+    return known
 
-    torch counts the machine's cores; in a container that may run on four of sixty-four, sixty threads would
-    spend their time waiting for one another's turn. A small model's operations are over before a second thread has
-    woken up, and where another program wants that core, each of them waits for it: one thread.
+
+def _plan(
+    config: EngineConfig, device: Device, kernels: ModuleType | None, as_stored: bool, eos_token_id: int | None
+) -> ModelPlan:
+    """Inspect the model, add the tokenizer's end token, and resolve `dtype: auto` for this processor."""
+    plan = inspect_for(config, device, kernels, as_stored=as_stored)
+    return attrs.evolve(plan, eos_token_ids=_end_tokens(plan, eos_token_id))
+
+
+def inspect_for(config: EngineConfig, device: Device, kernels: ModuleType | None, *, as_stored: bool) -> ModelPlan:
+    """Inspect the model as it is computed on this device, with these kernels."""
+    plan = inspect_model(config, as_stored=as_stored and kernels is not None and not isinstance(device, Gpu))
+    if config.dtype != "auto" or isinstance(device, Gpu) or kernels is not None or plan.dtype == torch.float32:
+        return plan
+    if has_bfloat16_arithmetic():
+        return plan
+    # Measured with torch's kernels restricted to AVX2 or AVX-512: 64 rows take 3 to 6 times as long in 16 bits, one row
+    # takes a third of the time up to the same time.
+    _log.warning(
+        "dtype auto: float32 instead of the checkpoint's %s, which this processor would compute more slowly; "
+        "--dtype %s takes half the memory",
+        str(plan.dtype).removeprefix("torch."), str(plan.dtype).removeprefix("torch."),
+    )  # fmt: skip
+    return inspect_model(config, torch.float32)
+
+
+def num_threads(config: EngineConfig, weight_bytes: int) -> int:
+    """Return the threads that compute on a CPU, of all ranks together.
+
+    A small model's operations end before a second thread wakes up, and if another program uses that core, each of them
+    waits for it.
     """
+    if config.cpu_threads is not None:
+        return config.cpu_threads
     if "OMP_NUM_THREADS" in os.environ:
-        return
-    if weight_bytes < _SMALL_MODEL_BYTES:
-        torch.set_num_threads(1)
-        return
-    quotas: list[int] = []
-    for directory in control_groups(Path("/"), ""):
-        limit = directory / "cpu.max"
-        quota, period = limit.read_text().split() if limit.is_file() else ("max", "1")
-        if quota != "max":
-            quotas.append(max(1, int(quota) // int(period)))
-    torch.set_num_threads(min(_DEFAULT_THREADS, *quotas) if quotas else _DEFAULT_THREADS)
+        return _TORCH_THREADS
+    return 1 if weight_bytes < _SMALL_MODEL_BYTES else usable_cores()
+
+
+def set_threads(config: EngineConfig, device: Device, kernels: ModuleType | None, weight_bytes: int) -> None:
+    """Set the threads of torch and of the native kernels, for the whole process: a rank's part of all."""
+    threads = max(1, num_threads(config, weight_bytes) // config.tensor_parallel_size)
+    torch.set_num_threads(threads)
+    if isinstance(device, Cpu):
+        _log.info("CPU threads: %d (--cpu-threads)", threads)
+        if kernels is not None and kernels.NAME == "native":
+            kernels.set_num_threads(threads)
 
 
 def _return_freed_memory() -> None:
-    """Give what reading and quantising used in passing back to the system; glibc keeps freed pieces below 32 MiB."""
-    with suppress(AttributeError):  # other C libraries have no such call, or no need of it
+    """Return freed memory of reading and quantising to the system; glibc keeps freed chunks below 32 MiB."""
+    with suppress(AttributeError):  # other C libraries lack this call
         ctypes.CDLL(None).malloc_trim(0)

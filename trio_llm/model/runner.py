@@ -1,9 +1,12 @@
-"""One step on the device: plan in, one forward over the ragged batch, tokens out.
+"""One step on the device: a plan in, one forward over the ragged batch, tokens out.
 
 Steps are launched from one thread only. On a GPU a launch queues the work and returns; the next step may be launched
-before the result of this one is read, and finds on the device what this one sampled. The runner knows rows and
-tensors; what a sequence wants next, and where its blocks come from, is decided elsewhere. Applying a plan sets values
-that depend on the plan alone, so a failed step may be run again, whole or in parts.
+before the result of this one is read, and finds the sampled tokens on the device. The runner knows rows and tensors;
+the scheduler decides what a sequence computes next and which blocks it gets.
+
+A launch that raises may be repeated, whole or in parts, with the same result. Almost all state is set to values in the
+plan, so setting it twice changes nothing; `_undo` rolls back counters and histories. Admissions and drops stay: they
+hold whether or not the step succeeds.
 
 Letters: B rows of this step, S its tokens, R rows sampled in it, H hidden size, V vocabulary.
 """
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -19,41 +23,35 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trio_llm.messages import (
-    CORRUPTED,
-    UNKNOWN,
-    Admission,
-    ModelInfo,
-    PoolingParams,
-    Progress,
-    StepPlan,
-    StepResult,
-    TokenLogprobs,
-)
-from trio_llm.model.decode_graphs import DecodeGraphs
-from trio_llm.model.device import Capture, Device, fatal_if_lost
-from trio_llm.model.dispatch import Dispatch, dispatching
-from trio_llm.model.draft_model import DraftModel
-from trio_llm.model.drafter import Drafter
-from trio_llm.model.input_batch import InputRows, PlanRows, Sent
-from trio_llm.model.kept import kept_tokens
-from trio_llm.model.kv_cache import KVCache, KVLayout
-from trio_llm.model.launched import Launched
-from trio_llm.model.loader import Model
-from trio_llm.model.memory import MemoryBudget
-from trio_llm.model.pooling import Pooler
-from trio_llm.model.prompt_logprobs import PromptScorer, is_finite
-from trio_llm.model.recent_tokens import RecentTokens
-from trio_llm.model.sampler import FAILURES, NOT_FINITE, Sampled, Sampler
-from trio_llm.model.sampling_rows import SamplingRows
+from trio_llm.messages import CORRUPTED, UNKNOWN, Admission, StepPlan, StepResult, TokenLogprobs
+from trio_llm.model.device.device import Capture, Device, fatal_if_lost
+from trio_llm.model.loading.draft_model import DraftModel
+from trio_llm.model.loading.loader import Model
+from trio_llm.model.loading.memory_budget import MemoryBudget
+from trio_llm.model.ops.dispatch import Dispatch, dispatching
+from trio_llm.model.paged.kv_cache import KVCache, KVLayout
+from trio_llm.model.parallel.ranks import Ranks
+from trio_llm.model.sampling.acceptance import accepted_tokens
+from trio_llm.model.sampling.prompt_logprobs import PromptScorer, is_finite
+from trio_llm.model.sampling.row_params import SamplingRows
+from trio_llm.model.sampling.sampler import FAILURES, NOT_FINITE, Sampled, Sampler
+from trio_llm.model.step.decode_graphs import DecodeGraphs
+from trio_llm.model.step.drafter import Drafter
+from trio_llm.model.step.input_rows import InputRows, PlanRows, StepColumns
+from trio_llm.model.step.last_tokens import LastTokens
+from trio_llm.model.step.pending_step import PendingStep
+from trio_llm.model.step.pooling import Pooler
+from trio_llm.model_info import ModelInfo, Progress
+from trio_llm.params import PoolingParams
 
 
 class Runner:
-    """A model, its KV pool and the rows of the sequences that run.
+    """A model, its KV pool and the rows of the running sequences.
 
     Attributes:
-        info: What floors above know of the model.
-        budget: Where the memory went.
+        info: The model as the engine and the server know it.
+        budget: Memory by purpose.
+        ranks: The other processes of the model; None if this is the only one.
     """
 
     def __init__(
@@ -67,18 +65,18 @@ class Runner:
         device: Device,
         dispatch: Dispatch,
         draft: DraftModel | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.info, self.budget = info, budget
+        self.info, self.budget, self.ranks = info, budget, ranks
         self._model, self._layout, self._device, self._dispatch = model, layout, device, dispatch
         where = device.torch_device
         self._kv = KVCache(layout, info.num_kv_blocks, where)
-        self._recent = RecentTokens(max_batch_size, where)
-        self._rows = InputRows(max_batch_size, layout, info.max_model_len, device, self._recent)
+        self._last_tokens = LastTokens(max_batch_size, where)
+        self._rows = InputRows(max_batch_size, layout, info.max_model_len, device, self._last_tokens)
         self._sampling = SamplingRows(info.vocab_size, info.eos_token_ids, max_batch_size, device.send)
         self._sampler = Sampler(info.vocab_size, where)
         self._pooler = Pooler()
-        self._scorer = PromptScorer(info.vocab_size, model.logits)
-        self._expert_tokens: Tensor | None = None
+        self._scorer = PromptScorer(info.vocab_size, self._project)
         self._graphs: DecodeGraphs | None = None
         self._drafter = None
         if draft is not None:
@@ -87,18 +85,27 @@ class Runner:
     @torch.inference_mode()
     def capture_decodes(self, capture: Capture, report: Callable[[Progress], None] = lambda _: None) -> None:
         """Capture steps of one token per row, which `launch` replays from then on."""
+        graphs = self._decode_graphs()
+        with self._device.working():
+            graphs.capture(capture, self._dispatch, report)
+
+    @torch.inference_mode()
+    def record_decodes(self, record: Capture) -> None:
+        """Record such steps when a size is first needed."""
+        self._decode_graphs().record_when_needed(record, self._dispatch)
+
+    def _decode_graphs(self) -> DecodeGraphs:
         sizes = [group.block_size for group in self.info.kv_groups if group.window is None]
         longest = min([self.info.max_model_len, *(self.info.num_kv_blocks * size for size in sizes)])
         rows, tables = self._rows.num_rows, self._rows.tables
         self._graphs = DecodeGraphs(self._model, self._kv, self._layout, tables, rows, longest)
-        with self._device.working():
-            self._graphs.capture(capture, self._dispatch.mode, report)
+        return self._graphs
 
     def step(self, plan: StepPlan) -> StepResult:
         """Run a plan. Its rows fail one by one through the result; an exception means that no row was done.
 
         Raises:
-            EngineDeadError: The device is lost, and so is every step after this one.
+            EngineDeadError: The device is lost; every later step fails too.
         """
         return self.launch(plan)()
 
@@ -108,20 +115,31 @@ class Runner:
 
         That function queues nothing and may be called on any thread.
         """
-        with fatal_if_lost(self._device), self._device.working(), dispatching(self._dispatch):
-            return partial(_collect, self._queue(plan), self._device)
+        try:
+            with fatal_if_lost(self._device), self._device.working(), dispatching(self._dispatch):
+                return partial(_collect, self._queue(plan), self._device)
+        except Exception:
+            self._undo(plan)
+            raise
 
-    def _queue(self, plan: StepPlan) -> Launched:
-        self._recent.begin(plan.step)
+    def _undo(self, plan: StepPlan) -> None:
+        """Roll back what a launch that raised did to the rows of its plan and to counters."""
+        rows = [self._rows.row_of(request_id) for request_id in plan.request_ids]
+        self._sampling.invalidate(row for row in rows if row is not None)
+        self._dispatch.take()
+
+    def _queue(self, plan: StepPlan) -> PendingStep:
+        self._last_tokens.begin(plan.step)
         for request_id in plan.dropped:
             self._drop(request_id)
         for admission in plan.admitted:
             self._admit(admission)
         rows = self._rows.of(plan)
         pooled = _positions_of(self._pooler.rows, rows.index)
-        scored = [i for i, row in enumerate(rows.index.tolist()) if self._scorer.wants(row, plan.starts[i])]
+        scored = _positions_of(self._scorer.rows, rows.index)
+        scored = [i for i in scored if self._scorer.wants(int(rows.index[i]), plan.starts[i])]
         at = np.setdiff1d(np.flatnonzero(rows.samples), pooled) if pooled else np.flatnonzero(rows.samples)
-        began = self._device.mark()
+        began, loads = self._device.mark(), self._model.expert_load()
         failed: dict[int, str] = {}
         prompt_logprobs = embeddings = None
         size = None if pooled or scored else self._graph_size(rows)
@@ -132,48 +150,66 @@ class Runner:
             logits = self._logits(hidden, sent) if len(at) else None
         else:
             logits, sent = self._replay(rows, at, size)
-        self._tell_history(plan, rows)
-        drafts = [rows.drafts[i] for i in at.tolist()]
+        self._update_histories(plan, rows)
+        drafts = [rows.drafts[i] for i in at.tolist()] if plan.drafts else ()
         sampled = None if logits is None else self._sample(rows, at, drafts, logits, sent)
         proposed = self._speculate(plan, rows, at, drafts, sampled) if plan.drafts else None
-        experts = self._count_experts()
+        experts = self._expert_tokens_since(loads)
         done = self._device.mark()
         if sampled is not None and not plan.drafts:
-            self._recent.tell(rows.index[at], sampled.token_ids, done)
+            sampling = rows.index[at]
+            looking_back = {int(sampling[i]): i for i in _positions_of(self._sampling.history_rows, sampling)}
+            self._last_tokens.keep_for_host(looking_back, sampled.token_ids, done)
         calls = self._dispatch.take()
-        return Launched(
+        return PendingStep(
             plan, at.tolist(), sampled, drafts, experts, prompt_logprobs, embeddings, failed, calls, proposed,
             began=began, done=done,
         )  # fmt: skip
 
+    def drop_all(self) -> None:
+        """Drop the sequences of a scheduler that is no more."""
+        for request_id in self._rows.request_ids():
+            self._drop(request_id)
+
     def close(self) -> None:
         """Free the model, its graphs and the pool; the runner is of no use afterwards."""
         del self._graphs, self._model, self._kv, self._scorer, self._sampler, self._rows
-        del self._sampling, self._pooler, self._recent, self._expert_tokens, self._drafter
+        del self._sampling, self._pooler, self._last_tokens, self._drafter
+        if self.ranks is not None:
+            self.ranks.close()
         self._device.release()
 
     def _graph_size(self, rows: PlanRows) -> int | None:
-        """Return the size of the graph that these rows fit in; None where they do not all compute one token."""
+        """Return the size of the graph for these rows; None unless each of them computes one token."""
         if self._graphs is None or len(rows.index) < len(rows.token_ids):
             return None
         return self._graphs.size_for(len(rows.index))
 
-    def _replay(self, rows: PlanRows, at: NDArray[np.intp], size: int) -> tuple[Tensor, Sent]:
-        """Return the logits [R, V] of the rows that stand at `at`, out of a graph."""
+    def _replay(self, rows: PlanRows, at: NDArray[np.intp], size: int) -> tuple[Tensor, StepColumns]:
+        """Replay a graph; return the logits [R, V] of the rows at `at`."""
         assert self._graphs is not None
         decodes, sent = self._rows.send_decodes(rows, at, size)
         logits = self._graphs.replay(decodes, self._dispatch)
         return logits[: len(at)] if len(at) == len(rows.index) else logits.index_select(0, sent.sampled_from), sent
 
-    def _forward(self, rows: PlanRows, at: NDArray[np.intp]) -> tuple[Tensor, Sent]:
+    def _forward(self, rows: PlanRows, at: NDArray[np.intp]) -> tuple[Tensor, StepColumns]:
         """Return the hidden states [S, H]."""
         batch, sent = self._rows.send(rows, at)
-        return self._model.forward(batch, self._kv), sent
+        ranks = nullcontext()
+        if self.ranks is not None:
+            ranks = self.ranks.forward(rows.index, rows.starts, rows.counts, rows.additions, batch.token_ids)
+        with ranks:
+            return self._model.forward(batch, self._kv), sent
 
-    def _logits(self, hidden: Tensor, sent: Sent) -> Tensor:
-        """Return the logits [R, V] of what is sampled from."""
+    def _logits(self, hidden: Tensor, sent: StepColumns) -> Tensor:
+        """Return the logits [R, V] to sample from."""
         whole = len(sent.sampled_from) == len(hidden)
-        return self._model.logits(hidden if whole else hidden.index_select(0, sent.sampled_from))
+        return self._project(hidden if whole else hidden.index_select(0, sent.sampled_from))
+
+    def _project(self, hidden: Tensor) -> Tensor:
+        """Return the logits [R, V] of hidden states [R, H]."""
+        with nullcontext() if self.ranks is None else self.ranks.logits(hidden):
+            return self._model.logits(hidden)
 
     def _admit(self, admission: Admission) -> None:
         row = self._rows.admit(admission.request_id)
@@ -185,32 +221,33 @@ class Runner:
             self._scorer.admit(row, admission, admission.params)
 
     def _drop(self, request_id: int) -> None:
-        row = self._rows.drop(request_id)
+        row = self._rows.row_of(request_id)
         if row is not None:
             self._forget(row)
+            self._rows.drop(request_id)
 
     def _forget(self, row: int) -> None:
         self._sampling.forget(row)
         self._pooler.forget(row)
         self._scorer.forget(row)
 
-    def _tell_history(self, plan: StepPlan, rows: PlanRows) -> None:
-        """Tell the rows that look back at their output which tokens this step computes.
+    def _update_histories(self, plan: StepPlan, rows: PlanRows) -> None:
+        """Give rows that depend on their output the tokens that this step computes.
 
-        A token that the plan did not know is waited for: the one place where a launch waits for the step before.
+        This waits for tokens that are unknown in the plan: the only time that a launch waits for the step before.
         """
         for i in _positions_of(self._sampling.history_rows, rows.index):
             row, offset = int(rows.index[i]), int(rows.offsets[i])
             token_ids = plan.token_ids[offset : offset + plan.counts[i] - len(rows.drafts[i])]
             if token_ids[0] == UNKNOWN:
-                token_ids = (self._recent.on_host(row), *token_ids[1:])
-            if token_ids[0] >= 0:  # else the row failed in the step before, and this result is for nobody
-                self._sampling.learn(row, plan.starts[i], token_ids)
+                token_ids = (self._last_tokens.on_host(row), *token_ids[1:])
+            if token_ids[0] >= 0:  # else the row failed in the step before, and its result is discarded
+                self._sampling.set_tokens(row, plan.starts[i], token_ids)
 
     def _score_prompts(
         self, plan: StepPlan, rows: PlanRows, at: list[int], hidden: Tensor, failed: dict[int, str]
     ) -> dict[int, tuple[TokenLogprobs | None, ...]] | None:
-        """Score the prompts of the rows that stand at `at`."""
+        """Compute the prompt log-probabilities of the rows at `at`."""
         scored: dict[int, tuple[TokenLogprobs | None, ...]] = {}
         for i in at:
             chunk = hidden[rows.offsets[i] : rows.lasts[i] + 1]
@@ -224,7 +261,7 @@ class Runner:
     def _pool(
         self, plan: StepPlan, rows: PlanRows, at: list[int], hidden: Tensor, failed: dict[int, str]
     ) -> dict[int, tuple[float, ...]] | None:
-        """Feed the pooling rows, which stand at `at` in the batch; return the vectors that are complete."""
+        """Pool the hidden states of the rows at `at`; return the complete vectors."""
         vectors: dict[int, tuple[float, ...]] = {}
         for i in at:
             chunk = hidden[rows.offsets[i] : rows.lasts[i] + 1]
@@ -238,15 +275,15 @@ class Runner:
         return vectors or None
 
     def _sample(
-        self, rows: PlanRows, at: NDArray[np.intp], drafts: Sequence[tuple[int, ...]], logits: Tensor, sent: Sent
+        self, rows: PlanRows, at: NDArray[np.intp], drafts: Sequence[tuple[int, ...]], logits: Tensor, sent: StepColumns
     ) -> Sampled:
-        """Sample for the rows that stand at `at`; return it on the host, once it has arrived."""
+        """Sample for the rows at `at`; the result's tensors are on the host, valid after the next mark."""
         speculates = any(drafts)
         positions = rows.ends[at] - [len(draft) for draft in drafts] if speculates else rows.ends[at]
         selected = self._sampling.select(rows.index[at], positions, drafts if speculates else None)
         sampled = self._sampler.sample(logits, selected)
         if not speculates:
-            self._recent.keep(sent.sampled_rows, sampled.token_ids)
+            self._last_tokens.keep(sent.sampled_rows, sampled.token_ids)
         return sampled.to_host(self._device.to_host)
 
     def _speculate(
@@ -257,29 +294,26 @@ class Runner:
         drafts: Sequence[tuple[int, ...]],
         sampled: Sampled | None,
     ) -> tuple[tuple[int, ...], ...] | None:
-        """Wait for what the rows at `at` sampled, tell it to those that look back, and let the draft model go on."""
+        """Wait for the sampled tokens, update the histories with the accepted ones, and let the draft model propose."""
         self._device.mark().wait()
-        tokens = kept_tokens([] if sampled is None else sampled.token_ids.tolist(), drafts)
-        kept = {i: row for i, row in zip(at.tolist(), tokens, strict=True) if row[0] >= 0}
+        tokens = accepted_tokens([] if sampled is None else sampled.token_ids.tolist(), drafts)
+        accepted = {i: row for i, row in zip(at.tolist(), tokens, strict=True) if row[0] >= 0}
         for i in _positions_of(self._sampling.history_rows, rows.index):
-            if i in kept:
-                self._sampling.learn(int(rows.index[i]), int(rows.ends[i]) - len(rows.drafts[i]), kept[i])
-        return None if self._drafter is None else self._drafter.propose(plan, rows, kept)
+            if i in accepted:
+                self._sampling.set_tokens(int(rows.index[i]), int(rows.ends[i]) - len(rows.drafts[i]), accepted[i])
+        return None if self._drafter is None else self._drafter.propose(plan, rows, accepted)
 
-    def _count_experts(self) -> Tensor | None:
-        """Return on the host what each expert was given since the last time; a step that raised counts in the next."""
-        load = self._model.expert_load()
-        if load is None:
-            return None
-        before, self._expert_tokens = self._expert_tokens, load.sum(0)
-        return self._device.to_host(self._expert_tokens if before is None else self._expert_tokens - before)
+    def _expert_tokens_since(self, before: Tensor | None) -> Tensor | None:
+        """Return on the host how many tokens each expert received since its load was `before`; None without experts."""
+        after = self._model.expert_load()
+        return None if before is None or after is None else self._device.to_host((after - before).sum(0))
 
 
-def _collect(launched: Launched, device: Device) -> StepResult:
+def _collect(launched: PendingStep, device: Device) -> StepResult:
     with fatal_if_lost(device):
         return launched.collect()
 
 
 def _positions_of(wanted: AbstractSet[int], rows: NDArray[np.intp]) -> list[int]:
-    """Return where in the batch the wanted rows stand."""
+    """Return the indices in the batch of the wanted rows."""
     return [i for i, row in enumerate(rows.tolist()) if row in wanted] if wanted else []

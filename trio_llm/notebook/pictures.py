@@ -1,6 +1,6 @@
-"""Pictures of the KV cache: the pool as a heat map, the block tables with the words they hold, and what a step changed.
+"""Pictures of the KV cache: the pool as a grid, the block tables with their text, and what a step changed.
 
-They draw what BlockManager.blocks() and tables() say, and look at nothing private.
+They draw what BlockManager.blocks() and tables() return, and use nothing private.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ COLUMNS = 16
 
 
 def draw_pool(blocks: BlockManager | Sequence[BlockState], title: str = "KV block pool") -> Picture:
-    """Draw every block: colour says which request owns it, the number how many do.
+    """Draw every block: the colour is the request that owns it, the number is how many do.
 
-    A dot marks a block whose content is known to the prefix cache; dashed blocks are free but may still be hit.
+    A dot marks a block that is in the prefix cache. Dashed blocks are free, but a prompt may still hit them.
     """
     states = blocks.blocks() if isinstance(blocks, BlockManager) else blocks
     return _draw_grid(states, title, _summary(states), changed=None)
 
 
 def draw_diff(before: Sequence[BlockState], after: Sequence[BlockState], title: str = "What changed") -> Picture:
-    """Draw the pool after a step, the blocks that changed ringed, and say what became of them."""
+    """Draw the pool after a step, with rings around the changed blocks and a line for each."""
     changed = {new.block for old, new in zip(before, after, strict=True) if _face(old) != _face(new)}
     lines = [
         f"block {new.block}: {_change(old, new)}"
@@ -37,7 +37,7 @@ def draw_diff(before: Sequence[BlockState], after: Sequence[BlockState], title: 
 
 
 def describe(state: BlockState) -> str:
-    """Say in words what a block is."""
+    """Describe a block in words."""
     if state.state == "null":
         return "null block, never written or read"
     if state.state == "empty":
@@ -51,6 +51,8 @@ def describe(state: BlockState) -> str:
 def _change(old: BlockState, new: BlockState) -> str:
     if old.owners == new.owners and new.state == "used":
         return "full, now in the prefix cache too" if new.digest else "no longer in the prefix cache"
+    if old.state == new.state == "cached":
+        return "free, evicted, and in the prefix cache with other tokens"
     return f"{describe(old)} → {describe(new)}"
 
 

@@ -1,4 +1,4 @@
-"""Small parts that the pictures are drawn with: a picture that shows itself, shapes, colours for light and dark."""
+"""Building blocks of the pictures: the picture itself, shapes, and colours for light and dark pages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import attrs
 # Mid tones: white text reads on them, and they stand out on a light and on a dark card.
 PALETTE = ("#3b7dd8", "#d07a1f", "#2a9564", "#8e63ce", "#cf4f87", "#17909f", "#7f8c1a", "#a0673c")
 TEXT_WIDTH_RATIO = 0.54
-"""Width of a letter over the size of the font, about; only used to leave room."""
+"""Approximate width of a letter divided by the font size; only used to leave room."""
 
 _LIGHT = "--ink:#1f2328;--muted:#626a73;--card:#ffffff;--line:#cfd6dd;--soft:#eef1f4;--alarm:#c93c37"
 _DARK = "--ink:#e6edf3;--muted:#9aa4af;--card:#161b22;--line:#434b55;--soft:#252c35;--alarm:#ff7b72"
@@ -106,7 +106,7 @@ def fit(content: str, width: float, size: float = 12) -> str:
 
 
 def visible(content: str) -> str:
-    """Make white space of a token seen."""
+    """Make the white space of a token visible."""
     return content.replace("\n", "↵").replace("\t", "⇥")
 
 

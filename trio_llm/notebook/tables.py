@@ -1,20 +1,26 @@
-"""Messages as small tables: what one actor tells the next, one line per request, for a notebook's eyes."""
+"""Messages as small tables, one line per request, for notebooks. Tokens stand there with their texts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
+from trio_llm.core.scheduler import Scheduler
 from trio_llm.messages import BlockAsk, BlockGrant, Commit, Finished, Started, StepPlan, StepResult, Tokens
+from trio_llm.notebook.svg import visible
 
+Decode = Callable[[Sequence[int]], str]
+"""Turns token ids into text."""
+
+_MAX_TOKENS = 4
 _CELL = "padding:2px 10px;text-align:left;border-bottom:1px solid rgba(128,128,128,.3)"
 
 
 def table(title: str, header: Sequence[str], rows: Iterable[Sequence[object]], note: str = "") -> str:
-    """Write an HTML table; long values are cut, since a prompt is no reading matter."""
+    """Return an HTML table."""
     head = "".join(f'<th style="{_CELL}">{escape(name)}</th>' for name in header)
     body = "".join(
-        "<tr>" + "".join(f'<td style="{_CELL}">{escape(_short(value))}</td>' for value in row) + "</tr>" for row in rows
+        "<tr>" + "".join(f'<td style="{_CELL}">{escape(str(value))}</td>' for value in row) + "</tr>" for row in rows
     )
     below = f'<div style="opacity:.7;font-size:90%">{escape(note)}</div>' if note else ""
     return (
@@ -23,27 +29,39 @@ def table(title: str, header: Sequence[str], rows: Iterable[Sequence[object]], n
     )
 
 
-def _short(value: object) -> str:
-    if isinstance(value, tuple) and len(value) > 8:
-        shown = ", ".join(map(str, value[:5]))
-        return f"({shown}, … {len(value)} in all)"
-    return str(value)
+def spell(token_ids: Sequence[int], decode: Decode | None, most: int = _MAX_TOKENS) -> str:
+    """Write tokens as ids with their texts; the first ones, if they are many."""
+    texts = [f"{one} {visible(decode([one]))!r}" if decode else str(one) for one in token_ids[:most]]
+    if len(token_ids) > most:
+        texts.append(f"… {len(token_ids)} in all")
+    return ", ".join(texts)
 
 
-def ask_table(ask: BlockAsk) -> str:
-    """Show what the scheduler wants: running rows first, then who waits."""
+def scheduler_table(scheduler: Scheduler, decode: Decode | None = None) -> str:
+    """Show the sequences in policy order."""
+    rows = [
+        (one.request_id, one.status.value, len(one.prompt), len(one.tokens) - len(one.prompt), one.computed,
+         spell(one.tokens[-1:], decode))
+        for one in (*scheduler.running, *scheduler.waiting)
+    ]  # fmt: skip
+    header = ("request", "is", "prompt tokens", "output tokens", "computed", "newest token")
+    return table(repr(scheduler)[1:-1], header, rows)
+
+
+def ask_table(ask: BlockAsk, decode: Decode | None = None) -> str:
+    """Show what the scheduler asks for: running rows first, then waiting ones."""
     rows: list[tuple[object, ...]] = [
-        (request_id, "running", f"{start} → {end}", ", ".join(map(str, new)))
+        (request_id, "running", f"{start} → {end}", spell(new, decode))
         for request_id, start, end, new in zip(ask.request_ids, ask.starts, ask.ends, ask.new_token_ids, strict=True)
     ]
     rows += [(request_id, "waiting", "", "") for request_id in ask.waiting]
-    told = [f"token budget {ask.token_budget}"]
+    notes = [f"token budget {ask.token_budget}"]
     if ask.admits:
-        told.append("new: " + ", ".join(f"request {a.request_id} ({len(a.token_ids)} tokens)" for a in ask.admits))
+        notes.append("new: " + ", ".join(f"request {a.request_id} ({len(a.token_ids)} tokens)" for a in ask.admits))
     if ask.released:
-        told.append("ended: " + ", ".join(f"request {request_id}" for request_id in ask.released))
+        notes.append("ended: " + ", ".join(f"request {request_id}" for request_id in ask.released))
     header = ("request", "is", "would compute", "sampled since")
-    return table(f"BlockAsk, step {ask.step}", header, rows, "; ".join(told))
+    return table(f"BlockAsk, step {ask.step}", header, rows, "; ".join(notes))
 
 
 def grant_table(grant: BlockGrant) -> str:
@@ -65,22 +83,21 @@ def _how(admitted: bool, start: int) -> str:
     return f"admitted, {start} tokens found in the prefix cache" if start else "admitted"
 
 
-def plan_table(plan: StepPlan) -> str:
+def plan_table(plan: StepPlan, decode: Decode | None = None) -> str:
     """Show the ragged batch."""
     rows: list[tuple[object, ...]] = []
     at = 0
     columns = zip(plan.request_ids, plan.starts, plan.counts, plan.samples, plan.new_blocks, strict=True)
     for request_id, start, count, samples, new in columns:
-        rows.append(
-            (request_id, start, count, plan.token_ids[at : at + count], "yes" if samples else "no", _blocks(new))
-        )
+        tokens = spell(plan.token_ids[at : at + count], decode)
+        rows.append((request_id, start, count, tokens, "yes" if samples else "no", _blocks(new)))
         at += count
     note = f"{len(plan.token_ids)} tokens in one forward pass"
     if plan.admitted:
         note += "; the runner learns " + ", ".join(f"request {a.request_id}" for a in plan.admitted)
     if plan.dropped:
         note += "; it forgets " + ", ".join(f"request {request_id}" for request_id in plan.dropped)
-    header = ("request", "start", "count", "token ids", "samples", "new blocks")
+    header = ("request", "start", "count", "tokens", "samples", "new blocks")
     return table(f"StepPlan {plan.step}", header, rows, note)
 
 
@@ -88,19 +105,19 @@ def _blocks(new: tuple[tuple[int, tuple[int, ...]], ...]) -> str:
     return "; ".join(f"table[{at}:] = {list(ids)}" for at, ids in new if ids)
 
 
-def result_table(result: StepResult) -> str:
+def result_table(result: StepResult, decode: Decode | None = None) -> str:
     """Show what the runner sampled, row by row in the plan's order."""
-    rows = [(at, token_ids) for at, token_ids in enumerate(result.token_ids)]
+    rows = [(at, spell(token_ids, decode)) for at, token_ids in enumerate(result.token_ids)]
     return table(f"StepResult {result.step}", ("row", "sampled"), rows, f"{result.seconds * 1000:.1f} ms in the model")
 
 
-def commit_table(commit: Commit) -> str:
-    """Show what clients are to hear."""
+def commit_table(commit: Commit, decode: Decode | None = None) -> str:
+    """Show the events for clients."""
     rows: list[tuple[object, ...]] = []
     for request_id, event in commit.events:
         what: object = event
         if isinstance(event, Tokens):
-            what = f"token {', '.join(map(str, event.token_ids))}"
+            what = f"token {spell(event.token_ids, decode)}"
         elif isinstance(event, Started):
             what = f"{event.cached_tokens} tokens of the prompt were cached"
         elif isinstance(event, Finished):

@@ -1,4 +1,4 @@
-"""Pictures of the schedule: which request computed what in which step, and how each step's token budget was spent."""
+"""Pictures of the schedule: what each request computed in each step, and how each step's token budget was used."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from trio_llm.notebook.svg import Picture, colour, fit, group, legend, rect, tex
 
 ROW, MARGIN, LEFT = 28, 16, 96
 WIDEST = 820
+_AGAIN = ", again after a preemption"
+_LEAST = 4.0
+"""Height of one token in the budget: a bit more than it is, so that it can be seen."""
 
 
 @attrs.frozen
@@ -29,7 +32,7 @@ class Cell:
 
 @attrs.frozen
 class Moment:
-    """One step as it was: what every request did, and the pool after it."""
+    """One step: what every request did, and the pool after it."""
 
     step: int
     cells: Mapping[int, Cell]
@@ -37,7 +40,7 @@ class Moment:
 
 
 class History:
-    """Remembers steps that were made by hand, and draws them.
+    """Records steps that were made by hand, and draws them.
 
     Args:
         decode: Turns token ids into text, for what the pictures say of a token.
@@ -57,7 +60,7 @@ class History:
         plan: StepPlan | None,
         result: StepResult | None,
     ) -> None:
-        """Remember the step that was just committed."""
+        """Record the step that was just committed."""
         cells = {
             sequence.request_id: Cell("queued", hover="waits for blocks or budget") for sequence in scheduler.waiting
         }
@@ -65,18 +68,23 @@ class History:
             cells[request_id] = Cell("preempted", hover="lost its blocks; will be computed again")
         if plan is not None and result is not None:
             at = 0
-            rows = zip(plan.request_ids, plan.starts, plan.counts, plan.samples, result.token_ids, strict=True)
-            for request_id, start, count, samples, sampled in rows:
-                cells[request_id] = self._row(plan.token_ids[at : at + count], start, samples, sampled)
+            drafts = plan.drafts or (0,) * len(plan.counts)
+            rows = zip(plan.request_ids, plan.starts, plan.counts, drafts, plan.samples, result.token_ids, strict=True)
+            for request_id, start, count, num_drafts, samples, sampled in rows:
+                token_ids = plan.token_ids[at : at + count]
+                cells[request_id] = self._row(token_ids, start, num_drafts, samples, sampled)
                 at += count
         self.moments.append(Moment(grant.step, cells, blocks.blocks()))
 
-    def _row(self, token_ids: Sequence[int], start: int, samples: bool, sampled: Sequence[int]) -> Cell:
+    def _row(
+        self, token_ids: Sequence[int], start: int, num_drafts: int, samples: bool, sampled: Sequence[int]
+    ) -> Cell:
         count = len(token_ids)
         token = visible(self._decode(sampled)) if sampled else ""
         read = f"computes positions {start} to {start + count - 1}: {visible(self._decode(token_ids))!r}"
         hover = f"{read}; samples {token!r}" if samples else f"{read}; the prompt goes on, nothing is sampled"
-        return Cell("decode" if count == 1 and samples and start else "prefill", count, start, token, hover)
+        decodes = count - num_drafts == 1 and samples and start
+        return Cell("decode" if decodes else "prefill", count, start, token, hover)
 
     def timeline(self, title: str = "Requests by step") -> Picture:
         return draw_timeline(self.moments, title)
@@ -91,15 +99,21 @@ class History:
 
 
 def moments_of(traces: Sequence[StepTrace]) -> list[Moment]:
-    """Read a live engine's trace: a row that starts before where its request had come was preempted in between."""
+    """Read a live engine's trace: a row that starts before where its request had come was preempted in between.
+
+    Or its last drafts were rejected.
+    """
     moments: list[Moment] = []
     ends: dict[int, int] = {}
+    rejectable: dict[int, int] = {}
     for trace in traces:
         cells: dict[int, Cell] = {}
         for request_id, start, count in zip(trace.request_ids, trace.starts, trace.counts, strict=True):
-            decodes = count == 1 and ends.get(request_id) == start
-            again = ", again after a preemption" if start < ends.get(request_id, 0) else ""
-            hover = f"request {request_id}: positions {start} to {start + count - 1}{again}"
+            expected = ends.get(request_id, 0)
+            again = start < expected - rejectable.get(request_id, 0)
+            decodes = count <= 1 + len(trace.stats.drafted) and 0 < start <= expected and not again
+            rejectable[request_id] = count - 1 if decodes else 0
+            hover = f"request {request_id}: positions {start} to {start + count - 1}{_AGAIN if again else ''}"
             cells[request_id] = Cell("decode" if decodes else "prefill", count, start, hover=hover)
             ends[request_id] = start + count
         moments.append(Moment(trace.stats.step, cells))
@@ -131,7 +145,7 @@ def _column_width(moments: Sequence[Moment]) -> float:
 
 
 def _step_numbers(moments: Sequence[Moment], wide: float, y: float) -> list[str]:
-    every = max(1, round(26 / wide))
+    every = max(1, round(34 / wide))
     return [
         text(LEFT + (at + 0.5) * wide - 1, y, str(moments[at].step), "muted", size=10, anchor="middle")
         for at in range(0, len(moments), every)
@@ -190,10 +204,10 @@ def _bar(x: float, bottom: float, wide: float, moment: Moment, high_per_token: f
     y = bottom
     for request_id, cell in sorted(moment.cells.items(), key=lambda item: item[1].kind == "prefill"):
         if cell.count:
-            tall = high_per_token * cell.count
+            tall = max(_LEAST, high_per_token * cell.count)
             y -= tall
             pale = 0.45 if cell.kind == "decode" else 1.0
-            bar = rect(x, y, wide, max(1.0, tall - 1), fill=colour(request_id), opacity=pale, radius=2)
+            bar = rect(x, y, wide, tall - 1, fill=colour(request_id), opacity=pale, radius=2)
             parts.append(group([bar], f"request {request_id}, {cell.kind}: {cell.count} tokens"))
     used = sum(cell.count for cell in moment.cells.values())
     if used and wide > 16:

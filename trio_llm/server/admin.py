@@ -1,9 +1,8 @@
-"""What operators and their tools ask: /health, /ping, /load, /version, /metrics and /shutdown."""
+"""Endpoints for operators: /health, /ready, /ping, /load, /version, /metrics and /shutdown."""
 
 from __future__ import annotations
 
 import ipaddress
-from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -12,13 +11,14 @@ from quart_trio import QuartTrio
 
 import trio_llm
 from trio_llm.engine.metrics import exposition
-from trio_llm.server import auth
+from trio_llm.server.access import auth
+from trio_llm.server.access.web_pages import host_name
+from trio_llm.server.answers.models import Load, Status, Version
 from trio_llm.server.errors import HttpError
-from trio_llm.server.proxies import VOUCHED
+from trio_llm.server.http.json_response import json_response
+from trio_llm.server.probes import health_of, readiness_of
 from trio_llm.server.services import Services
 
-# A proxy on this machine makes every peer look local; these headers give it away.
-_FORWARDING = ("Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Real-IP", "Via")
 _WILDCARDS = frozenset({"0.0.0.0", "::", ""})
 
 
@@ -27,28 +27,32 @@ def register(app: QuartTrio, services: Services, http_metrics: CollectorRegistry
 
     @app.get("/health")
     @app.route("/ping", methods=["GET", "POST"], endpoint="ping")
-    async def health() -> tuple[dict[str, str], int]:
-        status = services.engine.health().status
-        return {"status": status}, 200 if status == "ok" else 503
+    async def health() -> Response:
+        return json_response(*health_of(services))
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """Say whether to send more requests here."""
+        return json_response(*readiness_of(services))
 
     @app.get("/load")
-    async def load() -> dict[str, int]:
-        return {"server_load": services.num_requests}
+    async def load() -> Response:
+        return json_response(Load(server_load=services.num_requests))
 
     @app.get("/version")
-    async def version() -> dict[str, str]:
-        return {"version": trio_llm.__version__}
+    async def version() -> Response:
+        return json_response(Version(version=trio_llm.__version__))
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        local = auth.peer_is_loopback() and not _is_forwarded()
+        local = auth.peer_is_loopback() and not auth.is_forwarded()
         if services.keys and g.key_id is None and not local and not services.config.auth.public_metrics:
             raise HttpError(401, "The metrics are open to this machine; from elsewhere they need an API key.")
         text = await services.engine.render_metrics()
         return Response(text + exposition(http_metrics), content_type=CONTENT_TYPE_LATEST)
 
     @app.route("/shutdown", methods=["GET", "POST"], provide_automatic_options=False)
-    async def shutdown() -> tuple[dict[str, Any], int]:
+    async def shutdown() -> Response:
         if not services.config.server.enable_shutdown:
             raise HttpError(404, "There is no such path: /shutdown is switched off.")
         if request.method not in {"GET", "POST"}:
@@ -57,30 +61,24 @@ def register(app: QuartTrio, services: Services, http_metrics: CollectorRegistry
         if services.shutdown is None:
             raise HttpError(501, "This server is run by hypercorn's command line: stop it there.")
         services.shutdown()
-        return {"status": "draining"}, 202
+        return json_response(Status(status="draining"), 202)
 
 
 def _check_shutdown(services: Services) -> None:
-    """Allow it as the interface documents from this machine, from elsewhere with a key, and never to a web page.
+    """Allow /shutdown from this machine, from elsewhere with a key, and never from a web page.
 
-    A GET that stops the server is one <img> tag away from every web page its operator visits: browsers announce
-    themselves by these headers, and a page that rebound its own host name to 127.0.0.1 by the Host it asks for.
+    Any web page that the operator visits could send this GET with an <img> tag. Browsers are known by these headers,
+    and DNS rebinding by the Host header.
     """
     if any(request.headers.get(name) for name in ("Origin", "Referer")):
         raise HttpError(403, "/shutdown is not for web pages.")
     if request.headers.get("Sec-Fetch-Site", "none") != "none":
         raise HttpError(403, "/shutdown is not for web pages.")
-    if _is_forwarded():
+    if auth.is_forwarded():
         raise HttpError(403, "/shutdown is not available through a proxy that --trusted-proxies does not name.")
-    if services.keys and g.key_id is None:
-        raise HttpError(401, "/shutdown needs an API key.", code="invalid_api_key")
-    administrators = auth.ApiKeys(services.config.auth.admin_api_keys)
-    if administrators and g.key_id not in administrators:
-        raise HttpError(403, "/shutdown needs an administrator's key.")
-    if not services.keys and not auth.peer_is_loopback():
-        raise HttpError(403, "/shutdown is open to this machine only: set VLLM_API_KEY to use it from elsewhere.")
-    if not _is_expected_host(_host_name(request.headers.get("Host", "")), services):
-        raise HttpError(403, "/shutdown must be asked for by this machine's own name.")
+    auth.check_operator("/shutdown", services.keys, services.config.auth, g.key_id)
+    if not _is_expected_host(host_name(request.headers.get("Host", "")), services):
+        raise HttpError(403, "/shutdown needs a Host header that names this machine.")
 
 
 def _is_expected_host(host: str, services: Services) -> bool:
@@ -88,19 +86,6 @@ def _is_expected_host(host: str, services: Services) -> bool:
         return True
     configured = services.config.server.host
     return g.key_id is not None and (configured in _WILDCARDS or host == configured.lower())
-
-
-def _is_forwarded() -> bool:
-    """Say whether the request came through a proxy whose word for its client is not taken."""
-    return VOUCHED not in request.scope and any(name in request.headers for name in _FORWARDING)
-
-
-def _host_name(host: str) -> str:
-    """Return the name in a Host header, without its port."""
-    name = host.strip().lower()
-    if name.startswith("["):
-        return name[1:].partition("]")[0]
-    return name.partition(":")[0]
 
 
 def _is_loopback_name(name: str) -> bool:

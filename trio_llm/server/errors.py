@@ -1,9 +1,8 @@
-"""One shape for every error on every path: OpenAI's error object, and Anthropic's where its API is spoken."""
+"""The error object of every path: OpenAI's, and Anthropic's under /v1/messages."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import attrs
 import msgspec
@@ -16,7 +15,9 @@ from trio_llm.errors import (
     ModelNotFoundError,
     OverloadedError,
     RequestFailedError,
+    StorageError,
 )
+from trio_llm.server.answers.errors import AnthropicError, AnthropicErrorDetails, Error, ErrorDetails
 
 _TYPES = {
     401: "authentication_error",
@@ -27,6 +28,7 @@ _TYPES = {
     501: "not_implemented_error",
     503: "service_unavailable_error",
     504: "timeout_error",
+    507: "insufficient_storage_error",
 }
 _ANTHROPIC_PATHS = frozenset({"/v1/messages", "/v1/messages/count_tokens"})
 _ANTHROPIC_TYPES = {
@@ -41,13 +43,18 @@ _ANTHROPIC_TYPES = {
 }
 
 
+def _encodable(text: str) -> str:
+    """Return `text` with lone surrogates, which an error may quote from a request, as escapes."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 @attrs.define(eq=False)
 class HttpError(Exception):
-    """A refusal that is about HTTP and not about the engine; its message is shown to the client."""
+    """An error of the HTTP layer. The client gets its message."""
 
     status: int
-    message: str
-    param: str | None = None
+    message: str = attrs.field(converter=_encodable)
+    param: str | None = attrs.field(default=None, converter=attrs.converters.optional(_encodable))
     code: str | None = None
     headers: dict[str, str] = attrs.field(factory=dict[str, str])
 
@@ -56,7 +63,7 @@ class HttpError(Exception):
 
 
 def to_http_error(error: BaseException) -> HttpError:
-    """Say what a client is told of `error`; of an unexpected one, only that it happened."""
+    """Return the client's error for `error`; for an unexpected one it has no details."""
     match error:
         case HttpError():
             return error
@@ -72,6 +79,10 @@ def to_http_error(error: BaseException) -> HttpError:
             return HttpError(503, DrainingError().message, code="draining", headers=retry_after(5.0))
         case EngineDeadError():
             return HttpError(503, error.message, code="engine_dead", headers=retry_after(5.0))
+        case StorageError() if error.disk_full:
+            return HttpError(507, error.message, code="disk_full")
+        case StorageError():
+            return HttpError(503, error.message, code="storage_failed", headers=retry_after(5.0))
         case RequestFailedError():
             return HttpError(500, error.message, code="request_failed")
         case _:
@@ -79,24 +90,24 @@ def to_http_error(error: BaseException) -> HttpError:
 
 
 def retry_after(seconds: float) -> dict[str, str]:
-    """Return the headers by which clients know when to come back; openai-python reads the finer one first."""
+    """Return the headers with the time of a retry; openai-python reads the finer one first."""
     return {"Retry-After": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(seconds * 1000))}
 
 
-def error_object(error: HttpError) -> dict[str, Any]:
-    """Return `{"error": {...}}` as OpenAI spells it."""
+def error_object(error: HttpError) -> Error:
+    """Return OpenAI's `{"error": {...}}`."""
     kind = _TYPES.get(error.status, "invalid_request_error")
-    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+    return Error(error=ErrorDetails(message=error.message, type=kind, param=error.param, code=error.code))
 
 
-def anthropic_error_object(error: HttpError) -> dict[str, Any]:
-    """Return `{"type": "error", ...}` as Anthropic spells it; it has no place for the field but the message."""
+def anthropic_error_object(error: HttpError) -> AnthropicError:
+    """Return Anthropic's `{"type": "error", ...}`; only the message can name the field."""
     unnamed = error.param is not None and error.param not in error.message
     message = f"{error.param}: {error.message}" if unnamed else error.message
     kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error")
-    return {"type": "error", "error": {"type": kind, "message": message}}
+    return AnthropicError(error=AnthropicErrorDetails(type=kind, message=message))
 
 
 def error_body(error: HttpError, path: str = "") -> bytes:
-    """Return the error object as JSON, in the shape that clients of `path` know."""
+    """Return the error object as JSON, in the form of the API at `path`."""
     return msgspec.json.encode((anthropic_error_object if path in _ANTHROPIC_PATHS else error_object)(error))

@@ -1,1 +1,1 @@
-"""`trio-llm bench`: how fast, measured with repetitions, shown as medians with their ranges."""
+"""`trio-llm bench`: repeated measurements, printed as medians with their ranges."""

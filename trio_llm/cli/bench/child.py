@@ -1,4 +1,4 @@
-"""A server in a process of its own, for benchmarks: started, found, measured, and told to end in good order."""
+"""A server in a separate process, for benchmarks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _STOP_TIMEOUT_S = 60.0
 
 
 class BenchmarkError(TrioLLMError):
-    """There is nothing to measure."""
+    """The server cannot be measured."""
 
 
 @attrs.frozen
@@ -39,7 +39,7 @@ class Child:
         return Api(f"http://{_HOST}:{self.port}/v1")
 
     async def listening(self) -> None:
-        """Return as soon as it accepts a connection."""
+        """Return when it accepts a connection."""
         with trio.move_on_after(_START_TIMEOUT_S):
             while self.process.poll() is None:
                 with contextlib.suppress(OSError):
@@ -51,9 +51,9 @@ class Child:
 
 @contextlib.contextmanager
 def serving(flags: Sequence[str]) -> Iterator[Child]:
-    """Run `trio-llm serve` with these flags on a free port; stop it with SIGTERM and insist on exit code 0.
+    """Run `trio-llm serve` with these flags on a free port; stop it with SIGTERM and require exit code 0.
 
-    Files and batches of the user's are left alone. What it logged is shown where something went wrong.
+    It does not use the user's files and batches. Its log is printed on failure.
     """
     port = _free_port()
     with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory(prefix="trio-llm-") as data_dir:

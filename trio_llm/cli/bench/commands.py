@@ -17,7 +17,7 @@ _output = click.option("--output-tokens", type=_COUNT, default=128, show_default
 _flags = click.argument("flags", nargs=-1)
 
 
-@click.group()
+@click.group(short_help="Measure throughput and latency.")
 def bench() -> None:
     """Measure: a server under load, one batch, many requests, or the way to the first token."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from trio_llm.cli.bench.report import Figure, Row
 from trio_llm.llm import LLM
-from trio_llm.messages import SamplingParams
+from trio_llm.params import SamplingParams
 
 
 def latency(

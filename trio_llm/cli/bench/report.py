@@ -1,4 +1,4 @@
-"""Figures of a benchmark: every one a median with its range, as a table for people or as JSON."""
+"""Results of a benchmark: medians with ranges, as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import trio_llm
 
 @attrs.frozen
 class Figure:
-    """What one thing measured came to, once a repetition."""
+    """One measured quantity, with a value per repetition."""
 
     name: str
     unit: str
@@ -39,14 +39,14 @@ class Figure:
 
 
 Row = tuple[Mapping[str, object], Sequence[Figure]]
-"""What was set for a row of the table, and what came out."""
+"""The settings of a row of the table, and its figures."""
 
 
 def show(title: str, rows: Sequence[Row], *, as_json: bool) -> None:
-    """Print the rows, all with the same figures, with the machine that they come from."""
+    """Print the rows, all with the same figures, and the machine."""
     if as_json:
-        told = [{**settings, "figures": {f.name: f.as_object() for f in figures}} for settings, figures in rows]
-        about = {"benchmark": title, "version": trio_llm.__version__, "machine": machine(), "rows": told}
+        row_objects = [{**settings, "figures": {f.name: f.as_object() for f in figures}} for settings, figures in rows]
+        about = {"benchmark": title, "version": trio_llm.__version__, "machine": machine(), "rows": row_objects}
         click.echo(json.dumps(about, indent=2))
         return
     settings, figures = rows[0]
@@ -60,7 +60,7 @@ def show(title: str, rows: Sequence[Row], *, as_json: bool) -> None:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Return the value below which this share of the values lies (nearest rank)."""
+    """Return the percentile by nearest rank; `share` is from 0 to 1."""
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 

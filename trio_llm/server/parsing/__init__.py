@@ -1,1 +1,1 @@
-"""What a chat model writes beside its answer, told apart while it streams: reasoning and tool calls. Pure."""
+"""Splits reasoning and tool calls from the answer of a chat model while it streams. Pure."""

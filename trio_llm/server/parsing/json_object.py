@@ -1,6 +1,6 @@
-"""A JSON object read while it is still being written: its top-level keys, and the raw text of their values.
+"""Read a JSON object incrementally: its top-level keys and the raw text of their values.
 
-Used for tool calls, whose arguments are streamed to the client exactly as the model writes them.
+Used for tool calls: their arguments are streamed to the client exactly as the model writes them.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ class ObjectReader:
     """Reads one object, character by character.
 
     Attributes:
-        done: The closing brace came; `rest` is what followed it.
-        broken: This is not a JSON object after all.
+        done: The object is complete; `rest` is the text after it.
+        broken: The text is not a JSON object.
     """
 
     def __init__(self) -> None:
         self.rest = ""
-        # Positions into one list of characters: appending to strings would make long arguments cost their square.
+        # Positions in one list of characters: appending to strings would take quadratic time for long arguments.
         self._characters: list[str] = []
         self._spans: dict[str, tuple[int, int | None]] = {}
         self._state: State = "before_key"
@@ -43,7 +43,7 @@ class ObjectReader:
 
     @property
     def text(self) -> str:
-        """Everything taken in so far, without `rest`."""
+        """All text so far, without `rest`."""
         return "".join(self._characters)
 
     @property
@@ -52,26 +52,33 @@ class ObjectReader:
         return self._spans.keys()
 
     def text_from(self, start: int) -> str:
-        """Return `text[start:]` without making the rest of it."""
+        """Return `text[start:]` without building the rest."""
         return "".join(self._characters[start:])
 
     def raw(self, key: str, start: int = 0) -> str:
-        """Return the text of a value as far as it was read, from its `start`-th character on."""
+        """Return the text of a value so far, from its `start`-th character on."""
         begin, end = self._spans.get(key, (0, 0))
         return "".join(self._characters[begin + start : end])
 
+    def first(self, key: str) -> str:
+        """Return the first character of a value; empty before it begins."""
+        return self._characters[self._spans[key][0]] if key in self._spans else ""
+
+    def complete(self, key: str) -> str:
+        """Return the text of a value; empty until it is complete."""
+        return "" if self._spans.get(key, (0, None))[1] is None else self.raw(key)
+
     def string(self, key: str) -> str | None:
-        """Return a complete string value; None while it is not complete or if it is no string."""
-        if self._spans.get(key, (0, None))[1] is None:
+        """Return a complete string value; None if it is incomplete or not a string."""
+        if self.first(key) != '"':
             return None
         try:
-            value = json.loads(self.raw(key))
+            return json.loads(self.complete(key))
         except ValueError:
             return None
-        return value if isinstance(value, str) else None
 
     def feed(self, text: str) -> None:
-        """Take in more text; what follows the end of the object goes to `rest`."""
+        """Add text; text after the end of the object goes to `rest`."""
         for at, character in enumerate(text):
             if self._state in ("done", "broken"):
                 self.rest += text[at:]
@@ -88,7 +95,7 @@ class ObjectReader:
             self._between(character)
 
     def _in_text(self, character: str) -> None:
-        """Go on inside a string: a key's or a value's."""
+        """Continue inside a string, of a key or a value."""
         if self._state == "key":
             self._key += character
         if self._escaped:
@@ -103,7 +110,7 @@ class ObjectReader:
                 self._end_value(0)
 
     def _in_value(self, character: str) -> None:
-        """Go on inside a value that is no string, or between the strings of a nested one."""
+        """Continue inside a value that is not a string, or between the strings of a nested one."""
         if self._depth == 0 and character in ",}":
             self._end_value(1)
             self._between(character)
@@ -116,7 +123,7 @@ class ObjectReader:
                 self._end_value(0)
 
     def _between(self, character: str) -> None:
-        """Take the one character the grammar allows here, or break."""
+        """Consume the one character that is allowed here, or mark the object as broken."""
         state = self._state
         if not self._opened and character == "{":
             self._opened = True
@@ -147,6 +154,28 @@ class ObjectReader:
             self._state = "broken"
 
     def _end_value(self, beyond: int) -> None:
-        """Close the value; the last `beyond` characters taken in are no longer its."""
+        """Close the value; the last `beyond` characters do not belong to it."""
         self._spans[self._key] = (self._spans[self._key][0], len(self._characters) - beyond)
         self._state = "after_value"
+
+
+class ControlEscaper:
+    """Escapes the control characters inside the strings of a JSON text.
+
+    Models write line breaks there as they are, which no JSON parser accepts.
+    """
+
+    def __init__(self) -> None:
+        self._in_string = False
+        self._escaped = False
+
+    def feed(self, text: str) -> str:
+        """Return the next part of the text, escaped."""
+        return "".join(map(self._escape, text))
+
+    def _escape(self, character: str) -> str:
+        escapes = self._in_string and not self._escaped and character == "\\"
+        if character == '"' and not self._escaped:
+            self._in_string = not self._in_string
+        self._escaped = escapes
+        return json.dumps(character)[1:-1] if self._in_string and character < " " else character

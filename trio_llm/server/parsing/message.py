@@ -1,4 +1,4 @@
-"""One answer of a chat model, split into reasoning, content and tool calls while it streams."""
+"""Split a chat model's answer into reasoning, content and tool calls while it streams."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import attrs
 
 from trio_llm.server.parsing.pieces import CallArguments, CallStart, Content, Piece, Reasoning
-from trio_llm.server.parsing.reasoning import ReasoningParser
-from trio_llm.server.parsing.tools import ToolForm, ToolParser
+from trio_llm.server.parsing.reasoning import THINK, ReasoningParser, ThinkingForm
+from trio_llm.server.parsing.response_parser import ResponseParser, ResponseStyle
+from trio_llm.server.parsing.tools import CALL_MARKERS, ToolForm, tool_parser
 
 
 @attrs.frozen
@@ -16,17 +17,20 @@ class MessageStyle:
     """How to read an answer.
 
     Attributes:
-        thinks: The model may think first; `thinking_begun` says that the prompt ended inside its thinking.
-        tool_form: How calls are written; None where no tool was offered.
-        parallel: More than one call counts; otherwise the first one does.
-        show_reasoning: Hand reasoning on, instead of leaving it out.
+        thinks: The model may think first, in the form of `thinking`; with `thinking_begun` the prompt ended inside it.
+        tool_form: How calls are written; None if no tool was offered.
+        parallel: Return all calls, not only the first.
+        show_reasoning: Return reasoning instead of dropping it.
+        response: Read the answer with the model's own template instead of these forms.
     """
 
     thinks: bool = False
+    thinking: ThinkingForm = THINK
     thinking_begun: bool = False
     tool_form: ToolForm | None = None
     parallel: bool = True
     show_reasoning: bool = True
+    response: ResponseStyle | None = None
 
 
 class MessageParser:
@@ -34,23 +38,37 @@ class MessageParser:
 
     def __init__(self, style: MessageStyle) -> None:
         self._style = style
-        self._reasoning = ReasoningParser(inside=style.thinking_begun) if style.thinks else None
-        self._tools = ToolParser(style.tool_form) if style.tool_form is not None else None
+        marker = CALL_MARKERS[style.tool_form] if style.tool_form is not None else None
+        inside = style.thinking_begun
+        self._reasoning = ReasoningParser(style.thinking, inside=inside, marker=marker) if style.thinks else None
+        self._tools = tool_parser(style.tool_form) if style.tool_form is not None else None
+        self._response = ResponseParser(style.response) if style.response is not None else None
 
     @property
     def num_calls(self) -> int:
-        return self._tools.num_calls if self._tools is not None else 0
+        parser = self._response or self._tools
+        return parser.num_calls if parser is not None else 0
 
     def feed(self, text: str) -> list[Piece]:
-        """Take in more text and return what it certainly is."""
+        """Add text and return the pieces that are certain."""
+        if self._response is not None:
+            return self._kept(self._response.feed(text))
         if self._reasoning is not None:
             return self._split(self._reasoning.feed(text))
         return self._split([Content(text)] if text else [])
 
     def finish(self) -> list[Piece]:
-        """Return what was held back when the text has ended."""
+        """Return the rest at the end of the text."""
+        if self._response is not None:
+            return self._kept(self._response.finish())
         pieces = self._split(self._reasoning.finish() if self._reasoning is not None else [])
-        return pieces + self._kept(self._tools.finish() if self._tools is not None else [])
+        if self._tools is None:
+            return pieces
+        unclosed = self._reasoning.unclosed if self._reasoning is not None else ""
+        rest: list[Piece] = self._tools.feed(unclosed) + self._tools.finish()
+        if unclosed and not self._tools.num_calls:
+            rest = [Reasoning(unclosed)]
+        return pieces + self._kept(rest)
 
     def _split(self, pieces: Sequence[Piece]) -> list[Piece]:
         split: list[Piece] = []

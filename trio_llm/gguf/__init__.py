@@ -1,0 +1,1 @@
+"""GGUF files, as Hugging Face would have spelled what they hold: configuration and tokenizer (no torch)."""

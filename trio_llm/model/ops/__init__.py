@@ -1,0 +1,1 @@
+"""The seam between models and kernels, and one module per implementation."""

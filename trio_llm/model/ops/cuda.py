@@ -1,0 +1,205 @@
+"""The operations of the seam on CUDA kernels, and for each one the reason why its kernel cannot take a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cuda_kernels import act, gemm, gemv, kv_write, norm, paged_attn, quant, step
+from cuda_kernels import moe as experts_on_gpu
+from cuda_kernels import sample as choosing
+from cuda_kernels.tuning import tuning
+from trio_llm.model.ops import torch_reference as ops_torch
+from trio_llm.model.ops.logit_edits import LogitEdits
+from trio_llm.model.ops.matrices import Activation, Dense, Experts, Int8
+from trio_llm.model.ops.torch_reference import rope_angles
+from trio_llm.model.paged.attention_batch import AttentionBatch
+from trio_llm.model.paged.kv_cache import AttentionSpec, KVLayout, LayerKV
+from trio_llm.model.paged.rope import Rope
+
+NAME = "cuda"
+# The reason for calling a library instead of a kernel.
+FOR_CUBLAS = "many rows"
+LIBRARIES = {FOR_CUBLAS: "cublas"}
+
+
+def prepare(_: Callable[[int, int], None]) -> None:
+    """Do nothing: kernels are compiled at their first call, for its shapes."""
+
+
+def linear(x: Tensor, matrix: Dense | Int8) -> Tensor:
+    """See `ops_torch.linear`."""
+    if len(x) <= gemv.MAX_ROWS:
+        scale = matrix.scale if isinstance(matrix, Int8) else None
+        return gemv.linear(x, matrix.weight, scale=scale, bias=matrix.bias)
+    if isinstance(matrix, Dense):
+        return ops_torch.linear(x, matrix)
+    if _tiled(x, matrix):
+        return gemm.linear(x, matrix.weight, matrix.scale, bias=matrix.bias)
+    return _widened_linear(x, matrix)
+
+
+def gated_linear(x: Tensor, gate_up: Dense | Int8, kind: Activation) -> Tensor:
+    """See `seam.gated_linear`."""
+    if len(x) <= gemv.MAX_ROWS:
+        scale = gate_up.scale if isinstance(gate_up, Int8) else None
+        return gemv.linear(x, gate_up.weight, scale=scale, bias=gate_up.bias, activation=kind)
+    if isinstance(gate_up, Int8) and _tiled(x, gate_up):
+        return gemm.linear(x, gate_up.weight, gate_up.scale, bias=gate_up.bias, activation=kind)
+    product = linear(x, gate_up)
+    activate = ops_torch.act_and_mul if act.supports(product) else act.act_and_mul
+    return activate(product, kind)
+
+
+def normed_linear(
+    x: Tensor, residual: Tensor | None, norm: Tensor, eps: float, matrix: Dense | Int8, kind: Activation | None
+) -> tuple[Tensor, Tensor]:
+    """Return the product, gated if there is a kind, of rms_norm(x + residual), and the sum: see `seam.AddNorm`."""
+    scale = matrix.scale if isinstance(matrix, Int8) else None
+    return gemv.normed_linear(x, residual, norm, eps, matrix.weight, scale=scale, bias=matrix.bias, activation=kind)
+
+
+def _tiled(x: Tensor, matrix: Int8) -> bool:
+    return gemm.supports(x, matrix.weight) is None
+
+
+def _widened_linear(x: Tensor, matrix: Int8) -> Tensor:
+    """Multiply with cuBLAS, widening the weights a part at a time."""
+    rows = max(1, tuning(x.device).widened_elements // x.shape[1])
+    parts = zip(matrix.weight.split(rows), matrix.scale.split(rows), strict=True)
+    out = [_scaled_product(x, weight.to(x.dtype), scale) for weight, scale in parts]
+    joined = out[0] if len(out) == 1 else torch.cat(out, dim=-1)
+    return joined if matrix.bias is None else joined.add_(matrix.bias)
+
+
+def _scaled_product(x: Tensor, wide: Tensor, scale: Tensor) -> Tensor:
+    """Multiply by integers, then by their scales, since sums are wider. `wide` may be overwritten.
+
+    Float16 scales first: it stores the integer sum, which overflows even if the product is in the tens.
+    """
+    if x.dtype == torch.float16:
+        return F.linear(x, wide.mul_(scale[:, None]))
+    return F.linear(x, wide).mul_(scale)
+
+
+rms_norm = norm.rms_norm
+add_rms_norm = norm.add_rms_norm
+act_and_mul = act.act_and_mul
+
+
+def prepare_decodes(
+    inputs: Tensor,
+    tables: Sequence[Tensor],
+    padding_row: int,
+    layout: KVLayout,
+    ropes: Sequence[Rope],
+    max_context: int,
+) -> AttentionBatch:
+    """See `ops_torch.prepare_decodes`; the angles of all ropes are there already."""
+    rows, token_ids, positions = inputs.unbind(0)
+    kinds = list(dict.fromkeys(ropes))
+    sizes = [group.block_size for group in layout.groups]
+    groups = [(table, -(-max_context // size), size) for table, size in zip(tables, sizes, strict=True)]
+    done = step.prepare(rows, positions, groups, [(rope.inv_freq, rope.factor) for rope in kinds], padding_row)
+    batch = AttentionBatch(
+        token_ids, positions, done.cu_q, done.context, done.tables, done.slots, layout,
+        max_q=1, max_context=max_context, padding=done.padding,
+    )  # fmt: skip
+    for rope, (cos, sin) in zip(kinds, done.angles, strict=True):
+        batch.memo(rope, partial(_angles, cos, sin))
+    return batch
+
+
+def _angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return cos[:, None], sin[:, None]  # as `rope_angles` returns them
+
+
+def write_kv(
+    qkv: Tensor,
+    batch: AttentionBatch,
+    kv: LayerKV,
+    spec: AttentionSpec,
+    rope: Rope,
+    *,
+    qk_norm: Tensor | None,
+    v_norm: bool,
+    eps: float,
+) -> Tensor:
+    """See `ops_torch.write_kv`."""
+    cos, sin = (angle[:, 0] for angle in rope_angles(batch, rope))
+    return kv_write.write_kv(
+        qkv, cos, sin, batch.slots[kv.group], kv.k, kv.v, kv.k_scale, kv.v_scale,
+        num_heads=spec.num_heads, qk_norm=qk_norm, v_norm=v_norm, eps=eps,
+    )  # fmt: skip
+
+
+def paged_attention(q: Tensor, batch: AttentionBatch, kv: LayerKV, spec: AttentionSpec) -> Tensor:
+    """See `attention_torch.paged_attention`."""
+    attended = paged_attn.paged_attention(
+        q, kv.k, kv.v, kv.k_scale, kv.v_scale, batch.tables[kv.group], batch.context_lens, batch.cu_q,
+        block_size=_block_size(batch, kv), max_q=batch.max_q, max_context=batch.max_context,
+        scale=spec.scale, window=spec.window, softcap=spec.softcap,
+    )  # fmt: skip
+    return attended.flatten(1)
+
+
+route = experts_on_gpu.route
+quantize_rows = quant.quantize_rows
+
+
+def moe(x: Tensor, weights: Tensor, ids: Tensor, experts: Experts, kind: Activation) -> Tensor:
+    """See `ops_torch.moe`."""
+    gate_up, down = experts.gate_up, experts.down
+    scales = (gate_up.scale, down.scale) if isinstance(gate_up, Int8) and isinstance(down, Int8) else None
+    return experts_on_gpu.moe(x, weights, ids, gate_up.weight, down.weight, experts.load, kind, scales)
+
+
+def sample(
+    logits: Tensor, params: Tensor | None, keys: Tensor | None, hashes: Tensor, edits: LogitEdits | None
+) -> Tensor:
+    """See `Sampler.sample`; return ids [R]."""
+    lists = None
+    if edits is not None:
+        e = edits
+        lists = choosing.Edits(e.starts, e.masked, e.biased, e.bias, e.seen, e.penalties, e.masks)
+    return choosing.sample(logits, params, keys, hashes, lists)
+
+
+token_logprobs = choosing.token_logprobs
+
+
+def _block_size(batch: AttentionBatch, kv: LayerKV) -> int:
+    return batch.layout.groups[kv.group].block_size
+
+
+def _linear(x: Tensor, matrix: Dense | Int8) -> str | None:
+    if len(x) <= gemv.MAX_ROWS:
+        return gemv.supports(x, matrix.weight)
+    return None if isinstance(matrix, Int8) and _tiled(x, matrix) else FOR_CUBLAS
+
+
+def _moe(x: Tensor, experts: Experts) -> str | None:
+    return experts_on_gpu.supports(x, experts.gate_up.weight, experts.down.weight)
+
+
+# Operation -> why its kernel cannot take these arguments; None if it can.
+WHY_NOT: Mapping[str, Callable[..., str | None]] = {
+    "linear": _linear,
+    "gated_linear": _linear,
+    "normed_linear": lambda x, residual, norm, matrix: gemv.supports_norm(x, residual, norm, matrix.weight),
+    "rms_norm": norm.supports,
+    "add_rms_norm": norm.supports,
+    "act_and_mul": act.supports,
+    "prepare_decodes": step.supports,
+    "write_kv": lambda qkv, kv: kv_write.supports(qkv, kv.k),
+    "paged_attention": lambda q, batch, kv: paged_attn.supports(q, kv.k, _block_size(batch, kv)),
+    "route": experts_on_gpu.supports_route,
+    "moe": _moe,
+    "quantize_rows": quant.supports,
+    "sample": choosing.supports,
+    "token_logprobs": choosing.supports,
+}

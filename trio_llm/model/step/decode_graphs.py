@@ -1,0 +1,156 @@
+"""Decodes as captured work: one graph for each of a few batch sizes, replayed by a single call.
+
+A step of one token per row is a few hundred small launches, each of which costs the host more than it costs a GPU. A
+graph has fixed addresses and fixed grids, so everything that differs from step to step is read from device tensors: the
+rows, their tokens and positions from `_inputs`, the block tables by row from the tables of all rows. A batch between
+two sizes is padded with the tables' padding row: token 0 at position 0 of the null block, which no sequence reads, in a
+context of that one token.
+
+On a CPU a graph is a tape of kernel calls, recorded when its size is first needed: that costs as much as one step
+without a tape.
+
+Letters: B rows of a graph, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+
+import attrs
+import torch
+from torch import Tensor
+
+from trio_llm.model.device.device import Capture
+from trio_llm.model.device.host_sync import HostSyncError, forbid_host_sync
+from trio_llm.model.loading.loader import Model
+from trio_llm.model.ops import seam as ops
+from trio_llm.model.ops.dispatch import Dispatch, dispatching
+from trio_llm.model.paged.kv_cache import KVCache, KVLayout
+from trio_llm.model.step.input_rows import BlockTables
+from trio_llm.model_info import Progress
+
+_log = logging.getLogger(__name__)
+_ROWS = 0
+
+
+def graph_sizes(max_batch_size: int) -> list[int]:
+    """Return 1, 2, 4, 8, 16, 24 and so on: a row costs little more, a graph takes time at start."""
+    return sorted(
+        {*(size for size in (1, 2, 4) if size < max_batch_size), *range(8, max_batch_size, 8), max_batch_size}
+    )
+
+
+_MAX_EXACT = 32  # recorded sizes are exact up to here, then multiples of eight
+
+
+@attrs.frozen(eq=False)
+class _Graph:
+    """One size's graph and the operation calls in it."""
+
+    replay: Callable[[], None]
+    calls: Dispatch
+
+
+class DecodeGraphs:
+    """The graphs of one model, its pool and its tables."""
+
+    def __init__(
+        self, model: Model, kv: KVCache, layout: KVLayout, tables: BlockTables, max_batch_size: int, max_context: int
+    ) -> None:
+        """Take what graphs read and write.
+
+        Args:
+            max_context: Kernels divide a context among blocks by this bound, as how long the contexts are is known when
+                a graph is replayed, not when it is captured. Short ones leave some of the blocks without work, which
+                costs less than a graph per length.
+        """
+        self._model, self._kv, self._layout, self._tables = model, kv, layout, tables
+        self._max_context = max_context
+        self._inputs = torch.zeros((3, max_batch_size), dtype=torch.int64, device=tables.device)
+        self._inputs[_ROWS] = tables.padding_row
+        # All graphs share one buffer for their logits: a buffer for each of 35 sizes up to 256 rows would take
+        # gigabytes. The conversion to float32 writes to it.
+        self._logits = torch.empty((max_batch_size, model.vocab_size), dtype=torch.float32, device=tables.device)
+        self._graphs: dict[int, _Graph] = {}
+        self._record: Callable[[int], _Graph] | None = None
+
+    def capture(self, capture: Capture, dispatch: Dispatch, report: Callable[[Progress], None]) -> None:
+        """Capture the graphs, the largest first, whose memory the others then share.
+
+        Each runs before it is captured, so that its kernels are compiled and loaded and its libraries have their
+        workspace. If an operation requires a host sync, nothing can be captured: that is logged.
+        """
+        graphs: dict[int, _Graph] = {}
+        sizes = graph_sizes(self._inputs.shape[1])
+        try:
+            for done, size in enumerate(reversed(sizes)):
+                report(Progress("capturing decode graphs", done, len(sizes), "steps"))
+                graphs[size] = self._capture(capture, dispatch, partial(self._decode, size))
+        except HostSyncError as error:
+            _log.warning("decodes run without graphs: %s", error)
+            return
+        report(Progress("capturing decode graphs", len(sizes), len(sizes), "steps"))
+        self._graphs = dict(sorted(graphs.items()))
+
+    def record_when_needed(self, record: Capture, dispatch: Dispatch) -> None:
+        """Record a graph when its size first comes, beginning with one row.
+
+        Args:
+            record: Does the work and returns a function that repeats it.
+        """
+
+        def one(size: int) -> _Graph:
+            with forbid_host_sync(), dispatching(dispatch.fresh()) as calls:
+                return _Graph(record(partial(self._decode, size)), calls)
+
+        try:
+            self._graphs = {1: one(1)}
+        except HostSyncError as error:
+            _log.warning("decodes run without tapes: %s", error)
+            return
+        self._record = one
+
+    def _capture(self, capture: Capture, dispatch: Dispatch, work: Callable[[], None]) -> _Graph:
+        with forbid_host_sync():
+            with dispatching(dispatch.fresh()):
+                work()
+            with dispatching(dispatch.fresh()) as calls:
+                return _Graph(capture(work), calls)
+
+    def size_for(self, num_rows: int) -> int | None:
+        """Return the size of the smallest graph that holds `num_rows`; None if there is none."""
+        if self._record is not None:
+            return num_rows if num_rows <= _MAX_EXACT else min(-(-num_rows // 8) * 8, self._inputs.shape[1])
+        return next((size for size in self._graphs if size >= num_rows), None)
+
+    def replay(self, decodes: Tensor, calls: Dispatch) -> Tensor:
+        """Queue one step of decodes [3, B]: permanent rows, tokens, positions. B is a graph's.
+
+        Args:
+            calls: Gets the graph's operation calls added.
+        Returns:
+            Logits [B, V] float32, overwritten by the next replay.
+        """
+        size = decodes.shape[1]
+        self._inputs[:, :size].copy_(decodes)
+        if size in self._graphs:
+            self._graphs[size].replay()
+        else:
+            assert self._record is not None
+            self._graphs[size] = self._record(size)
+        calls.add(self._graphs[size].calls)
+        return self._logits[:size]
+
+    def _decode(self, size: int) -> None:
+        """Run the work of one graph."""
+        batch = ops.prepare_decodes(
+            self._inputs[:, :size],
+            self._tables.tables,
+            self._tables.padding_row,
+            self._layout,
+            self._model.ropes,
+            self._max_context,
+        )
+        self._model.logits(self._model.forward(batch, self._kv), out=self._logits[:size])

@@ -1,0 +1,131 @@
+"""A smaller model that drafts the tokens that the model is about to sample.
+
+It computes every token that the model computes and accepts. It has KV tensors of its own under the model's block
+tables: a block that is shared, skipped or freed is so for both. Then it samples drafts with each row's own parameters
+and with the noise that the model will use at that position, so a draft is accepted whenever the two models agree well
+enough. Drafts never change the output.
+
+Letters: B rows of a step, S tokens, R rows that want drafts, M blocks per table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import attrs
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trio_llm.messages import StepPlan
+from trio_llm.model.device.device import Device
+from trio_llm.model.loading.draft_model import DraftModel
+from trio_llm.model.paged.kv_cache import KVCache
+from trio_llm.model.sampling.row_params import SamplingRows
+from trio_llm.model.sampling.sampler import Sampler
+from trio_llm.model.step.input_rows import InputRows, PlanRows
+
+
+@attrs.frozen(eq=False)
+class DraftRows:
+    """What the draft model computes in a step. Columns have one entry per row.
+
+    Attributes:
+        rows: [B], permanent rows.
+        starts: Position of each row's first token.
+        token_ids: Tokens that the model computed and accepted, then its last sampled token if drafts are wanted.
+        num_drafts: Number of drafts; slots for all but the last of them follow the row's tokens.
+    """
+
+    rows: NDArray[np.intp]
+    starts: NDArray[np.int64]
+    token_ids: Sequence[Sequence[int]]
+    num_drafts: Sequence[int]
+
+    @classmethod
+    def after(
+        cls, plan: StepPlan, batch: PlanRows, accepted: Mapping[int, Sequence[int]], max_drafts: int
+    ) -> DraftRows:
+        """Follow a step of the model.
+
+        Args:
+            accepted: Index of a row in the batch -> its accepted tokens; failed rows have none.
+            max_drafts: Drafts of one row.
+        """
+        token_ids: list[Sequence[int]] = []
+        num_drafts: list[int] = []
+        for at, (start, limit, draft) in enumerate(zip(plan.starts, plan.draft_limits, batch.drafts, strict=True)):
+            known = plan.token_ids[batch.offsets[at] : batch.lasts[at] + 1 - len(draft)]
+            sampled = accepted.get(at, ())
+            tokens = [*known, *sampled[:-1]]
+            room = limit - start - len(tokens)
+            num_drafts.append(max(0, min(max_drafts, room)) if sampled else 0)
+            token_ids.append([*tokens, sampled[-1]] if num_drafts[-1] else tokens)
+        return cls(batch.index, batch.starts, token_ids, num_drafts)
+
+
+class Drafter:
+    """Runs a draft model with the rows and the sampler of the model that it drafts for."""
+
+    def __init__(
+        self,
+        draft: DraftModel,
+        num_blocks: int,
+        inputs: InputRows,
+        sampling: SamplingRows,
+        sampler: Sampler,
+        device: Device,
+    ) -> None:
+        self._draft, self._device = draft, device
+        self._inputs, self._sampling, self._sampler = inputs, sampling, sampler
+        self._kv = KVCache(draft.layout, num_blocks, device.torch_device)
+
+    def propose(
+        self, plan: StepPlan, batch: PlanRows, accepted: Mapping[int, Sequence[int]]
+    ) -> tuple[tuple[int, ...], ...]:
+        """Compute the tokens that the model computed and accepted, then sample on; return each row's drafts.
+
+        Args:
+            accepted: As in `DraftRows.after`.
+        """
+        step = DraftRows.after(plan, batch, accepted, self._draft.max_drafts)
+        lengths = np.array([len(tokens) for tokens in step.token_ids])
+        ends = step.starts + lengths
+        drafts: list[list[int]] = [[] for _ in step.num_drafts]
+        hidden = self._forward(step.rows, step.starts, step.token_ids)
+        drafting = [at for at, num in enumerate(step.num_drafts) if num]
+        (lasts,) = self._device.send([(lengths.cumsum() - 1)[drafting]])
+        hidden = hidden.index_select(0, lasts)
+        active = drafting
+        while active:
+            guessed = self._sample(step.rows[active], ends[active] + len(drafts[active[0]]), hidden)
+            for at, token_id in zip(active, guessed, strict=True):
+                if token_id >= 0:  # else no token may follow, and the draft ends here
+                    drafts[at].append(token_id)
+            active = [
+                at
+                for at, token_id in zip(active, guessed, strict=True)
+                if token_id >= 0 and len(drafts[at]) < step.num_drafts[at]
+            ]
+            if active:
+                hidden = self._forward_drafts(step.rows[active], ends[active], [drafts[at] for at in active])
+        for at in drafting:
+            self._sampling.roll_back(int(step.rows[at]), int(ends[at]))
+        return tuple(map(tuple, drafts))
+
+    def _forward_drafts(
+        self, rows: NDArray[np.intp], ends: NDArray[np.int64], drafts: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """Append the newest draft of each row and compute it."""
+        for row, draft in zip(rows.tolist(), drafts, strict=True):
+            self._sampling.append_draft(row, draft[-1])
+        return self._forward(rows, ends + (len(drafts[0]) - 1), [draft[-1:] for draft in drafts])
+
+    def _sample(self, rows: NDArray[np.intp], positions: NDArray[np.int64], hidden: Tensor) -> list[int]:
+        selected = self._sampling.select(rows, positions).without_logprobs()
+        return self._sampler.sample(self._draft.model.logits(hidden), selected).token_ids.tolist()
+
+    def _forward(self, rows: NDArray[np.intp], starts: NDArray[np.int64], tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Return the hidden states [S, H]."""
+        batch = self._inputs.resend(rows, starts, tokens, self._draft.groups, self._draft.layout)
+        return self._draft.model.forward(batch, self._kv)

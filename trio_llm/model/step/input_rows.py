@@ -1,0 +1,225 @@
+"""Sequences on the device: a permanent row each, with its block tables, and the batch a plan makes of them.
+
+Rows are never moved or compacted: a step names its rows by index and gathers them. A plan sets values here and never
+increments them, so the same plan, or a part of its rows, may be applied again. One copy sends all that a step needs
+from the host.
+
+Letters: B rows of this step, S its tokens, R rows sampled in it, M blocks per table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trio_llm.messages import UNKNOWN, StepPlan
+from trio_llm.model.device.device import Device
+from trio_llm.model.paged.attention_batch import AttentionBatch, lay_out
+from trio_llm.model.paged.kv_cache import KVLayout
+from trio_llm.model.step.last_tokens import LastTokens
+
+Column = NDArray[Any]
+_Blocks = tuple[int, tuple[int, ...]]  # the index in a table, and the blocks to write from there on
+
+
+class BlockTables:
+    """The block tables of every row, one tensor per KV group, as wide as the longest sequence needs.
+
+    There is one extra row: padding rows of a batch use it, and it points to the null block.
+
+    Attributes:
+        tables: Per KV group [R + 1, M] int32.
+    """
+
+    def __init__(self, num_rows: int, layout: KVLayout, max_model_len: int, device: torch.device) -> None:
+        self.padding_row, self.device = num_rows, device
+        self._block_sizes = [group.block_size for group in layout.groups]
+        shapes = [(num_rows + 1, -(-max_model_len // size)) for size in self._block_sizes]
+        self.tables = [torch.zeros(shape, dtype=torch.int32, device=device) for shape in shapes]
+
+    def additions(self, rows: Column, new_blocks: Sequence[tuple[_Blocks, ...]]) -> list[Column]:
+        """Return what a plan adds: per group flat indices [K] and the blocks [K] to write there."""
+        if not any(new_blocks):
+            return [np.zeros(0, kind) for _ in self.tables for kind in (np.int64, np.int32)]
+        columns: list[Column] = []
+        for group, table in enumerate(self.tables):
+            by_row = zip(rows.tolist(), new_blocks, strict=True)
+            added = [(row, *blocks[group]) for row, blocks in by_row if blocks]
+            width = table.shape[1]
+            places = [np.arange(len(blocks)) + (row * width + first) for row, first, blocks in added if blocks]
+            values = [block for _, _, blocks in added for block in blocks]
+            columns += [np.concatenate([np.zeros(0, np.int64), *places]), np.array(values, np.int32)]
+        return columns
+
+    def write(self, additions: Sequence[Tensor]) -> None:
+        """Write what `additions` returned, once it is on the tables' device."""
+        for table, places, values in zip(self.tables, additions[::2], additions[1::2], strict=True):
+            if len(places):
+                table.view(-1).index_copy_(0, places, values)
+
+    def gather(self, rows: Tensor, num_tokens: int) -> list[Tensor]:
+        """Return per group [B, M], wide enough for `num_tokens`."""
+        columns = zip(self.tables, self._block_sizes, strict=True)
+        return [table[:, : -(-num_tokens // size)].index_select(0, rows) for table, size in columns]
+
+
+@attrs.frozen(eq=False)
+class PlanRows:
+    """A plan's rows on the host.
+
+    Attributes:
+        index: [B], the permanent row of each.
+        starts, counts, ends: [B]; end is the position after the row's last token.
+        offsets, lasts: [B], index in S of the row's first and last token.
+        token_ids: [S].
+        unknown: [n], indices in S of tokens that are UNKNOWN.
+        samples: [B], as in the plan.
+        drafts: B times, the row's draft tokens, which are its last ones.
+        additions: See BlockTables.
+    """
+
+    index: NDArray[np.intp]
+    starts: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    lasts: NDArray[np.int64]
+    token_ids: NDArray[np.int64]
+    unknown: NDArray[np.intp]
+    samples: NDArray[np.bool_]
+    drafts: Sequence[tuple[int, ...]]
+    additions: list[Column]
+
+    def sampled_from(self, at: NDArray[np.intp]) -> Column:
+        """Return the indices in S to sample from, for the rows at `at`: the last known token and each draft."""
+        lasts = self.lasts[at]
+        if not any(self.drafts):
+            return lasts
+        counts = np.array([len(self.drafts[i]) for i in at.tolist()], np.int64)
+        return np.concatenate([np.arange(last - num, last + 1) for last, num in zip(lasts, counts, strict=True)])
+
+
+@attrs.frozen(eq=False)
+class StepColumns:
+    """A step's columns on the device, for the forward and for sampling.
+
+    Attributes:
+        sampled_rows: Permanent rows of the sampled rows.
+        sampled_from: [R], indices in S to sample from.
+    """
+
+    columns: list[Tensor]
+    sampled_rows: Tensor
+    sampled_from: Tensor
+
+
+class InputRows:
+    """Assigns permanent rows to sequences and builds batches of them."""
+
+    def __init__(self, num_rows: int, layout: KVLayout, max_model_len: int, device: Device, recent: LastTokens) -> None:
+        self.tables = BlockTables(num_rows, layout, max_model_len, device.torch_device)
+        self.num_rows = num_rows
+        self._layout, self._device, self._last_tokens = layout, device, recent
+        self._row_of: dict[int, int] = {}
+        self._free = list(range(num_rows))[::-1]
+
+    def admit(self, request_id: int) -> int:
+        """Return the sequence's row, a free one if it has none yet."""
+        if request_id not in self._row_of:
+            assert self._free, "more sequences than max_batch_size"
+            self._row_of[request_id] = self._free.pop()
+        return self._row_of[request_id]
+
+    def row_of(self, request_id: int) -> int | None:
+        """Return a sequence's row; None if it has none."""
+        return self._row_of.get(request_id)
+
+    def request_ids(self) -> list[int]:
+        """Return the requests that have a row."""
+        return list(self._row_of)
+
+    def drop(self, request_id: int) -> None:
+        """Free the row of a sequence that has one."""
+        self._free.append(self._row_of.pop(request_id))
+
+    def of(self, plan: StepPlan) -> PlanRows:
+        """Lay out a plan's rows. All of them are admitted."""
+        index = np.array([self._row_of[request_id] for request_id in plan.request_ids], np.intp)
+        starts, counts = np.array([plan.starts, plan.counts], np.int64)
+        after = counts.cumsum()
+        token_ids = np.array(plan.token_ids, np.int64)
+        return PlanRows(
+            index,
+            starts,
+            counts,
+            starts + counts,
+            after - counts,
+            after - 1,
+            token_ids,
+            np.flatnonzero(token_ids == UNKNOWN),
+            np.array(plan.samples, np.bool_),
+            _drafts(plan, after.tolist()),
+            self.tables.additions(index, plan.new_blocks),
+        )
+
+    def send(self, rows: PlanRows, at: NDArray[np.intp]) -> tuple[AttentionBatch, StepColumns]:
+        """Send a ragged batch, of which the rows at `at` are sampled."""
+        columns = [rows.token_ids, *lay_out(rows.starts, rows.counts), rows.index]
+        sent = self._send(columns, 0, rows, at, rows.sampled_from(at))
+        *columns, index = sent.columns
+        tables = self.tables.gather(index, int(rows.ends.max()))
+        starts, counts = rows.starts.tolist(), rows.counts.tolist()
+        return AttentionBatch.of(columns, starts, counts, tables, self._layout), sent
+
+    def send_decodes(self, rows: PlanRows, at: NDArray[np.intp], size: int) -> tuple[Tensor, StepColumns]:
+        """Send a batch of one token per row, filled up to `size`: [3, size], permanent rows, tokens, positions."""
+        padded = np.zeros((3, size), np.int64)
+        padded[0] = self.tables.padding_row
+        padded[:, : len(rows.index)] = rows.index, rows.token_ids, rows.starts
+        sent = self._send([padded.reshape(-1)], size, rows, at, at)
+        return sent.columns[0].view(3, size), sent
+
+    def resend(
+        self,
+        index: NDArray[np.intp],
+        starts: NDArray[np.int64],
+        token_ids: Sequence[Sequence[int]],
+        groups: Sequence[int],
+        layout: KVLayout,
+    ) -> AttentionBatch:
+        """Send a batch for another model that uses these rows' tables, `groups` of them, under a layout of its own."""
+        counts = np.array([len(row) for row in token_ids], np.int64)
+        flat = np.array([token_id for row in token_ids for token_id in row], np.int64)
+        *columns, rows = self._device.send([flat, *lay_out(starts, counts), index])
+        tables = self.tables.gather(rows, int((starts + counts).max()))
+        chosen = [tables[group] for group in groups]
+        return AttentionBatch.of(columns, starts.tolist(), counts.tolist(), chosen, layout)
+
+    def _send(
+        self, columns: Sequence[Column], tokens_at: int, rows: PlanRows, at: NDArray[np.intp], sampled_from: Column
+    ) -> StepColumns:
+        """Send columns and a step's sampling indices in one copy; write new blocks and unknown tokens.
+
+        The first column holds the token ids from `tokens_at` onwards.
+        """
+        unknown_rows = rows.index[np.searchsorted(rows.lasts, rows.unknown)]
+        others = [rows.index[at], sampled_from, rows.unknown + tokens_at, unknown_rows, *rows.additions]
+        tensors = self._device.send([*columns, *others])
+        sampled_rows, sampled_from_there, places, from_rows, *additions = tensors[len(columns) :]
+        self.tables.write(additions)
+        if len(places):
+            self._last_tokens.fill(tensors[0], places, from_rows)
+        return StepColumns(tensors[: len(columns)], sampled_rows, sampled_from_there)
+
+
+def _drafts(plan: StepPlan, afters: Sequence[int]) -> Sequence[tuple[int, ...]]:
+    """Return each row's drafts; `afters` are the ends of the rows' tokens in S."""
+    if not plan.drafts:
+        return ((),) * len(afters)
+    return [plan.token_ids[after - num : after] for after, num in zip(afters, plan.drafts, strict=True)]

@@ -1,0 +1,233 @@
+"""The SQLite database of files and batches, and its directory.
+
+Layout of the directory: `trio-llm.sqlite3` (write-ahead log), `files/` (one plain file per uploaded or produced
+file, named by its id), `lock`. The database has everything that clients see. A directory with other files and no
+database of trio-llm is refused, and only files whose id is in the database are ever deleted.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+import secrets
+import sqlite3
+import stat
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from trio_llm.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_NAME = "trio-llm.sqlite3"
+_VERSION = 1
+# These may exist in an unused directory: a new file system has the first one.
+_IGNORED = re.compile(r"lost\+found|\..*")
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS files (
+    id TEXT PRIMARY KEY, filename TEXT NOT NULL, purpose TEXT NOT NULL,
+    bytes INTEGER NOT NULL, created_at INTEGER NOT NULL, expires_at INTEGER,
+    owner TEXT NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS batches (
+    id TEXT PRIMARY KEY, owner TEXT NOT NULL, input_file_id TEXT NOT NULL,
+    endpoint TEXT NOT NULL, completion_window TEXT NOT NULL, metadata TEXT NOT NULL,
+    status TEXT NOT NULL, created_at INTEGER NOT NULL, expires_at INTEGER NOT NULL,
+    in_progress_at INTEGER, finalizing_at INTEGER, completed_at INTEGER, failed_at INTEGER,
+    expired_at INTEGER, cancelling_at INTEGER, cancelled_at INTEGER,
+    output_expires_after_s INTEGER, output_file_id TEXT, error_file_id TEXT, errors TEXT NOT NULL DEFAULT '[]',
+    total INTEGER NOT NULL DEFAULT 0, completed INTEGER NOT NULL DEFAULT 0, failed INTEGER NOT NULL DEFAULT 0,
+    prompt_tokens INTEGER NOT NULL DEFAULT 0, cached_tokens INTEGER NOT NULL DEFAULT 0,
+    completion_tokens INTEGER NOT NULL DEFAULT 0
+) STRICT;
+CREATE TABLE IF NOT EXISTS lines (
+    batch_id TEXT NOT NULL, line INTEGER NOT NULL, custom_id TEXT NOT NULL,
+    position INTEGER NOT NULL, length INTEGER NOT NULL,
+    state TEXT NOT NULL DEFAULT 'pending', record BLOB,
+    PRIMARY KEY (batch_id, line)
+) STRICT, WITHOUT ROWID;
+CREATE UNIQUE INDEX IF NOT EXISTS lines_custom_id ON lines (batch_id, custom_id);
+CREATE INDEX IF NOT EXISTS lines_pending ON lines (batch_id, line) WHERE state = 'pending';
+-- Files that may be on disk and that no client sees: being written, or being deleted. A crash leaves them behind.
+CREATE TABLE IF NOT EXISTS leftovers (id TEXT PRIMARY KEY) STRICT, WITHOUT ROWID;
+"""
+
+_ID = re.compile(r"(file|batch)[-_][0-9a-f]{32}")
+
+
+def new_id(kind: str) -> str:
+    """Make an unguessable id in OpenAI's form: `file-…` or `batch_…`."""
+    return {"file": "file-", "batch": "batch_"}[kind] + secrets.token_hex(16)
+
+
+def is_id(text: str) -> bool:
+    """Return whether text has the form of our ids; only such text becomes part of a path."""
+    return _ID.fullmatch(text) is not None
+
+
+class Database:
+    """An open data directory. It is locked: a second process gets a ConfigError.
+
+    Raises:
+        ConfigError: The directory cannot be used, is not trio-llm's, is damaged, or another server uses it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.files = directory / "files"
+        try:
+            _check_directory(directory)
+            self.files.mkdir(parents=True, exist_ok=True, mode=0o700)
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            lock = os.open(directory / "lock", flags, 0o600)
+        except (_UnusableError, OSError, ValueError) as error:
+            raise _refused(directory, error) from None
+        try:
+            # Lock before opening the database: another server may be creating it.
+            _lock(lock)
+            # SQLite would create it world-readable.
+            os.close(os.open(directory / _NAME, flags, 0o600))
+            self.connection = _connect(directory / _NAME)
+        except (_UnusableError, OSError, sqlite3.Error) as error:
+            os.close(lock)
+            raise _refused(directory, error) from None
+        # Closed with the object at the latest: a server may be cancelled before it closes the directory.
+        self.close = weakref.finalize(self, _close, self.connection, lock)
+        try:
+            self._remove_leftovers()
+        except (OSError, sqlite3.Error) as error:
+            self.close()
+            raise _refused(directory, error) from None
+
+    def forget(self, file_ids: Sequence[str]) -> None:
+        """Delete files: their rows first, so that a crash in between leaves no row without a file."""
+        with self.transaction() as connection:
+            connection.executemany("DELETE FROM files WHERE id = ?", [(file_id,) for file_id in file_ids])
+            connection.executemany("INSERT OR IGNORE INTO leftovers VALUES (?)", [(file_id,) for file_id in file_ids])
+        self.remove(file_ids)
+
+    def remove(self, file_ids: Sequence[str]) -> None:
+        """Delete leftovers from the disk."""
+        for file_id in file_ids:
+            (self.files / file_id).unlink(missing_ok=True)
+        with self.transaction() as connection:
+            connection.executemany("DELETE FROM leftovers WHERE id = ?", [(file_id,) for file_id in file_ids])
+
+    def _remove_leftovers(self) -> None:
+        rows = self.connection.execute("SELECT id FROM leftovers WHERE id NOT IN (SELECT id FROM files)")
+        # The database decides, but only a name of the form of ours becomes a path.
+        file_ids = [row["id"] for row in rows if is_id(row["id"])]
+        if file_ids:
+            names = ", ".join(file_ids[:10])
+            logger.warning("removing %d unfinished files of the last run from %s: %s", len(file_ids), self.files, names)
+            self.remove(file_ids)
+
+    def transaction(self) -> Transaction:
+        return Transaction(self.connection)
+
+    def fsync_files(self) -> None:
+        """Make the names in `files/` durable; writers have already synced the contents."""
+        fd = os.open(self.files, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class _UnusableError(Exception):
+    """A requirement that a data directory does not meet."""
+
+
+def _refused(directory: Path, error: Exception) -> ConfigError:
+    match error:
+        case _UnusableError():
+            allowed = str(error)
+        case OSError() | ValueError():
+            allowed = f"must be a directory that can be written to ({getattr(error, 'strerror', error)})"
+        case _:
+            allowed = f"must hold a database that SQLite can open: {_NAME} is damaged or cannot be used ({error})"
+    return ConfigError(key="server.data_dir", value=str(directory), source="data directory", allowed=allowed)
+
+
+def _check_directory(directory: Path) -> None:
+    """Refuse a directory with foreign files. Changes nothing."""
+    if not os.path.lexists(directory):
+        return
+    for name in ("lock", *(_NAME + suffix for suffix in ("", "-wal", "-shm", "-journal"))):
+        path = directory / name
+        if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+            raise _UnusableError(f"must hold no {name} that is not a regular file")
+    database = directory / _NAME
+    if database.exists() and database.stat().st_size:
+        return
+    names = {path.name for path in directory.iterdir()} - {"lock", "files", _NAME}
+    if (directory / "files").exists():
+        names |= {f"files/{path.name}" for path in (directory / "files").iterdir()}
+    for name in sorted(names):
+        if not _IGNORED.fullmatch(name):
+            raise _UnusableError(
+                f"must be empty or made by trio-llm: it holds {name!r} and no {_NAME} (give another --data-dir)"
+            )
+
+
+def _lock(fd: int) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _UnusableError("must not be in use by another server (give this one its own --data-dir)") from None
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    # Statements are their own transactions; `with database.transaction():` groups several.
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    try:
+        connection.row_factory = sqlite3.Row
+        tables = {row["name"] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if tables and not tables >= {"files", "batches", "lines"}:
+            raise _UnusableError(f"must hold no {path.name} of another program")
+        if (version := connection.execute("PRAGMA user_version").fetchone()[0]) > _VERSION:
+            raise _UnusableError(f"was made by a newer trio-llm (version {version}, this one knows {_VERSION})")
+        if (found := connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+            raise _UnusableError(f"must hold a database that is whole: {path.name} is damaged ({found!r})")
+        # FULL: committed data survives a power failure, not only a killed process.
+        connection.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;" + SCHEMA)
+        if version < _VERSION:
+            connection.execute(f"PRAGMA user_version = {_VERSION}")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _close(connection: sqlite3.Connection, lock: int) -> None:
+    connection.close()
+    os.close(lock)
+
+
+class Transaction:
+    """All or nothing: committed at the end of the block, rolled back if it raises or the process dies."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def __enter__(self) -> sqlite3.Connection:
+        self._connection.execute("BEGIN IMMEDIATE")
+        return self._connection
+
+    def __exit__(self, exc_type: type[BaseException] | None, *rest: object) -> None:
+        try:
+            if exc_type is None:
+                self._connection.execute("COMMIT")
+        finally:
+            if self._connection.in_transaction:  # Some errors, such as a full disk, have already rolled back.
+                self._connection.execute("ROLLBACK")

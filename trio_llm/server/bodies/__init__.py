@@ -1,0 +1,1 @@
+"""Request bodies: bytes, then JSON, then a typed body, with unknown fields and size limits reported."""

@@ -1,0 +1,1 @@
+"""Traces, the statistics log line and HTTP metrics."""
