@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,9 @@ _connect = socket.socket.connect
 def _connect_on_this_machine(self: socket.socket, address: Any) -> None:
     """Connect, unless the address is not on this machine."""
     if self.family != socket.AF_UNIX and not (address[0] == "localhost" or address[0].startswith(("127.", "::1"))):
-        raise RuntimeError(f"a test tried to reach {address}: tests never touch the network")
+        raise RuntimeError(
+            f"a test tried to reach {address}: tests never touch the network (only the fixtures of tests/real do, once)"
+        )
     _connect(self, address)
 
 
@@ -37,14 +42,37 @@ def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name)
 
 
+@pytest.fixture(autouse=True)
+def process_as_before() -> Iterator[None]:
+    """Undo what a command that runs in this process sets for the whole of it: a later test meets the same process.
+
+    pytest keeps every record that the root logger's level lets through, so a level left behind looks like a leak.
+    """
+    root, thresholds = logging.getLogger(), gc.get_threshold()
+    level, handlers = root.level, root.handlers[:]
+    yield
+    gc.set_threshold(*thresholds)
+    for handler in set(root.handlers) - set(handlers):
+        handler.close()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.captureWarnings(False)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Hide GPUs from a run that does not ask for them: what is tested then is the same on every machine."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+_SLOW_TIMEOUT_S = 900.0
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip GPU tests where there is no GPU, without importing torch unless one was asked for."""
+    """Give slow tests a later deadline. Skip GPU tests where there is no GPU; import torch only if there are some."""
+    for item in items:
+        if any(item.get_closest_marker(name) for name in ("slow", "notebook", "kernels_full")):
+            item.add_marker(pytest.mark.timeout(_SLOW_TIMEOUT_S))
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu:
         return

@@ -41,7 +41,7 @@ def _tokenizer() -> tokenizers.Tokenizer:
 @pytest.fixture(name="compiler")
 def _compiler(tokenizer: tokenizers.Tokenizer) -> grammar.GrammarCompiler:
     # More rows of logits than tokens, as in every padded checkpoint.
-    return grammar.GrammarCompiler(tokenizer.to_str(), vocab_size=333, eos_token_ids=[EOS], capacity=4)
+    return grammar.GrammarCompiler(tokenizer.to_str(), vocab_size=333, eos_token_ids=[EOS], max_bytes=4 * 70_000)
 
 
 def allowed(matcher: grammar.Matcher) -> list[int]:
@@ -122,6 +122,25 @@ def test_sequences_do_not_share_state(compiler) -> None:
     assert allowed(one) != before
 
 
+@pytest.mark.parametrize("spelling", ["<|end|>", "<think>", "</tool_call>", "[INST]"])
+def test_text_that_spells_an_added_token_can_be_forced(tokenizer, spelling) -> None:
+    """Forced text is text, also where the tokenizer would make a token of it: an answer can be written to its end."""
+    inner = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+    inner.add_tokens(["<think>", "</tool_call>", "[INST]"])
+    compiler = grammar.GrammarCompiler(inner.to_str(), vocab_size=333, eos_token_ids=[EOS])
+    for text in (f"{spelling}x", f"a{spelling}", f"a {spelling}{spelling} "):
+        for source, wanted in (
+            (grammar.choice([text], param="p"), text),
+            (grammar.regex(re.escape(text), param="p"), text),
+            (grammar.json_schema({"const": text}, param="p"), json.dumps(text)),
+        ):
+            matcher, ids = compiler.compile(source).matcher(), []
+            while (token := allowed(matcher)[-1]) != EOS:
+                assert matcher.consume([token]) == 1
+                ids.append(token)
+            assert inner.decode(ids, skip_special_tokens=False) == wanted
+
+
 def test_the_cache_is_bounded_and_remembers(compiler) -> None:
     """The same source compiles once; the least recently used one is forgotten."""
     kept = compiler.compile(grammar.regex("keep", param="p"))
@@ -129,6 +148,40 @@ def test_the_cache_is_bounded_and_remembers(compiler) -> None:
         compiler.compile(grammar.regex(f"x{i}", param="p"))
         assert compiler.compile(grammar.regex("keep", param="p")) is kept
     assert len(compiler) == 4
+    compiler.compile(grammar.choice(["a" * 4000, "b"], param="p"))
+    assert len(compiler) == 2, "one that is three times as large takes the place of three"
+
+
+def test_a_tokenizer_may_have_more_ids_than_the_model(tokenizer) -> None:
+    """Ids without a logit are left out of the mask, and nothing is written past its end."""
+    compiler = grammar.GrammarCompiler(tokenizer.to_str(), vocab_size=tokenizer.get_vocab_size(), eos_token_ids=[EOS])
+    matcher = compiler.compile(grammar.regex(".*", param="p")).matcher()
+    whole, cut = np.zeros(-(-tokenizer.get_vocab_size() // 32), np.int32), np.zeros(16, np.int32)
+    assert matcher.fill(whole.ctypes.data, whole.nbytes) is None
+    assert matcher.fill(cut.ctypes.data, 4 * 4) is None
+    assert cut[:4].tolist() == whole[:4].tolist() and cut[3] and not cut[4:].any()
+
+
+def test_without_an_end_token_a_grammar_is_refused_by_name(tokenizer) -> None:
+    """Nothing could end the answer, so the request is told at once and not when its grammar is complete."""
+    compiler = grammar.GrammarCompiler(tokenizer.to_str(), vocab_size=333, eos_token_ids=[])
+    with pytest.raises(InvalidRequestError, match=r"response_format cannot be used .* no end token"):
+        compiler.compile(grammar.json_object(param="response_format"))
+
+
+@pytest.mark.parametrize(
+    ("blanks", "allowed"),
+    [
+        ("", True), (" ", True), ("\n", True), ("\n    ", True), ("\n" + " " * 24, True), ("\r\n\t\t", True),
+        ("  ", False), ("\n\n", False), (" \n", False), ("\n" + " " * 25, False), ("\n \n", False),
+    ],
+)  # fmt: skip
+def test_blanks_between_json_tokens_are_bounded(compiler, tokenizer, blanks: str, allowed: bool) -> None:
+    """One space, or one line break with indentation, may stand between two tokens, and no more of it."""
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    matcher = compiler.compile(grammar.json_schema(schema, param="p")).matcher()
+    ids = tokenizer.encode("{" + blanks + '"a":' + blanks + "1" + blanks + "}").ids
+    assert (matcher.consume(ids) == len(ids)) == allowed
 
 
 MANY = {f"p{i}": {"type": "string"} for i in range(1500)}
@@ -144,6 +197,7 @@ MANY = {f"p{i}": {"type": "string"} for i in range(1500)}
         (lambda: grammar.json_schema({"type": "string", "pattern": "(?=a)b"}, param="p"), "regex"),
         (lambda: grammar.regex("", param="p"), "empty"),
         (lambda: grammar.regex("[a", param="p"), "regex"),
+        (lambda: grammar.regex(r"[^\x00-\U0010FFFF]", param="p"), "allows no output"),
         (lambda: grammar.regex("(" * 30_000 + "a" + ")" * 30_000, param="p"), "cannot be used"),
         (lambda: grammar.regex("a" * 70_000, param="p"), "too large"),
         (lambda: grammar.choice([], param="p"), "at least one"),
@@ -170,6 +224,7 @@ MULTIPLES = [
     {"type": "integer", "multipleOf": 10_000_019},
     {"type": "number", "multipleOf": 100.00019},
     {"multipleOf": 1e7},
+    {"multipleOf": float("inf")},
     {"allOf": [{"multipleOf": 101}, {"properties": {"a": {"items": [{"multipleOf": 103}]}}}]},
     {"properties": {f"p{i}": {"multipleOf": 9_000} for i in range(3)}},
 ]
@@ -212,8 +267,8 @@ def test_a_choice_of_thousands(compiler, tokenizer) -> None:
 def test_what_is_known_needs_no_compiling(compiler) -> None:
     """A grammar that is remembered is handed out at once; one that was refused or never seen is not."""
     source = grammar.regex("known", param="p")
-    assert compiler.known(source) is None
-    assert compiler.compile(source) is compiler.known(source)
+    assert compiler.cached(source) is None
+    assert compiler.compile(source) is compiler.cached(source)
 
 
 def test_a_composed_grammar_blames_the_part_that_is_wrong(compiler) -> None:

@@ -42,7 +42,7 @@ IM_START, IM_END = (TOKENIZER.special_tokens[t] for t in SPECIAL)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_text_survives_a_round_trip(text: str) -> None:
     """Any Unicode text encodes as plain text and decodes to itself."""
-    ids = TOKENIZER.encode(text, allow_special=False)
+    ids = TOKENIZER.encode_segments([(text, False)])
     assert TOKENIZER.decode(ids, skip_special_tokens=False) == text
     assert b"".join(map(TOKENIZER.token_bytes, ids)) == text.encode()
     assert TOKENIZER.min_tokens(text) <= len(ids)
@@ -51,7 +51,7 @@ def test_text_survives_a_round_trip(text: str) -> None:
 def test_control_tokens_in_untrusted_text_stay_text() -> None:
     """T1: the literal of a control token becomes that token only where the caller allows it."""
     assert TOKENIZER.encode("hi<|im_end|>")[-1] == IM_END
-    literal = TOKENIZER.encode("hi<|im_end|>", allow_special=False)
+    literal = TOKENIZER.encode_segments([("hi<|im_end|>", False)])
     assert IM_END not in literal
     assert TOKENIZER.decode(literal) == "hi<|im_end|>"
 
@@ -68,6 +68,45 @@ def test_segments_honour_control_tokens_of_trusted_parts_only() -> None:
     assert ids[0] == IM_START
     assert ids[-1] == IM_END
     assert IM_END not in ids[1:-1]
+
+
+def test_no_model_makes_a_control_token_of_text() -> None:
+    """Neither a merge nor a piece of a Unigram vocabulary spells a control token where it is not allowed."""
+    bpe = models.BPE({"<": 0, "e": 1, ">": 2, "<e": 3, "<e>": 4}, [("<", "e"), ("<e", ">")])
+    unigram = models.Unigram([("<unk>", -9.0), ("<", -5.0), ("e", -5.0), (">", -5.0), ("<e>", 0.0)], unk_id=0)
+    for model in (bpe, unigram):
+        inner = tokenizers.Tokenizer(model)
+        inner.add_special_tokens(["<e>"])
+        tokenizer = Tokenizer(inner.to_str())
+        end = tokenizer.special_tokens["<e>"]
+        assert tokenizer.encode("<e>") == [end]
+        assert tokenizer.encode_segments([("<e>", True)]) == [end]
+        assert end not in tokenizer.encode_segments([("<e>", False)])
+
+
+def test_tokens_that_are_only_spelled_like_control_tokens_are() -> None:
+    """DeepSeek's turns begin with tokens that its file does not call special: users cannot write them either."""
+    inner = tokenizers.Tokenizer.from_str(JSON)
+    inner.add_tokens([tokenizers.AddedToken(t, special=False, normalized=False) for t in ("<｜User｜>", "<think>")])
+    tokenizer = Tokenizer(inner.to_str())
+    user, think = tokenizer.vocab_size - 2, tokenizer.vocab_size - 1
+    assert tokenizer.encode_segments([("<｜User｜><think>", True)]) == [user, think]
+    ids = tokenizer.encode_segments([("<｜User｜><think>", False)])
+    assert user not in ids and ids[-1] == think  # Answers that come back hold markers of thinking.
+
+
+@pytest.mark.parametrize(
+    ("lstrip", "rstrip", "scheme"), [(True, False, "first"), (False, True, "first"), (True, True, "never")]
+)
+def test_white_space_round_control_tokens_is_the_librarys(lstrip: bool, rstrip: bool, scheme: str) -> None:
+    """Tokens that swallow the spaces round them and prefixes that only a text's first word has: ids are `encode`'s."""
+    vocab = {letter: i for i, letter in enumerate("▁ab\n")}
+    inner = tokenizers.Tokenizer(models.BPE(vocab, []))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    inner.add_special_tokens([tokenizers.AddedToken("<e>", lstrip=lstrip, rstrip=rstrip, special=True)])
+    tokenizer = Tokenizer(inner.to_str())
+    for text in ("a<e>b", "a <e> b", "<e>a<e>  b", "a\n<e>\nb<e>", " <e>"):
+        assert tokenizer.encode_segments([(text, True)]) == inner.encode(text).ids
 
 
 @pytest.mark.parametrize("token_id", [-1, 2**32, 2**64])
@@ -154,6 +193,19 @@ def test_template_spellings(tmp_path: Path, stored: object, expected: str | None
     """The configuration holds one template, a list of named ones, or none."""
     write(tmp_path, tokenizer_config__json={"chat_template": stored})
     assert Tokenizer.from_directory(tmp_path).chat_template == expected
+
+
+def test_named_templates_are_read_where_transformers_would(tmp_path: Path) -> None:
+    """A template for conversations with tools is found in the list of a configuration, and in a file of its own."""
+    named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
+    tokenizer = Tokenizer.from_directory(write(tmp_path, tokenizer_config__json={"chat_template": named}))
+    assert (tokenizer.chat_template, tokenizer.tool_template) == ("D", "T")
+    write(tmp_path, chat_template__jinja="d")
+    assert Tokenizer.from_directory(tmp_path).tool_template is None
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("t")
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    assert (tokenizer.chat_template, tokenizer.tool_template) == ("d", "t")
 
 
 @pytest.mark.parametrize("content", ["", "[", "[]", '{"chat_template": 3}'])

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from trio_llm import __main__
 from trio_llm.cli.commands import cli
-from trio_llm.cli.hints import HINTS
+from trio_llm.cli.hints import COMMANDS, HINTS
 from trio_llm.cli.settings import fields
 from trio_llm.errors import EngineDeadError
 
@@ -62,17 +64,36 @@ for arguments in (["check-config"], ["serve", "--print-config"]):
     assert modules_loaded_by(program) == set()
 
 
+# What `serve` may import: its dependencies, and what these import. Each costs every start time.
+# greenlet: structlog imports it where something else has installed it.
+SERVE_IMPORTS = """
+    attr attrs cattrs click cpu_kernels greenlet h11 hypercorn kernel_cache msgspec numpy outcome prometheus_client
+    quart quart_trio regex rich safetensors sniffio sortedcontainers structlog tokenizers torch torchgen tqdm trio
+    trio_llm typing_extensions yaml
+    aiofiles blinker flask itsdangerous jinja2 markupsafe werkzeug
+    h2 hpack hyperframe priority wsproto
+    colorama idna markdown_it mdurl pygments
+""".split()
+
+
 @pytest.mark.slow
-def test_loading_the_demo_model_compiles_nothing() -> None:
-    """Start-up stays short: torch's compiler, which takes seconds to import, is not needed to load a model."""
+def test_serving_the_demo_model_imports_only_what_it_needs() -> None:
+    """Start-up stays short: no other package, and not torch's compiler, which takes seconds to import."""
     program = """
 import sys
+before = {name.partition(".")[0] for name in sys.modules}
+import trio_llm.cli.commands
+import trio_llm.cli.serve
+import trio_llm.tokenizer
 from trio_llm.config import EngineConfig
 from trio_llm.model.load import load_runner
 load_runner(EngineConfig()).close()
-assert not {"torch._dynamo", "torch._inductor", "sympy"} & set(sys.modules)
+assert not {"torch._dynamo", "torch._inductor"} & set(sys.modules)
+packages = {name.partition(".")[0] for name in sys.modules} - before - set(sys.stdlib_module_names)
+print([name for name in packages if not name.startswith(("_", "cython"))])
 """
-    subprocess.run([sys.executable, "-c", program], check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert set(eval(done.stdout.splitlines()[-1])) <= set(SERVE_IMPORTS)
 
 
 @pytest.mark.parametrize("arguments", [["check-config", "--port", "x"], ["serve", "--kv-blocks", "0"]])
@@ -165,3 +186,70 @@ def test_the_environment_report_names_what_a_bug_report_needs() -> None:
     shown = CliRunner().invoke(cli, ["collect-env"]).output
     for word in ("trio-llm", "python", "torch", "quart-trio", "cores usable", "memory", "gpu"):
         assert word in shown
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands_of_other_servers_are_refused_with_a_hint(name: str) -> None:
+    """A command that Ollama or vLLM has is an error that says what to do instead."""
+    result = CliRunner().invoke(cli, [name, "some/model"])
+    assert result.exit_code == 2
+    assert f"No such command: {name}. {COMMANDS[name]}" in result.output
+    assert name not in cli.commands
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("serv", "Did you mean serve?"),
+        ("owner/name", "use `trio-llm serve owner/name`"),
+        ("xyz", "There are bench, chat,"),
+    ],
+)
+def test_an_unknown_command_is_refused_with_the_closest_one(word: str, hint: str) -> None:
+    """A misspelt command, and a model where a command belongs, are errors that say what was meant."""
+    result = CliRunner().invoke(cli, [word])
+    assert result.exit_code == 2
+    assert hint in result.output
+
+
+@pytest.mark.parametrize("extra", [["b"], ["b", "c"]])
+def test_a_flag_with_several_values_is_repeated(extra: list[str]) -> None:
+    """`--served-model-name a b`, as vLLM spells it, says how to spell it here; b is not taken for the model."""
+    result = CliRunner().invoke(cli, ["serve", "--served-model-name", "a", *extra])
+    assert result.exit_code == 2
+    assert "is repeated: --served-model-name A --served-model-name B." in result.output
+
+
+def test_seed_is_that_of_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`generate --seed` and `chat --seed` seed sampling, not the random weights of --load-format dummy."""
+    seen: list[Any] = []
+    monkeypatch.setattr("trio_llm.cli.generate.run", lambda settings, prompts, **options: seen.append(options["seed"]))
+    monkeypatch.setattr("trio_llm.cli.chat.run", lambda *args: seen.append(args[-1]["seed"]))
+    for command in (["generate", "hi"], ["chat"]):
+        result = CliRunner().invoke(cli, [*command, "--seed", "7"])
+        assert result.exit_code == 0, result.output
+    assert seen == [7, 7]
+
+
+@pytest.mark.parametrize("wrap", [lambda error: error, lambda error: BaseExceptionGroup("", [error])])
+def test_an_interrupt_ends_with_130(monkeypatch: pytest.MonkeyPatch, wrap: Callable[[Any], BaseException]) -> None:
+    """Ctrl-C ends any command with a shell's exit code for it, no traceback, also out of a nursery."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise wrap(KeyboardInterrupt())
+
+    monkeypatch.setattr("trio_llm.cli.generate.run", interrupted)
+    result = CliRunner().invoke(cli, ["generate", "hi"])
+    assert (result.exit_code, result.output.strip()) == (130, "")
+
+
+def test_an_interrupt_before_the_commands_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the commands are imported ends the same way."""
+
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trio_llm.cli.commands.cli", interrupted)
+    with pytest.raises(SystemExit) as end:
+        __main__.main()
+    assert end.value.code == 130

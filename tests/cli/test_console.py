@@ -7,7 +7,6 @@ import logging
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from trio_llm.cli.log import configure_logging
 from trio_llm.cli.watchdog import Watchdog
 from trio_llm.config import AuthConfig, Config, ServerConfig
 from trio_llm.errors import ConfigError
-from trio_llm.messages import ModelInfo
+from trio_llm.model_info import ModelInfo
 
 INFO = ModelInfo(
     name="demo",
@@ -32,19 +31,6 @@ INFO = ModelInfo(
     dtype="bfloat16",
     memory_table="weights 1 GiB",
 )
-
-
-@pytest.fixture
-def root_logger() -> Iterator[logging.Logger]:
-    """Leave the standard library's logging as it was."""
-    root = logging.getLogger()
-    level, handlers = root.level, root.handlers[:]
-    yield root
-    logging.captureWarnings(False)
-    for handler in root.handlers:
-        handler.close()
-    root.setLevel(level)
-    root.handlers[:] = handlers
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "somewhere.example"])
@@ -78,6 +64,8 @@ def test_the_ready_text_can_be_pasted() -> None:
     text = ready_text(Config(), INFO, "demo", "http://0.0.0.0:8000")
     assert text.startswith("weights 1 GiB\n")
     assert "curl http://localhost:8000/v1/chat/completions" in text
+    assert "In a browser: http://localhost:8000/." in text
+    assert "In a browser" not in ready_text(Config(server=ServerConfig(ui=False)), INFO, "demo", "http://0.0.0.0:8000")
     assert "Authorization" not in text
     guarded = ready_text(Config(auth=AuthConfig(api_keys=("sk-1",))), INFO, "demo", "http://[::]:8000")
     assert "curl http://localhost:8000/v1/chat/completions" in guarded
@@ -85,7 +73,7 @@ def test_the_ready_text_can_be_pasted() -> None:
     assert "sk-1" not in guarded
 
 
-def test_logs_are_json_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str], root_logger: logging.Logger) -> None:
+def test_logs_are_json_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Away from a terminal every event is one JSON object, on stderr and in the file, a traceback included."""
     configure_logging("info", str(tmp_path / "logs"))
     log = logging.getLogger("trio_llm.test")

@@ -11,32 +11,33 @@ from click.testing import CliRunner
 from trio_llm.cli.commands import cli
 from trio_llm.demo import demo_model_path
 from trio_llm.model import load
-from trio_llm.model.ops import Dense, Int8
+from trio_llm.model.ops.matrices import Panels
 
 
 @pytest.mark.parametrize(
-    ("flags", "stored", "matrix"),
+    ("flags", "stored", "weights"),
     [
-        ([], torch.bfloat16, Dense),
-        (["--kv-cache-dtype", "int8"], torch.int8, Dense),
-        (["--kv-quantization"], torch.int8, Dense),
-        (["--quantization", "int8"], torch.bfloat16, Int8),
+        ([], torch.bfloat16, torch.bfloat16),
+        (["--kv-cache-dtype", "int8"], torch.int8, torch.bfloat16),
+        (["--kv-quantization"], torch.int8, torch.bfloat16),
+        (["--quantization", "int8"], torch.bfloat16, torch.int8),
     ],
 )
 def test_flags_reach_the_pool_and_the_weights(
-    monkeypatch: pytest.MonkeyPatch, flags: list[str], stored: torch.dtype, matrix: type
+    monkeypatch: pytest.MonkeyPatch, flags: list[str], stored: torch.dtype, weights: torch.dtype
 ) -> None:
     """Either spelling of the flag makes the pool's tensors int8, --quantization the weights', and answers come."""
-    made: list[tuple[torch.dtype, type]] = []
+    made: list[tuple[torch.dtype, torch.dtype]] = []
 
     def runner(model: Any, *args: Any, **options: Any) -> load.Runner:
         made_runner = real(model, *args, **options)
-        made.append((made_runner._kv.layers[0].k.dtype, type(model.layers[0].attention.qkv)))
+        qkv = model.layers[0].attention.qkv
+        made.append((made_runner._kv.layers[0].k.dtype, qkv.kind if isinstance(qkv, Panels) else qkv.weight.dtype))
         return made_runner
 
     real = load.Runner
     monkeypatch.setattr(load, "Runner", runner)
     words = ["generate", "hello", "--model", str(demo_model_path()), "--kv-blocks", "64", "--max-tokens", "4"]
     answer = CliRunner().invoke(cli, [*words, "--dtype", "bfloat16", *flags])
-    assert (answer.exit_code, made) == (0, [(stored, matrix)]), answer.output
+    assert (answer.exit_code, made) == (0, [(stored, weights)]), answer.output
     assert answer.output.strip()

@@ -69,10 +69,22 @@ def test_a_refused_request_is_a_line_and_exit_code_1(tmp_path: Path) -> None:
     assert "max_tokens" in answers[1]["response"]["body"]["error"]["message"]
 
 
+def test_a_body_that_is_no_text_is_an_error_of_its_line(tmp_path: Path) -> None:
+    """Half a surrogate pair or a number out of range in one body is that line's 400; the others are answered."""
+    broken = [
+        json.dumps(line("b", prompt="X")).replace("X", "\\ud800"),
+        json.dumps(line("c", top_p=7)).replace("7", "1e999"),
+    ]
+    code, _, answers = run(tmp_path, line("a", max_tokens=1), *broken, line("d", max_tokens=1))
+    assert code == 1
+    assert answers is not None
+    assert [answer["response"]["status_code"] for answer in answers] == [200, 400, 400, 200]
+
+
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
-        ("{", "truncated"),
+        ("{", "property name"),
         ("[]", "Expected `object`"),
         ({**line("b"), "url": "/v1/models"}, "Invalid enum value '/v1/models'"),
         ({**line("b"), "method": "GET"}, "Invalid enum value 'GET'"),

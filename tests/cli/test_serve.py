@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,13 @@ import trio
 from tests.server.helpers import http, read_response, read_to_end
 from tests.server.stub import GatedWorker, StubRunner, open_stub
 from trio_llm.cli import serve as serve_command
-from trio_llm.cli.serve import _innermost, _Process
-from trio_llm.config import Config, ServerConfig
+from trio_llm.cli.group import innermost
+from trio_llm.cli.serve import _Process, check_address, run
+from trio_llm.cli.settings import Settings
+from trio_llm.config import AuthConfig, Config, ServerConfig
 from trio_llm.errors import ConfigError
 from trio_llm.messages import StepPlan
-from trio_llm.server.storage.database import Database
+from trio_llm.server.batches.database import Database
 
 STREAM = json.dumps({"prompt": "a", "max_tokens": 3, "stream": True, "ignore_eos": True}).encode()
 LOCAL = Config(server=ServerConfig(host="127.0.0.1", port=0, shutdown_timeout_s=60))
@@ -75,10 +79,15 @@ def stub_engine(monkeypatch: pytest.MonkeyPatch) -> GatedWorker:
 
 
 @asynccontextmanager
-async def running(worker: GatedWorker, capsys: pytest.CaptureFixture[str]) -> AsyncIterator[Serving]:
+async def running(
+    worker: GatedWorker,
+    capsys: pytest.CaptureFixture[str],
+    config: Config = LOCAL,
+    reread: Callable[[], Config] = lambda: LOCAL,
+) -> AsyncIterator[Serving]:
     """Run a process's main task while the block runs."""
     watchdog = RecordingWatchdog()
-    process = _Process(LOCAL, watchdog)  # type: ignore[arg-type]
+    process = _Process(config, watchdog, reread)  # type: ignore[arg-type]
     ended = trio.Event()
 
     async def main() -> None:
@@ -143,8 +152,11 @@ async def test_a_second_signal_ends_at_once(stub_engine: GatedWorker, capsys: py
             await serving.ended.wait()
 
 
-async def test_a_signal_while_loading_ends_loading(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before there is an engine nothing was accepted: one signal is enough."""
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+async def test_a_signal_while_loading_ends_loading(
+    number: signal.Signals, exit_code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before there is an engine nothing was accepted: one signal is enough, and Ctrl-C shows in the exit code."""
     loading = trio.Event()
 
     @asynccontextmanager
@@ -155,11 +167,13 @@ async def test_a_signal_while_loading_ends_loading(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(serve_command, "open_engine", load_for_ever)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_Process(LOCAL, RecordingWatchdog()).main)  # type: ignore[arg-type]
+        process = _Process(LOCAL, RecordingWatchdog())  # type: ignore[arg-type]
+        nursery.start_soon(process.main)
         await loading.wait()
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(number)
         with trio.fail_after(30):
             await trio.testing.wait_all_tasks_blocked()
+    assert process.exit_code == exit_code
 
 
 async def test_an_engine_that_dies_takes_the_process_along(
@@ -184,6 +198,124 @@ async def test_an_engine_that_dies_takes_the_process_along(
             await trio.sleep_forever()
 
 
+async def test_sighup_replaces_the_keys(
+    stub_engine: GatedWorker, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """SIGHUP takes new keys and drops old ones; settings that are wrong, or would open the server, change nothing."""
+    caplog.set_level("INFO", "trio_llm.cli.serve")
+    path = tmp_path / "keys"
+    path.write_text("first-key-of-the-test-0123456789\n")
+    config = attrs.evolve(LOCAL, auth=AuthConfig(api_key_file=str(path)))
+    found = [config]
+    async with running(stub_engine, capsys, config, lambda: found[-1]) as serving:
+
+        async def statuses() -> list[int]:
+            seen: list[int] = []
+            for name in ("first", "second"):
+                key = f"Authorization: Bearer {name}-key-of-the-test-0123456789"
+                status, *_ = await read_response(await serving.send(http("GET", "/v1/models", b"", key)))
+                seen.append(status)
+            return seen
+
+        async def hang_up(said: str) -> None:
+            signal.raise_signal(signal.SIGHUP)
+            with trio.fail_after(30):
+                while said not in caplog.text:
+                    await trio.testing.wait_all_tasks_blocked()
+
+        assert await statuses() == [200, 401]
+        path.write_text("second-key-of-the-test-0123456789\n")
+        found.append(attrs.evolve(config, server=attrs.evolve(config.server, port=1)))
+        await hang_up("1 API keys are accepted; a restart is needed for server.port")
+        assert await statuses() == [401, 200]
+        path.write_text("")
+        await hang_up("the settings stay as they were: ")
+        found.append(LOCAL)
+        await hang_up("no API key is left")
+        assert await statuses() == [401, 200]
+
+
+async def test_sighup_applies_rate_limits_and_the_log_level(
+    stub_engine: GatedWorker, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both count at once; a SIGHUP that leaves the limits as they are leaves the buckets as empty as they are."""
+    caplog.set_level("INFO")
+    key = "first-key-of-the-test-0123456789"
+    config = attrs.evolve(LOCAL, auth=AuthConfig(api_keys=(key,), rate_limit_requests=0))
+    found = [config]
+    async with running(stub_engine, capsys, config, lambda: found[-1]) as serving:
+
+        async def status() -> int:
+            asked = http("GET", "/v1/models", b"", f"Authorization: Bearer {key}")
+            return (await read_response(await serving.send(asked)))[0]
+
+        async def hang_up(count: int) -> None:
+            signal.raise_signal(signal.SIGHUP)
+            with trio.fail_after(30):
+                while caplog.text.count("SIGHUP: ") < count:
+                    await trio.testing.wait_all_tasks_blocked()
+
+        assert [await status() for _ in range(3)] == [200, 200, 200]
+        limited = attrs.evolve(config, auth=attrs.evolve(config.auth, rate_limit_requests=2))
+        found.append(limited)
+        await hang_up(1)
+        assert "auth.rate_limit_requests is applied" in caplog.text and "restart" not in caplog.text
+        assert [await status() for _ in range(3)] == [200, 200, 429]
+        found.append(attrs.evolve(limited, server=attrs.evolve(limited.server, log_level="warning")))
+        signal.raise_signal(signal.SIGHUP)
+        with trio.fail_after(30):
+            while logging.getLogger().level != logging.WARNING:
+                await trio.testing.wait_all_tasks_blocked()
+        assert await status() == 429
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("server.port", None),
+        ("server.host", "192.0.2.1"),  # an address for documentation: no machine has it
+        ("server.chat_template", "/nowhere.jinja"),
+        ("server.trusted_proxies", ("nonsense",)),
+        ("server.allowed_origins", ("nonsense",)),
+        ("auth.api_key_file", "/nowhere"),
+        ("auth.require_auth", True),
+    ],
+)
+async def test_wrong_settings_are_refused_before_the_model_loads(
+    key: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What needs no model to be refused does not wait for one: loading takes from seconds to minutes."""
+
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("the model is being loaded")
+
+    monkeypatch.setattr("trio_llm.cli.serve.configure_logging", lambda *_: None)
+    monkeypatch.setattr("trio_llm.cli.serve._Process", load)
+    section, name = key.split(".")
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with listener:
+        taken = listener.socket.getsockname()[1]
+        settings = {"host": "127.0.0.1", "port": taken if key == "server.port" else 0}
+        if section == "server" and value is not None:
+            settings[name] = value
+        auth = {name: value} if section == "auth" else {}
+        config = Config(server=ServerConfig(**settings), auth=AuthConfig(**auth))
+        with pytest.raises(ConfigError) as caught:
+            run(Settings(config, {}), lambda: Settings(config, {}))
+    assert caught.value.key == ("server.port" if key == "server.host" else key)
+
+
+def test_a_free_port_is_left_free() -> None:
+    """The check of an address listens to nothing and keeps nothing."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    check_address("127.0.0.1", port)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
+    check_address("127.0.0.1", port)
+
+
 async def test_a_port_in_use_is_a_wrong_setting(stub_engine: GatedWorker) -> None:
     """An address that cannot be listened on is told as the setting it is."""
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
@@ -199,9 +331,9 @@ async def test_a_port_in_use_is_a_wrong_setting(stub_engine: GatedWorker) -> Non
 def test_one_error_is_taken_out_of_its_nurseries() -> None:
     """A lone exception loses its wrapping, however deep; several stay together."""
     lone = ValueError()
-    assert _innermost(ExceptionGroup("", [ExceptionGroup("", [lone])])) is lone
+    assert innermost(ExceptionGroup("", [ExceptionGroup("", [lone])])) is lone
     several = ExceptionGroup("", [ValueError(), TypeError()])
-    assert _innermost(ExceptionGroup("", [several])) is several
+    assert innermost(ExceptionGroup("", [several])) is several
 
 
 @pytest.mark.slow
@@ -229,5 +361,8 @@ def test_a_data_directory_has_one_server(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
-    told = f"error: data directory: server.data_dir = '{tmp_path}': must not be in use by another server\n"
+    told = (
+        f"error: data directory: server.data_dir = '{tmp_path}': "
+        "must not be in use by another server (give this one its own --data-dir)\n"
+    )
     assert [line for line in done.stderr.splitlines(keepends=True) if not line.startswith("{")] == [told]

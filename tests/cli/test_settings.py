@@ -25,42 +25,56 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "server.log_stats_interval_s": (1.5, 2.5, 3.5),
     "server.served_model_name": (("a", "b"), ("c",), ("d",)),
     "server.chat_template": ("a", "b", "c"),
+    "server.tool_prompt": (False, False, False),
+    "server.log_probes": (True, True, True),
+    "server.drain_delay_s": (1.5, 2.5, 3.5),
     "server.shutdown_timeout_s": (1.5, 2.5, 3.5),
     "server.data_dir": ("a", "b", "c"),
     "server.otlp_traces_endpoint": ("a", "b", "c"),
     "server.trusted_proxies": (("a", "b"), ("c",), ("d",)),
     "server.allowed_origins": (("a", "b"), ("c",), ("d",)),
+    "server.allowed_hosts": (("a", "b"), ("c",), ("d",)),
     "server.allowed_methods": (("a", "b"), ("c",), ("d",)),
     "server.allowed_headers": (("a", "b"), ("c",), ("d",)),
     "server.allow_credentials": (True, True, True),
     "server.sse_keep_alive_interval": (1.5, 2.5, 3.5),
+    "server.ui": (False, False, False),
     "server.enable_shutdown": (False, False, False),
     "engine.model": ("a", "b", "c"),
+    "engine.revision": ("a", "b", "c"),
     "engine.tokenizer": ("a", "b", "c"),
     "engine.dtype": ("bfloat16", "float16", "float32"),
     "engine.load_format": ("dummy", "dummy", "dummy"),
     "engine.device": ("cpu", "cuda", "cpu"),
+    "engine.cpu_threads": (1, 2, 3),
     "engine.gpu_memory_utilization": (0.5, 0.6, 0.7),
     "engine.enforce_eager": (True, True, True),
     "engine.max_model_len": (1, 2, 3),
     "engine.max_batch_size": (1, 2, 3),
     "engine.max_num_batched_tokens": (1, 2, 3),
+    "engine.target_step_s": (0.5, 0.0, 1.5),
     "engine.max_waiting_batches": (1, 0, 3),
     "engine.num_kv_blocks": (2, 3, 4),
     "engine.block_size": (8, 32, 64),
     "engine.enable_prefix_caching": (False, False, False),
+    "engine.prefix_hash_seed": ("1", "2", "3"),
+    "engine.kv_events_config": ("{}", '{"topic": "a"}', '{"hwm": 1}'),
     "engine.long_prefill_token_threshold": (1, 2, 3),
     "engine.scheduling_policy": ("priority", "priority", "priority"),
     "engine.async_scheduling": (False, False, False),
     "engine.kv_quantization": (True, True, True),
     "engine.quantization": ("int8", "int8", "int8"),
     "engine.tensor_parallel_size": (2, 3, 4),
+    "engine.distributed_timeout_s": (1.0, 2.5, 30.0),
     "engine.spec_method": ("ngram", "draft_model", "ngram"),
     "engine.spec_model": ("a", "b", "c"),
     "engine.max_draft_tokens": (1, 2, 3),
     "engine.prompt_lookup_min": (1, 3, 4),
     "engine.prompt_lookup_max": (2, 3, 5),
     "engine.max_logprobs": (1, 2, 3),
+    "engine.record": ("a", "b", "c"),
+    "engine.record_tokens": (True, True, True),
+    "engine.record_max_bytes": (2**30 + 1, 2**30 + 2, 2**30 + 3),
     "engine.seed": (1, 2, 3),
     "auth.api_keys": (("a", "b"), ("c",), ("d",)),
     "auth.api_key_file": ("a", "b", "c"),
@@ -73,14 +87,18 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "limits.strict": (True, True, True),
     "limits.max_body_bytes": (1, 2, 3),
     "limits.max_file_bytes": (1, 2, 3),
+    "limits.max_stored_bytes": (1, 2, 3),
+    "limits.max_stored_bytes_per_key": (1, 2, 3),
     "limits.max_json_depth": (1, 2, 3),
     "limits.max_json_nodes": (1, 2, 3),
+    "limits.max_json_keys": (1, 2, 3),
     "limits.max_json_digits": (1, 2, 3),
     "limits.max_messages": (1, 2, 3),
     "limits.max_prompts": (1, 2, 3),
     "limits.max_inputs": (1, 2, 3),
     "limits.max_n": (1, 2, 3),
     "limits.max_samples": (1, 2, 3),
+    "limits.max_caller_share": (0.1, 0.2, 0.3),
     "limits.max_queued_tokens": (1, 2, 3),
     "limits.max_stop_strings": (1, 2, 3),
     "limits.max_stop_bytes": (1, 2, 3),
@@ -243,14 +261,14 @@ def test_a_wrong_value_names_key_value_source_and_what_is_allowed(
         ("sever: {port: 1}", "unknown section; there are server, engine, auth"),
         ("server: 3", "server = 3: must be a mapping of settings"),
         ("- port", "must hold the sections server, engine, auth"),
-        ("server:\n  port: 1\n  port: 2", "line 3 = 'port: 2': is not YAML: 'port' stands twice"),
+        ("server:\n  port: 1\n  port: 2", "line 3 = 'port: 2': is not YAML: 'port' occurs twice"),
         ("server: {port: 1", "is not YAML"),
         ("server: !!python/object/apply:os.getcwd []", "is not YAML"),
         ("server: {port: true}", "server.port = True: must be a whole number"),
         ("engine: {seed: 1.5}", "engine.seed = 1.5: must be a whole number"),
         ("engine: {block_size: 12}", "engine.block_size = 12: must be a power of two"),
         ("engine: {model: 3}", "engine.model = 3: must be text, or none"),
-        ("engine: {quantization: fp4}", "engine.quantization = 'fp4': must be one of int8, or none"),
+        ("engine: {quantization: fp4}", "engine.quantization = 'fp4': must be one of int8, int8-weights, or none"),
         ("auth: {rate_limit_window_secs: .nan}", "must be a finite number"),
         ("auth: {api_keys: [sekrit, 1]}", "auth.api_keys = '***': must be a text or a list of texts"),
     ],
@@ -316,11 +334,32 @@ def test_secrets_are_never_shown() -> None:
     assert secret not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "document",
+    [
+        "auth: {api_key: sekrit}",
+        "auth: {api_kyes: [sekrit]}",
+        "auth: sekrit",
+        "auht: {api_keys: [sekrit]}",
+        "api_key: sekrit",
+        "auth:\n  api_keys: 'sekrit' x",
+    ],
+)
+def test_a_key_in_the_wrong_place_is_not_shown(document: str, tmp_path: Path) -> None:
+    """Where a setting of keys is misspelled, the error names the setting but not the key: errors end in logs."""
+    path = tmp_path / "settings.yaml"
+    path.write_text(document)
+    with pytest.raises(ConfigError) as caught:
+        load_settings(path, {}, {})
+    assert "sekrit" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("name", "value"), [("num_kv_blocks", 1), ("block_size", 24), ("max_model_len", 0)])
-def test_python_is_held_to_the_same_limits(name: str, value: int) -> None:
+def test_python_is_held_to_the_same_limits(name: str, value: Any) -> None:
     """A setting that a file may not have cannot be given from Python either."""
+    given: dict[str, Any] = {name: value}
     with pytest.raises(ConfigError, match=f"EngineConfig: {name} = {value}: must be"):
-        EngineConfig(**{name: value})
+        EngineConfig(**given)
 
 
 def test_no_two_settings_share_a_spelling() -> None:
@@ -329,3 +368,65 @@ def test_no_two_settings_share_a_spelling() -> None:
     variables = [field.metadata["env"] for _, field in fields() if field.metadata["env"]]
     assert len(set(flags)) == len(flags)
     assert len(set(variables)) == len(variables)
+
+
+@pytest.mark.parametrize("key", sorted(DECLARED))
+@pytest.mark.parametrize("source", ["file", "flag"])
+def test_any_value_of_any_setting_is_taken_or_refused_in_one_line(key: str, source: str) -> None:
+    """Empty, negative, huge, not finite, of another type, with a NUL or a lone surrogate: never a traceback."""
+    texts: list[Any] = ["", " ", "-1", "0", "abc", "1e400", "nan", "9" * 20, "9" * 400, "9" * 5000, "\0", "\ud800", "["]
+    typed: list[Any] = [
+        None,
+        True,
+        1.5,
+        [],
+        {},
+        [1],
+        ["a", None],
+        10**400,
+        16**4999,
+        float("inf"),
+        b"x",
+        {"a": [1] * 999},
+    ]
+    refused: list[str] = []
+    for value in [*texts, *(typed if source == "file" else ())]:
+        try:
+            load_settings(None, {}, {key: Given(value, source)})
+        except ConfigError as error:
+            refused.append(str(error))
+    assert all(len(message) < 600 and key in message for message in refused)
+
+
+@pytest.mark.parametrize(
+    "key", [key for key, field in DECLARED.items() if field.type in (str, str | None, tuple[str, ...])]
+)
+def test_an_empty_text_is_refused(key: str) -> None:
+    """A flag with an empty value is a variable of a script that was not set: never the default in silence."""
+    with pytest.raises(ConfigError, match="must not be empty; leave it out to have the default"):
+        load_settings(None, {}, {key: Given("", "flag")})
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("server:\n  port: [\n", "end of file = '': is not YAML"),
+        ("a: 'x", "line 1 = "),
+        ("server: {", "line 1 = 'server: {': is not YAML"),
+        ("[" * 5000, "is nested too deeply"),
+        (
+            "a: &a [x]\n"
+            + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else '*a'] * 9)}]\n" for i in range(9)),
+            "a = ",
+        ),
+        ("#" * 2**20 + "\n", "is larger than 1048576 bytes"),
+    ],
+)
+def test_a_file_that_is_no_yaml_is_one_line(tmp_path: Path, content: str, says: str) -> None:
+    """Whatever a file holds, the error names the place; also at the end of the file, nested deeply, or of aliases."""
+    path = tmp_path / "settings.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        load_settings(path, {}, {})
+    assert says in str(caught.value)
+    assert len(str(caught.value)) < 600

@@ -117,6 +117,55 @@ def langchain(url: str, model: str, reference: Any) -> None:
     assert len(vectors) == 2
 
 
+def instructor(url: str, model: str, reference: Any) -> None:
+    """An object by a tool, by a schema, by a strict tool and by the Responses API."""
+    from typing import Literal
+
+    import instructor
+    import openai
+    import pydantic
+
+    city = Literal["Tokyo", "Paris"]
+    capital = pydantic.create_model("Capital", city=(city, ...))
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    for mode in ("TOOLS", "JSON_SCHEMA", "TOOLS_STRICT", "RESPONSES_TOOLS"):
+        asked = instructor.from_openai(client, mode=instructor.Mode[mode]).chat.completions.create
+        answer: Any = asked(model=model, response_model=capital, messages=MESSAGES, max_retries=0)
+        assert answer.city in {"Tokyo", "Paris"}, mode
+
+
+def pydantic_ai(url: str, model: str, reference: Any) -> None:
+    """An agent over chat and over responses: a text, and an object by a tool."""
+    from typing import Literal
+
+    import pydantic
+    from pydantic_ai import Agent
+    from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
+    from pydantic_ai.providers.openai import OpenAIProvider
+
+    city = Literal["Tokyo", "Paris"]
+    capital = pydantic.create_model("Capital", city=(city, ...))
+    provider = OpenAIProvider(base_url=url, api_key="none")
+    for kind in (OpenAIChatModel, OpenAIResponsesModel):
+        served: Any = kind(model, provider=provider)
+        assert Agent(served).run_sync(QUESTION, model_settings={"temperature": 0}).output == ANSWER
+        formed: Any = Agent(served, output_type=capital).run_sync(QUESTION).output
+        assert formed.city in {"Tokyo", "Paris"}
+
+
+def llama_index(url: str, model: str, reference: Any) -> None:
+    """OpenAILike: chat whole and streamed, and a completion."""
+    from llama_index.core.llms import ChatMessage
+    from llama_index.llms.openai_like import OpenAILike
+
+    common: Any = {"model": model, "api_base": url, "api_key": "none", "temperature": 0, "max_retries": 0}
+    chat = OpenAILike(**common, is_chat_model=True)
+    messages = [ChatMessage(role="user", content=QUESTION)]
+    assert chat.chat(messages).message.content == ANSWER
+    assert "".join(chunk.delta or "" for chunk in chat.stream_chat(messages)) == ANSWER
+    assert OpenAILike(**common, is_chat_model=False, max_tokens=4).complete("Once upon").text
+
+
 def lm_eval(url: str, model: str, reference: Any) -> None:
     """`local-completions` scores continuations as transformers does, with the server's own tokenizer."""
     from lm_eval.api.instance import Instance
@@ -175,6 +224,9 @@ CHECKS = {
     "anthropic": anthropic,
     "litellm": litellm,
     "langchain-openai": langchain,
+    "instructor": instructor,
+    "pydantic-ai-slim": pydantic_ai,
+    "llama-index-llms-openai-like": llama_index,
     "lm_eval": lm_eval,
     "vllm-bench-format": vllm_bench,
 }

@@ -1,7 +1,10 @@
-"""Run the client libraries of other people against `trio-llm serve` and print the README's table of them.
+r"""Run the client libraries of other people against `trio-llm serve` and print the table of them in docs/serving.md.
 
-    python -m venv compat && compat/bin/pip install openai anthropic litellm langchain-openai 'lm-eval[api]' mcp
+    python -m venv compat && compat/bin/pip install openai anthropic litellm langchain-openai 'lm-eval[api]' mcp \
+        instructor 'pydantic-ai-slim[openai]' llama-index-llms-openai-like
     python tests/compat/run.py compat/bin/python
+
+Clients in JavaScript have a script of their own, `checks.mjs`.
 
 This script needs the project with its test extra; the clients live in an environment of their own, whose Python is the
 argument. Nothing leaves this machine. The scores that lm-eval must find are computed here, with transformers.

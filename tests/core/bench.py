@@ -6,17 +6,9 @@ from collections.abc import Sequence
 
 from trio_llm.core.block_manager import BlockManager
 from trio_llm.core.scheduler import Scheduler
-from trio_llm.messages import (
-    BlockAsk,
-    BlockGrant,
-    Commit,
-    Event,
-    KVGroup,
-    PoolingParams,
-    SamplingParams,
-    StepPlan,
-    StepResult,
-)
+from trio_llm.messages import BlockAsk, BlockGrant, Commit, Event, StepPlan, StepResult
+from trio_llm.model_info import KVGroup
+from trio_llm.params import PoolingParams, SamplingParams, Submission
 
 PLAIN = 9
 """The token that comes out unless a test says otherwise; it ends nothing."""
@@ -72,7 +64,7 @@ class Bench:
         """Submit a prompt, or one of so many tokens that no other request has; for 40 output tokens by default."""
         tokens = unique(request_id, prompt) if isinstance(prompt, int) else prompt
         params = params or SamplingParams(max_tokens=40)
-        self.scheduler.submit(request_id, tokens, params, priority=priority, salt=salt, leader=leader)
+        self.scheduler.submit(request_id, Submission(tokens, params, priority=priority, salt=salt, leader=leader))
 
     def ask(self) -> BlockAsk | None:
         ask = self.scheduler.ask()

@@ -15,15 +15,9 @@ from functools import partial
 
 import attrs
 
-from trio_llm.messages import (
-    UNKNOWN,
-    KVGroup,
-    PoolingParams,
-    SamplingParams,
-    StepPlan,
-    StepResult,
-    TokenLogprobs,
-)
+from trio_llm.messages import UNKNOWN, StepPlan, StepResult, TokenLogprobs
+from trio_llm.model_info import KVGroup
+from trio_llm.params import PoolingParams, SamplingParams
 
 MODULUS = (1 << 61) - 1
 
@@ -180,9 +174,9 @@ class HashRunner:
             assert plan.samples[row] == (start + count == len(known.tokens))
             sampled = self._run_row(known, start, tokens)
             kept = (sampled, *self._verify(known, sampled, drafts))
-            if plan.reaches:
+            if plan.draft_limits:
                 ahead = kept if plan.samples[row] and not isinstance(known.params, PoolingParams) else ()
-                proposed.append(self._propose(known, start, start + count, ahead, plan.reaches[row]))
+                proposed.append(self._propose(known, start, start + count, ahead, plan.draft_limits[row]))
             if request_id in failed:
                 results.append(())
                 continue
@@ -206,7 +200,7 @@ class HashRunner:
             prompt_logprobs=prompt_logprobs or None,
             embeddings=embeddings or None,
             failed=errors,
-            drafts=tuple(proposed) if plan.reaches else None,
+            drafts=tuple(proposed) if plan.draft_limits else None,
         )
 
     def _verify(self, known: _Known, sampled: int, drafts: Sequence[int]) -> list[int]:

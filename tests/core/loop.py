@@ -13,7 +13,7 @@ from trio_llm.core.block_math import max_live_blocks
 from trio_llm.core.block_view import BlockState
 from trio_llm.core.prefix import Chain
 from trio_llm.core.scheduler import Scheduler
-from trio_llm.core.speculator import Speculation
+from trio_llm.core.speculation import Speculation
 from trio_llm.messages import (
     BlockAsk,
     BlockGrant,
@@ -21,16 +21,15 @@ from trio_llm.messages import (
     Event,
     Failed,
     Finished,
-    KVGroup,
-    PoolingParams,
     PromptLogprobs,
-    SamplingParams,
     Started,
     StepPlan,
     StepResult,
     StepStats,
     Tokens,
 )
+from trio_llm.model_info import KVGroup
+from trio_llm.params import PoolingParams, SamplingParams, Submission
 
 FULL = (KVGroup((0, 1), 4),)
 SLIDING = (KVGroup((0, 1), 4, 6),)
@@ -70,6 +69,7 @@ class Loop:
             before it.
         speculation: As the scheduler's.
         guess: What a draft model says where this token is right.
+        prompt_tokens: Returns what each ask is limited to.
     """
 
     def __init__(
@@ -88,7 +88,9 @@ class Loop:
         late: bool = False,
         speculation: Speculation | None = None,
         guess: Callable[[int], int] = lambda token: token,
+        prompt_tokens: Callable[[], int | None] = lambda: None,
     ) -> None:
+        self.prompt_tokens = prompt_tokens
         chunk = min(threshold or budget, budget)
         self.blocks = BlockManager(
             num_blocks=num_blocks,
@@ -107,11 +109,12 @@ class Loop:
             long_prefill_token_threshold=threshold,
             speculation=speculation,
         )
-        most = speculation.most if speculation else 0
+        most = speculation.max_drafts if speculation else 0
         # The newest token, its drafts, and those that a draft model goes on to from there.
         self.ahead = 2 * most + 1
         self.groups, self.budget, self.max_batch_size, self.eos, self.chunk = groups, budget, max_batch_size, eos, chunk
         self.depth = depth
+        self.busy = False  # whether a step may find something to run or to release
         self.in_flight = deque[tuple[StepPlan, Callable[[], StepResult]]]()
         self.clients: dict[int, Client] = {}
         self.salts: dict[int, bytes] = {}
@@ -136,9 +139,10 @@ class Loop:
         leader: int | None = None,
     ) -> int:
         """Submit a request and return its id."""
+        self.busy = True
         request_id = len(self.clients) + 1
         params = params or SamplingParams(max_tokens=4)
-        self.scheduler.submit(request_id, prompt, params, priority=priority, salt=salt, leader=leader)
+        self.scheduler.submit(request_id, Submission(prompt, params, priority=priority, salt=salt, leader=leader))
         self.clients[request_id] = Client(tuple(prompt), params, salt)
         self.salts[request_id] = salt
         return request_id
@@ -165,13 +169,10 @@ class Loop:
             self._commit(*self.in_flight.popleft())
         return plan
 
-    @property
-    def busy(self) -> bool:
-        return self.scheduler.has_work or bool(self.in_flight)
-
     def _launch(self, failed: Sequence[int], before_plan: Callable[[], None] | None) -> StepPlan | None:
         wanting = self.scheduler.num_running + len(self.scheduler.waiting)
-        ask = self.scheduler.ask()
+        ask = self.scheduler.ask(self.prompt_tokens())
+        self.busy = ask is not None or bool(self.in_flight)
         if ask is None:
             assert self.in_flight or not wanting, "there is work and nobody asks"
             return None
@@ -220,7 +221,7 @@ class Loop:
             assert sequence.computed < known <= self.max_model_len
             assert sequence.computed <= sequence.scheduled <= sequence.target <= min(known + 1, self.max_model_len)
             assert self.in_flight or (sequence.computed, sequence.target) == (sequence.scheduled, known)
-            assert not sequence.drafts or known + len(sequence.drafts) < sequence.limits.max_len, (
+            assert not sequence.drafts or known + len(sequence.drafts) < sequence.stop.max_len, (
                 "a draft for which there is no room"
             )
         assert all(sequence.computed == sequence.scheduled == 0 for sequence in self.scheduler.waiting)

@@ -46,7 +46,7 @@ def traffic() -> None:
     """Drive random traffic through small pools of every kind."""
     from tests.core.loop import FULL, HYBRID, SLIDING, TWO_SIZES, Loop
     from tests.core.test_oracle import guesser, simulate
-    from trio_llm.core.speculator import Speculation
+    from trio_llm.core.speculation import Speculation
 
     rng = random.Random(0)
     for number in range(32):

@@ -7,7 +7,9 @@ import pytest
 from tests.core.bench import Bench, unique
 from trio_llm.core.block_manager import BlockManager
 from trio_llm.core.prefix import Chain
-from trio_llm.messages import Admit, BlockAsk, KVGroup, SamplingParams
+from trio_llm.messages import Admit, BlockAsk
+from trio_llm.model_info import KVGroup
+from trio_llm.params import SamplingParams
 
 ONE = SamplingParams(max_tokens=1)
 
@@ -55,6 +57,12 @@ def test_a_prompt_hits_the_full_blocks_of_one_that_began_alike() -> None:
     states = bench.blocks.blocks()
     assert states[1].owners == ((1, 0, 0), (2, 0, 0))
     assert states[1].references == 2
+    pool = bench.blocks.pool_map()
+    assert pool.references == tuple(state.references for state in states)
+    assert pool.cached == tuple(state.digest is not None for state in states)
+    owners = [{owner for owner, _, _ in state.owners} or {0} for state in states]
+    assert all(owner in known for owner, known in zip(pool.owners, owners, strict=True))
+    assert pool.held == {1: 3, 2: 3}
 
 
 def test_a_hit_on_blocks_in_use_costs_no_free_block() -> None:

@@ -10,15 +10,14 @@ from trio_llm.messages import (
     Embedding,
     Failed,
     Finished,
-    PoolingParams,
     PromptLogprobs,
-    SamplingParams,
     Started,
     StepResult,
     TokenLogprobs,
     Tokens,
     Usage,
 )
+from trio_llm.params import PoolingParams, SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -136,10 +135,9 @@ def test_prompt_logprobs_survive_a_preemption_of_the_prompt() -> None:
     _score(bench, 1)
     assert bench.running() == [1, 2]
     for _ in range(60):
-        if bench.scheduler.has_work:
-            _score(bench, 1 if bench.scheduler.num_running + bench.scheduler.num_waiting else 0)
         if bench.scheduler.num_running + bench.scheduler.num_waiting == 0:
             break
+        _score(bench, 1)
     scored = [event for event in bench.events[2] if isinstance(event, PromptLogprobs)]
     assert len(scored) == 1
     assert len(scored[0].entries) == 20

@@ -9,7 +9,8 @@ from tests.core.loop import HYBRID, SLIDING, TWO_SIZES, Loop, prompt_of
 from trio_llm.core.block_manager import BlockManager
 from trio_llm.core.block_math import first_visible_block, max_live_blocks
 from trio_llm.core.prefix import hit_length
-from trio_llm.messages import KVGroup, SamplingParams
+from trio_llm.model_info import KVGroup
+from trio_llm.params import SamplingParams
 
 ONE = SamplingParams(max_tokens=1)
 WINDOW = (KVGroup((0,), 4, 6),)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from tests.core.loop import FULL, HYBRID, SLIDING, TWO_SIZES, Loop, prompt_of
-from trio_llm.messages import PoolingParams, SamplingParams
+from trio_llm.params import PoolingParams, SamplingParams
 
 sampling = st.builds(
     SamplingParams,

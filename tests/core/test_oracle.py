@@ -11,9 +11,10 @@ import pytest
 
 from tests.core.hash_model import reference
 from tests.core.loop import FULL, HYBRID, SLIDING, TWO_SIZES, VOCAB, Loop, prompt_of
-from trio_llm.core.speculate import LookupSizes
-from trio_llm.core.speculator import Speculation
-from trio_llm.messages import Failed, PoolingParams, SamplingParams
+from trio_llm.core.prompt_lookup import LookupSizes
+from trio_llm.core.speculation import Speculation
+from trio_llm.messages import Failed
+from trio_llm.params import PoolingParams, SamplingParams
 
 # Steps in flight, and whether the model runs them only when somebody waits; one at a time it makes no difference.
 FLIGHTS = [(1, False), (2, False), (2, True)]
@@ -84,6 +85,17 @@ def test_pressure_forces_preemption_and_eviction_and_changes_nothing() -> None:
         hits += sum(stats.blocks.hit_tokens for stats in small.stats)
     assert preempted > 100
     assert hits > 200
+
+
+def test_a_limit_on_prompts_that_changes_from_step_to_step_changes_no_token() -> None:
+    """However few prompt tokens a step may compute beside its decodes, all outputs are right and all requests end."""
+    for number, (groups, (depth, late)) in enumerate(product(GROUPS.values(), FLIGHTS)):
+        limits = partial(random.Random(number).choice, [None, 1, 2, 7, 100])
+        speculation = Speculation(3, LookupSizes(1, 3)) if depth == 1 else None
+        loop = Loop(
+            groups, num_blocks=40, depth=depth, late=late, prompt_tokens=limits, speculation=speculation, caching=False
+        )
+        simulate(number, loop, num_requests=30, aborts=0.05)
 
 
 def test_aborts_and_failures_hurt_nobody_else() -> None:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trio_llm.core.repetition import RepetitionDetector
-from trio_llm.messages import RepetitionDetection
+from trio_llm.params import RepetitionDetection
 
 
 def ends_in_circles(tokens: list[int], wanted: RepetitionDetection) -> bool:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from tools.demo_model.evaluate import prompt_of
+from tools.demo_model.questions import COUNT, PLAIN, QUESTIONS
 from trio_llm import LLM, SamplingParams
 from trio_llm.demo import demo_model_path
-from trio_llm.demo.evaluate import prompt_of
-from trio_llm.demo.questions import COUNT, PLAIN, QUESTIONS
 
 GREEDY = SamplingParams(temperature=0, max_tokens=80)
 

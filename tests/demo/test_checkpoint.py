@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from tools.demo_model.checkpoint import load
+from tools.demo_model.corpus_grammar import IM_END
+from tools.demo_model.evaluate import answers_exactly, evaluate, prompt_of
+from tools.demo_model.questions import QUESTIONS
 from trio_llm.demo import demo_model_path, draft_model_path
-from trio_llm.demo.checkpoint import load
-from trio_llm.demo.evaluate import answers_exactly, evaluate, prompt_of
-from trio_llm.demo.grammar import IM_END
-from trio_llm.demo.questions import QUESTIONS
 
 MIB = 2**20
 

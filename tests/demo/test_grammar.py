@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from tools.demo_model.corpus_grammar import END_OF_TEXT, IM_END, IM_START, call, corpus, messages_of, render, tool_chat
+from tools.demo_model.questions import ADD_TOOL, COUNT, QUESTIONS, TOOL_QUESTIONS, WEATHER_TOOL
 from trio_llm.demo import demo_model_path
-from trio_llm.demo.grammar import END_OF_TEXT, IM_END, IM_START, call, corpus, messages_of, render, tool_chat
-from trio_llm.demo.questions import ADD_TOOL, COUNT, QUESTIONS, TOOL_QUESTIONS, WEATHER_TOOL
 
 
 def render_template(messages: list[dict[str, Any]], **variables: Any) -> str:

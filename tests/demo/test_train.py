@@ -9,10 +9,10 @@ from random import Random
 import pytest
 import torch
 
-from trio_llm.demo.checkpoint import load, save, train_tokenizer
-from trio_llm.demo.grammar import IM_END, corpus, messages_of, render
-from trio_llm.demo.network import Network, Shape
-from trio_llm.demo.train import (
+from tools.demo_model.checkpoint import load, save, train_tokenizer
+from tools.demo_model.corpus_grammar import IM_END, corpus, messages_of, render
+from tools.demo_model.network import Network, Shape
+from tools.demo_model.train import (
     ANSWER_WEIGHT,
     LONG_WEIGHT,
     PROMPT_WEIGHT,

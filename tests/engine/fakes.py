@@ -16,16 +16,9 @@ from tests.core.hash_model import HashRunner, reference
 from trio_llm.config import EngineConfig
 from trio_llm.engine import Engine
 from trio_llm.engine.supervisor import run_engine
-from trio_llm.messages import (
-    UNKNOWN,
-    Admission,
-    KVGroup,
-    ModelInfo,
-    SamplingParams,
-    StepPlan,
-    StepResult,
-    TokenLogprobs,
-)
+from trio_llm.messages import UNKNOWN, Admission, StepPlan, StepResult, TokenLogprobs
+from trio_llm.model_info import KVGroup, ModelInfo
+from trio_llm.params import SamplingParams
 
 VOCAB_SIZE = 64
 EOS = 63
@@ -53,7 +46,7 @@ class FakeTokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return "".join("" if i == EOS and skip_special_tokens else self.alphabet[i] for i in token_ids)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True, allow_special: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return [self.alphabet.index(letter) for letter in text]
 
 
@@ -62,6 +55,8 @@ class StubRunner:
 
     Greedy requests ignore their seed; with a temperature, another seed gives another answer.
     """
+
+    ranks: Any = None
 
     def __init__(
         self, *, num_kv_blocks: int = 65, max_model_len: int = 512, hook: Callable[[StepPlan], Any] | None = None

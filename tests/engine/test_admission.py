@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from trio_llm.engine.admission import Limits, check_pooling, resolve
+from trio_llm.engine.admission import RequestLimits, check_pooling, resolve
 from trio_llm.errors import InvalidRequestError
-from trio_llm.messages import PoolingParams, SamplingParams
+from trio_llm.params import PoolingParams, SamplingParams, Submission
 
-LIMITS = Limits(max_model_len=32, vocab_size=64, hidden_size=8, max_logprobs=20)
+LIMITS = RequestLimits(max_model_len=32, vocab_size=64, hidden_size=8, max_logprobs=20)
 
 WRONG: list[tuple[str, Any]] = [
     *(("temperature", value) for value in (-0.1, math.nan, math.inf)),
@@ -33,11 +33,17 @@ WRONG: list[tuple[str, Any]] = [
 ]
 
 
+def _resolved(params: SamplingParams, prompt: list[int]) -> SamplingParams:
+    final = resolve(Submission(prompt, params), LIMITS).params
+    assert isinstance(final, SamplingParams)
+    return final
+
+
 @pytest.mark.parametrize(("name", "value"), WRONG)
 def test_a_value_out_of_range_is_named(name: str, value: object) -> None:
     """What would fail later, or reach the sampler as NaN, is refused at once by the parameter's name."""
     with pytest.raises(InvalidRequestError) as caught:
-        resolve(SamplingParams(**{name: value}), [1], LIMITS)  # type: ignore[arg-type]
+        _resolved(SamplingParams(**{name: value}), [1])  # type: ignore[arg-type]
     assert caught.value.param is not None
     assert caught.value.param.split("[")[0] in name
 
@@ -59,7 +65,7 @@ def test_a_value_out_of_range_is_named(name: str, value: object) -> None:
 )
 def test_the_ends_of_the_ranges_are_fine(name: str, value: object) -> None:
     """Every bound itself is allowed."""
-    assert getattr(resolve(SamplingParams(**{name: value}), [1], LIMITS), name) in (value, 1)  # type: ignore[arg-type]
+    assert getattr(_resolved(SamplingParams(**{name: value}), [1]), name) in (value, 1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -75,23 +81,23 @@ def test_the_ends_of_the_ranges_are_fine(name: str, value: object) -> None:
 def test_a_prompt_that_can_never_be_served(prompt: list[int], code: str | None) -> None:
     """Empty, out of the vocabulary, or without room for one token of output: refused before admission."""
     with pytest.raises(InvalidRequestError) as caught:
-        resolve(SamplingParams(), prompt, LIMITS)
+        _resolved(SamplingParams(), prompt)
     assert (caught.value.param, caught.value.code) == ("prompt", code)
 
 
 def test_parameters_become_final() -> None:
     """max_tokens is resolved and clamped to the context, min_tokens to it, and a seed is drawn."""
-    final = resolve(SamplingParams(max_tokens=None), [1] * 30, LIMITS)
+    final = _resolved(SamplingParams(max_tokens=None), [1] * 30)
     assert final.max_tokens == 2
     assert final.seed is not None
-    final = resolve(SamplingParams(max_tokens=99, min_tokens=50, seed=-5), [1] * 30, LIMITS)
+    final = _resolved(SamplingParams(max_tokens=99, min_tokens=50, seed=-5), [1] * 30)
     assert (final.max_tokens, final.min_tokens, final.seed) == (2, 2, -5)
 
 
 def test_an_embedding_may_fill_the_context() -> None:
     """A prompt of the whole context can be embedded, one token more cannot; dimensions end at the model's width."""
-    check_pooling(PoolingParams(dimensions=8), [1] * 32, LIMITS)
+    check_pooling(Submission([1] * 32, PoolingParams(dimensions=8)), LIMITS)
     with pytest.raises(InvalidRequestError, match="33 tokens"):
-        check_pooling(PoolingParams(), [1] * 33, LIMITS)
+        check_pooling(Submission([1] * 33, PoolingParams()), LIMITS)
     with pytest.raises(InvalidRequestError, match="dimensions"):
-        check_pooling(PoolingParams(dimensions=9), [1], LIMITS)
+        check_pooling(Submission([1], PoolingParams(dimensions=9)), LIMITS)

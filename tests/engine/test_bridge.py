@@ -14,10 +14,11 @@ import pytest
 import trio
 
 from tests.engine.fakes import StubRunner, continuation, open_stub
+from trio_llm.bridge import Bridge, _Call
 from trio_llm.engine import Delta, Engine, supervisor
 from trio_llm.errors import EngineDeadError
-from trio_llm.messages import SamplingParams, StepPlan
-from trio_llm.notebook.bridge import Bridge, _Call
+from trio_llm.messages import StepPlan
+from trio_llm.params import SamplingParams, Submission
 
 PROMPT = (1, 2, 3)
 LONG = SamplingParams(temperature=0, max_tokens=400)
@@ -34,7 +35,7 @@ def answer(bridge: Bridge[Engine]) -> tuple[int, ...]:
     """Ask the engine for nine tokens, through the bridge."""
 
     async def collect() -> Delta:
-        async with bridge.value.open_stream(PROMPT, SamplingParams(temperature=0, max_tokens=9)) as stream:
+        async with bridge.value.open_stream(Submission(PROMPT, SamplingParams(temperature=0, max_tokens=9))) as stream:
             return await stream.collect()
 
     return bridge.call(collect).token_ids
@@ -44,7 +45,7 @@ def reader(bridge: Bridge[Engine]) -> Callable[[Callable[[Delta], None]], Any]:
     """Return what puts the deltas of a long answer."""
 
     async def read(put: Callable[[Delta], None]) -> None:
-        async with bridge.value.open_stream(PROMPT, LONG) as stream:
+        async with bridge.value.open_stream(Submission(PROMPT, LONG)) as stream:
             async for delta in stream:
                 put(delta)
 
@@ -96,7 +97,7 @@ def test_a_client_that_hangs_up() -> None:
         deltas = bridge.iterate(reader(bridge))
         next(deltas)
         deltas.close()
-        assert bridge.value._replies == {}
+        assert bridge.value._mailboxes == {}
         gate.set()
         bridge.call(bridge.value.wait_idle)
         assert len(runner.plans) <= 20
@@ -115,6 +116,15 @@ def test_errors_cross_the_bridge(bridge: Bridge[Engine]) -> None:
     assert answer(bridge) == continuation(PROMPT, 9)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let SIGINT raise KeyboardInterrupt: a background job of a shell script starts with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_cancels_the_call(bridge: Bridge[Engine]) -> None:
     """Ctrl-C in a waiting cell raises KeyboardInterrupt there and cancels what the cell waited for."""
     cancelled = threading.Event()

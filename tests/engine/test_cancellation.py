@@ -11,7 +11,7 @@ from trio.testing import MockClock
 
 from tests.engine.fakes import StubRunner, continuation, open_stub
 from trio_llm.engine import Engine, open_samples
-from trio_llm.messages import PoolingParams, SamplingParams
+from trio_llm.params import PoolingParams, SamplingParams, Submission
 
 PROMPT = tuple(range(40))
 MATE = (9, 8, 7)
@@ -34,27 +34,27 @@ class CancelAt(trio.abc.Instrument):
 
 async def read_stream(engine: Engine) -> None:
     """Read a request to its end."""
-    async with engine.open_stream(PROMPT, SamplingParams(temperature=0, max_tokens=10)) as stream:
+    async with engine.open_stream(Submission(PROMPT, SamplingParams(temperature=0, max_tokens=10))) as stream:
         await stream.collect()
 
 
 async def read_samples(engine: Engine) -> None:
     """Read three samples of a prompt to their ends."""
-    async with open_samples(engine, PROMPT, SamplingParams(seed=1, n=3, max_tokens=6)) as streams:
+    async with open_samples(engine, Submission(PROMPT, SamplingParams(seed=1, n=3, max_tokens=6))) as streams:
         for stream in streams:
             await stream.collect()
 
 
 async def stop_early(engine: Engine) -> None:
     """Leave a request while it runs."""
-    async with engine.open_stream(PROMPT, SamplingParams(temperature=0, max_tokens=100)) as stream:
+    async with engine.open_stream(Submission(PROMPT, SamplingParams(temperature=0, max_tokens=100))) as stream:
         await stream.__anext__()
         await trio.lowlevel.checkpoint()
 
 
 async def embed(engine: Engine) -> None:
     """Wait for an embedding."""
-    await engine.embed(PROMPT, PoolingParams())
+    await engine.embed(Submission(PROMPT, PoolingParams()))
 
 
 async def cancelled_at(client: Callable[[Engine], Awaitable[None]], checkpoint: int) -> bool:
@@ -71,7 +71,7 @@ async def cancelled_at(client: Callable[[Engine], Awaitable[None]], checkpoint: 
 
     async with open_stub(runner, max_num_batched_tokens=16) as engine:
         with trio.fail_after(5):
-            mate = engine.open_stream(MATE, SamplingParams(temperature=0, max_tokens=30))
+            mate = engine.open_stream(Submission(MATE, SamplingParams(temperature=0, max_tokens=30)))
             trio.lowlevel.add_instrument(instrument)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(run, engine)
@@ -81,7 +81,7 @@ async def cancelled_at(client: Callable[[Engine], Awaitable[None]], checkpoint: 
             await engine.wait_idle()
         # The client's rows are in at most the one step that ran when it left.
         assert sum(len(plan.request_ids) > 1 for plan in runner.plans[plans_before:]) <= 1
-        assert engine._replies == {}
+        assert engine._mailboxes == {}
         assert engine._tickets.in_use == 0
         text = (await engine.render_metrics()).decode()
         assert 'vllm:kv_cache_usage_perc{engine="0",model_name="stub"} 0.0' in text

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 
 from tests.engine.fakes import FakeTokenizer, StubRunner, continuation, open_stub
 from trio_llm import LLM, SamplingParams, llm
-from trio_llm.errors import ConfigError, InvalidRequestError, RequestFailedError
+from trio_llm.errors import CheckpointError, ConfigError, InvalidRequestError, RequestFailedError
 from trio_llm.messages import StepPlan
 
 
@@ -32,6 +33,15 @@ def model(runner: StubRunner) -> Iterator[LLM]:
 def greedy(**more: Any) -> SamplingParams:
     """Return parameters whose answer is known."""
     return SamplingParams(**{"temperature": 0, "max_tokens": 6, **more})
+
+
+@pytest.mark.parametrize("settings", [{"model": "/nope"}, {"model": "/nope", "tokenizer": "/neither"}])
+def test_a_model_that_cannot_be_loaded_is_one_clear_error(settings: dict[str, Any]) -> None:
+    """Its traceback shows the caller's line and LLM's own, nothing of threads, and no other exception."""
+    with pytest.raises(CheckpointError, match="no such directory") as caught:
+        LLM(**settings)
+    assert len(traceback.extract_tb(caught.value.__traceback__)) == 2
+    assert caught.value.__cause__ is None and caught.value.__suppress_context__
 
 
 def test_prompts_as_text_and_as_tokens(model: LLM) -> None:
@@ -118,7 +128,7 @@ def test_a_failure_is_raised_as_itself(model: LLM, runner: StubRunner) -> None:
         ("max_batchsize", 4, "no such setting"),
         ("max_batch_size", "4", "must be int"),
         ("dtype", "float12", "'float16'"),
-        ("quantization", "int4", "must be 'int8' or None"),
+        ("quantization", "int4", "must be 'int8' or 'int8-weights' or None"),
     ],
 )
 def test_a_wrong_setting_is_named(runner: StubRunner, setting: str, value: object, said: str) -> None:

@@ -12,7 +12,9 @@ from trio_llm.engine import Engine, open_samples
 from trio_llm.engine.messages import Rejected
 from trio_llm.engine.metrics import Metrics
 from trio_llm.errors import RequestFailedError
-from trio_llm.messages import CORRUPTED, KVGroup, SamplingParams, StepPlan, StepResult
+from trio_llm.messages import CORRUPTED, StepPlan, StepResult
+from trio_llm.model_info import KVGroup
+from trio_llm.params import SamplingParams, Submission
 
 LABELS = {"model_name": "stub", "engine": "0"}
 
@@ -27,7 +29,7 @@ def value(engine: Engine, name: str, **labels: str) -> float:
 
 async def finish(engine: Engine, prompt: Any, params: SamplingParams) -> None:
     """Read a request to its end."""
-    async with engine.open_stream(prompt, params) as stream:
+    async with engine.open_stream(Submission(prompt, params)) as stream:
         await stream.collect()
 
 
@@ -146,6 +148,15 @@ def test_vllms_series_are_here_with_their_labels_and_buckets() -> None:
                 assert registry.get_sample_value(f"vllm:{name}", {**LABELS, label: text}) == 0, (name, text)
 
 
+def test_formats_of_weights_are_series() -> None:
+    """The bytes of each format that the model's files store are a series, and so is what is kept of them."""
+    info = attrs.evolve(StubRunner().info, stored_formats={"Q4_1": 70, "F32": 8}, kept_formats={"Q4_1": 60})
+    registry = Metrics(info).registry
+    for name, nbytes in info.stored_formats.items():
+        assert registry.get_sample_value("trio_llm:stored_weight_bytes", {**LABELS, "format": name}) == nbytes
+    assert registry.get_sample_value("trio_llm:kept_weight_bytes", {**LABELS, "format": "Q4_1"}) == 60
+
+
 async def test_what_is_not_finite_is_counted() -> None:
     """A request whose numbers were not finite is corrupted; one that fails otherwise is not."""
 
@@ -182,7 +193,7 @@ async def test_samples_count_as_one_request() -> None:
     """N samples of a prompt observe n once, and the longest of them."""
     async with (
         open_stub() as engine,
-        open_samples(engine, [1, 2], SamplingParams(seed=1, n=3, max_tokens=5)) as streams,
+        open_samples(engine, Submission([1, 2], SamplingParams(seed=1, n=3, max_tokens=5))) as streams,
     ):
         for stream in streams:
             await stream.collect()
@@ -195,9 +206,9 @@ async def test_who_waits_tells_why() -> None:
     """Without a place, sequences wait for capacity; samples are deferred until the first one has the prompt."""
     async with open_stub(max_batch_size=1, max_waiting_batches=9) as engine:
         params = SamplingParams(temperature=0, max_tokens=30)
-        first = engine.open_stream([1, 2], params)
-        leader = engine.open_stream([3, 4], params)
-        followers = [engine.open_stream([3, 4], params, leader=leader.request_id) for _ in range(3)]
+        first = engine.open_stream(Submission([1, 2], params))
+        leader = engine.open_stream(Submission([3, 4], params))
+        followers = [engine.open_stream(Submission([3, 4], params, leader=leader.request_id)) for _ in range(3)]
         await first.__anext__()
         assert value(engine, "num_requests_waiting") == 4
         assert value(engine, "num_requests_waiting_by_reason", reason="capacity") == 1
@@ -212,7 +223,7 @@ async def test_who_waits_tells_why() -> None:
 async def test_an_abort_leaves_the_gauges_at_zero() -> None:
     """After a client left nothing runs or waits, and it is counted as aborted; a stop string counts as "stop"."""
     async with open_stub() as engine:
-        async with engine.open_stream([1, 2], SamplingParams(temperature=0, max_tokens=400)) as stream:
+        async with engine.open_stream(Submission([1, 2], SamplingParams(temperature=0, max_tokens=400))) as stream:
             text = (await stream.__anext__()).text
         await finish(engine, [1, 2], SamplingParams(temperature=0, max_tokens=400, stop=(text,)))
         await engine.wait_idle()
@@ -234,7 +245,7 @@ async def test_expert_load_is_exported_per_expert() -> None:
     """A sparse model's experts are one series each, which adds up every token computed, retried steps included."""
     runner = SparseStub(hook=lambda plan: 1 / 0 if 1 in plan.request_ids else None)
     async with open_stub(runner, enable_prefix_caching=False) as engine:
-        bad = engine.open_stream([50, 50], SamplingParams(temperature=0))
+        bad = engine.open_stream(Submission([50, 50], SamplingParams(temperature=0)))
         await finish(engine, range(10), SamplingParams(temperature=0, max_tokens=4))
         with pytest.raises(RequestFailedError):
             await bad.collect()
@@ -259,7 +270,7 @@ async def test_what_operations_ran_on_is_exported() -> None:
     """Calls add up by operation, implementation and reason, those of a step's retried halves included."""
     runner = GpuStub(hook=lambda plan: 1 / 0 if 50 in plan.token_ids else None)
     async with open_stub(runner, enable_prefix_caching=False) as engine:
-        bad = engine.open_stream([50, 50], SamplingParams(temperature=0))
+        bad = engine.open_stream(Submission([50, 50], SamplingParams(temperature=0)))
         await finish(engine, range(10), SamplingParams(temperature=0, max_tokens=4))
         with pytest.raises(RequestFailedError):
             await bad.collect()

@@ -14,7 +14,8 @@ from tests.core.hash_model import HashRunner
 from tests.engine.fakes import EOS, VOCAB_SIZE, HashStub, open_stub
 from trio_llm.engine import Engine
 from trio_llm.errors import RequestFailedError
-from trio_llm.messages import SamplingParams, StepPlan
+from trio_llm.messages import StepPlan
+from trio_llm.params import SamplingParams, Submission
 
 MOST = 3
 
@@ -36,7 +37,7 @@ PARAMS = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
 
 async def answer(engine: Engine, prompt: list[int]) -> tuple[int, ...]:
     """Return a request's tokens."""
-    async with engine.open_stream(prompt, PARAMS) as stream:
+    async with engine.open_stream(Submission(prompt, PARAMS)) as stream:
         return tuple([token async for delta in stream for token in delta.token_ids])
 
 

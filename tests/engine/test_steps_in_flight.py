@@ -18,7 +18,8 @@ from trio_llm.engine.health import FAILING_AFTER_STEPS
 from trio_llm.engine.step_thread import StepThread
 from trio_llm.engine.supervisor import run_engine
 from trio_llm.errors import EngineDeadError, RequestFailedError
-from trio_llm.messages import SamplingParams, StepPlan, StepResult
+from trio_llm.messages import StepPlan, StepResult
+from trio_llm.params import SamplingParams, Submission
 
 PROMPT = (1, 2, 3, 4, 5)
 
@@ -78,7 +79,7 @@ async def test_the_next_step_is_launched_while_the_first_runs(ahead: bool | None
     runner = SlowDevice()
     runner.info = attrs.evolve(runner.info, on_gpu=on_gpu)
     async with run(runner, ahead=ahead) as engine:
-        stream = engine.open_stream(PROMPT, greedy(6))
+        stream = engine.open_stream(Submission(PROMPT, greedy(6)))
         for done in range(5):
             await runner.launches(min(done + in_flight, 6))
             await wait_all_tasks_blocked()
@@ -106,7 +107,7 @@ async def test_clients_that_leave_as_they_end_take_no_place_in_the_inbox_from_th
     runner = SlowDevice()
     config = EngineConfig(async_scheduling=False, max_batch_size=3, max_waiting_batches=0)
     async with run_engine(config, lambda: runner, FakeTokenizer(), worker=StepThread()) as engine:
-        lasting, *short = [engine.open_stream((i, 7), greedy(count)) for i, count in enumerate((8, 1, 1))]
+        lasting, *short = [engine.open_stream(Submission((i, 7), greedy(count))) for i, count in enumerate((8, 1, 1))]
         instrument = CloseBeforeTold(engine, short)
         trio.lowlevel.add_instrument(instrument)
         runner.let(1)
@@ -114,7 +115,7 @@ async def test_clients_that_leave_as_they_end_take_no_place_in_the_inbox_from_th
         await wait_all_tasks_blocked()
         trio.lowlevel.remove_instrument(instrument)
         for i in range(2):
-            engine.open_stream((i, 8), greedy()).close()
+            engine.open_stream(Submission((i, 8), greedy())).close()
         lasting.close()
         runner.let(1)
         await engine.wait_idle()
@@ -130,7 +131,7 @@ async def test_a_fault_is_dealt_with_before_the_next_step_is_launched() -> None:
             raise MemoryError
 
     async with open_stub(StubRunner(hook=hook), worker=StepThread(), async_scheduling=True) as engine:
-        streams = [engine.open_stream((i, 7), greedy()) for i in range(4)]
+        streams = [engine.open_stream(Submission((i, 7), greedy())) for i in range(4)]
         for i, stream in enumerate(streams):
             assert (await stream.collect()).token_ids == continuation((i, 7), 8)
     assert steps == sorted(steps)
@@ -148,7 +149,7 @@ async def test_rows_of_requests_that_failed_do_not_make_a_failing_engine_look_we
         for i in range(FAILING_AFTER_STEPS):
             assert engine.health().status == "ok"
             with pytest.raises(RequestFailedError):
-                await engine.open_stream((i, 7), greedy()).collect()
+                await engine.open_stream(Submission((i, 7), greedy())).collect()
         await engine.wait_idle()
         assert engine.health().status == "failing"
 
@@ -162,7 +163,10 @@ async def test_a_device_that_dies_ends_the_engine(autojump_clock: MockClock) -> 
             return wait if plan.step < 3 else lambda: 1 / 0
 
     async def serve() -> None:
-        async with open_stub(Dying(), async_scheduling=True) as engine, engine.open_stream(PROMPT, greedy()) as stream:
+        async with (
+            open_stub(Dying(), async_scheduling=True) as engine,
+            engine.open_stream(Submission(PROMPT, greedy())) as stream,
+        ):
             with pytest.raises(EngineDeadError):
                 await stream.collect()
             await trio.sleep_forever()
@@ -183,7 +187,7 @@ async def test_closing_waits_for_both_steps_and_leaves_nothing() -> None:
     async def serve(task_status: trio.TaskStatus[trio.CancelScope]) -> None:
         with trio.CancelScope() as scope:
             async with run(runner) as engine:
-                engine.open_stream(PROMPT, greedy())
+                engine.open_stream(Submission(PROMPT, greedy()))
                 task_status.started(scope)
                 await trio.sleep_forever()
         ended.set()
@@ -213,8 +217,10 @@ async def test_answers_do_not_depend_on_what_is_in_flight(num_kv_blocks: int, ca
         settings = {"enable_prefix_caching": caching, "async_scheduling": ahead, "max_num_batched_tokens": 48}
         async with open_stub(runner, **settings) as engine:
             wanted = [greedy(30, stop_token_ids=(number,), stop=("7", "Q")) for number in range(8)]
-            streams = [engine.open_stream(prompt, params) for prompt, params in zip(prompts, wanted, strict=True)]
-            gone = engine.open_stream(prompts[0], greedy(30))
+            streams = [
+                engine.open_stream(Submission(prompt, params)) for prompt, params in zip(prompts, wanted, strict=True)
+            ]
+            gone = engine.open_stream(Submission(prompts[0], greedy(30)))
             await gone.__anext__()
             gone.close()
             deltas = [await stream.collect() for stream in streams]
@@ -228,7 +234,7 @@ async def test_answers_do_not_depend_on_what_is_in_flight(num_kv_blocks: int, ca
 async def test_a_waiting_request_that_does_not_fit_yet_is_not_a_stuck_scheduler() -> None:
     """While the last step of the only running request is in flight there is nothing to plan, and that is fine."""
     async with open_stub(StubRunner(num_kv_blocks=4), async_scheduling=True) as engine:
-        streams = [engine.open_stream(range(40), greedy(4)) for _ in range(3)]
+        streams = [engine.open_stream(Submission(range(40), greedy(4))) for _ in range(3)]
         for stream in streams:
             assert (await stream.collect()).token_ids == continuation(range(40), 4)
 
@@ -237,7 +243,7 @@ async def test_a_poisonous_request_fails_once() -> None:
     """Its row in the step that was planned meanwhile fails too; the client hears of one failure."""
     runner = StubRunner(hook=lambda plan: 1 / 0 if 2 in plan.request_ids and plan.step > 3 else None)
     async with open_stub(runner, async_scheduling=True) as engine:
-        streams = [engine.open_stream((i,), greedy()) for i in range(3)]
+        streams = [engine.open_stream(Submission((i,), greedy())) for i in range(3)]
         with pytest.raises(RequestFailedError):
             await streams[1].collect()
         for i in (0, 2):

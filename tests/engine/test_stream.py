@@ -9,7 +9,8 @@ from trio.testing import wait_all_tasks_blocked
 
 from tests.engine.fakes import EOS, FakeTokenizer, StubRunner, continuation, open_stub
 from trio_llm.engine import Delta, Engine, open_samples
-from trio_llm.messages import Finished, PoolingParams, SamplingParams, StepPlan, Tokens, Usage
+from trio_llm.messages import Finished, StepPlan, Tokens, Usage
+from trio_llm.params import PoolingParams, SamplingParams, Submission
 
 PROMPT = (1, 2, 3, 4, 5)
 TEXT = FakeTokenizer().decode
@@ -22,13 +23,13 @@ def greedy(max_tokens: int | None = 20, **more: Any) -> SamplingParams:
 
 async def collect(engine: Engine, params: SamplingParams, prompt: Sequence[int] = PROMPT) -> Delta:
     """Return a request's whole answer."""
-    async with engine.open_stream(prompt, params) as stream:
+    async with engine.open_stream(Submission(prompt, params)) as stream:
         return await stream.collect()
 
 
 async def test_a_stream_yields_the_models_answer() -> None:
     """A greedy request gets exactly the tokens and the text of the model, one finish and its usage."""
-    async with open_stub() as engine, engine.open_stream(PROMPT, greedy()) as stream:
+    async with open_stub() as engine, engine.open_stream(Submission(PROMPT, greedy())) as stream:
         deltas = [delta async for delta in stream]
     answer = continuation(PROMPT, 20)
     assert sum((delta.token_ids for delta in deltas), ()) == answer
@@ -39,7 +40,7 @@ async def test_a_stream_yields_the_models_answer() -> None:
 
 async def test_a_late_reader_gets_everything_at_once() -> None:
     """A reader that comes when all is over finds one delta with the whole answer; the engine did not wait for it."""
-    async with open_stub() as engine, engine.open_stream(PROMPT, greedy()) as stream:
+    async with open_stub() as engine, engine.open_stream(Submission(PROMPT, greedy())) as stream:
         await wait_all_tasks_blocked()
         assert engine.health().num_running == 0
         deltas = [delta async for delta in stream]
@@ -62,7 +63,7 @@ async def test_max_tokens_beyond_the_context_is_clamped() -> None:
 
 async def test_no_output_token_may_be_asked_for() -> None:
     """max_tokens 0 scores the prompt: no token, no text, but the prompt's logprobs."""
-    async with open_stub() as engine, engine.open_stream(PROMPT, greedy(0, prompt_logprobs=0)) as stream:
+    async with open_stub() as engine, engine.open_stream(Submission(PROMPT, greedy(0, prompt_logprobs=0))) as stream:
         whole = await stream.collect()
         scores = stream.prompt_logprobs
     assert (whole.text, whole.token_ids, whole.finish_reason) == ("", (), "length")
@@ -73,7 +74,7 @@ async def test_no_output_token_may_be_asked_for() -> None:
 
 async def test_logprobs_stay_aligned_with_tokens() -> None:
     """Every delta has one logprob entry per token, of that very token."""
-    async with open_stub() as engine, engine.open_stream(PROMPT, greedy(logprobs=1)) as stream:
+    async with open_stub() as engine, engine.open_stream(Submission(PROMPT, greedy(logprobs=1))) as stream:
         async for delta in stream:
             assert delta.logprobs is not None
             assert tuple(entry.token_id for entry in delta.logprobs) == delta.token_ids
@@ -138,7 +139,7 @@ async def test_text_does_not_depend_on_how_events_are_merged(cut: int) -> None:
     """However many steps a reader sleeps through, the deltas concatenate to the same text and end in the same way."""
     answer = continuation(PROMPT, 20)
     stop = TEXT(answer[9:12])
-    async with open_stub() as engine, engine.open_stream(PROMPT, greedy(stop=(stop,))) as stream:
+    async with open_stub() as engine, engine.open_stream(Submission(PROMPT, greedy(stop=(stop,)))) as stream:
         text, reads = "", 0
         async for delta in stream:
             text += delta.text
@@ -161,7 +162,7 @@ async def test_samples_of_one_prompt() -> None:
     """N samples use seed, seed + 1, ...; the later ones find the prompt in the prefix cache."""
     prompt = tuple(range(40))
     params = SamplingParams(max_tokens=5, seed=3, n=3)
-    async with open_stub() as engine, open_samples(engine, prompt, params) as streams:
+    async with open_stub() as engine, open_samples(engine, Submission(prompt, params)) as streams:
         answers = [await stream.collect() for stream in streams]
     assert [answer.token_ids for answer in answers] == [continuation(prompt, 5, seed) for seed in (3, 4, 5)]
     assert [answer.usage and answer.usage.cached_tokens for answer in answers] == [0, 32, 32]
@@ -170,7 +171,7 @@ async def test_samples_of_one_prompt() -> None:
 async def test_an_embedding_comes_with_its_usage() -> None:
     """Embed returns the runner's vector and counts the prompt's tokens only."""
     async with open_stub() as engine:
-        vector, usage = await engine.embed(PROMPT, PoolingParams())
+        vector, usage = await engine.embed(Submission(PROMPT, PoolingParams()))
     assert (vector, usage) == ((1.0, 0.0, 0.0, 5.0), Usage(5, 0, 0))
 
 
@@ -179,7 +180,7 @@ async def test_usage_is_the_cores() -> None:
     seen: list[Any] = []
 
     async with open_stub() as engine:
-        stream = engine.open_stream(PROMPT, greedy())
+        stream = engine.open_stream(Submission(PROMPT, greedy()))
         while not (seen and isinstance(seen[-1], Finished)):
             seen += await stream._mailbox.receive()
         again = await collect(engine, greedy())
@@ -189,7 +190,7 @@ async def test_usage_is_the_cores() -> None:
 
 async def test_reading_on_after_the_end_yields_nothing() -> None:
     """A finished stream stays finished, and closing it twice is fine."""
-    async with open_stub() as engine, engine.open_stream(PROMPT, greedy(2)) as stream:
+    async with open_stub() as engine, engine.open_stream(Submission(PROMPT, greedy(2))) as stream:
         await stream.collect()
         stream.close()
         assert [delta async for delta in stream] == []
@@ -198,8 +199,8 @@ async def test_reading_on_after_the_end_yields_nothing() -> None:
 async def test_a_broken_tokenizer_hurts_one_request_only() -> None:
     """An error while decoding is raised in its reader's task; another request goes on."""
     async with open_stub() as engine:
-        good = engine.open_stream(PROMPT, greedy())
-        bad = engine.open_stream(PROMPT, greedy())
+        good = engine.open_stream(Submission(PROMPT, greedy()))
+        bad = engine.open_stream(Submission(PROMPT, greedy()))
         bad._text._detokenizer._decode = lambda ids: 1 / 0  # type: ignore[assignment,return-value]
         with pytest.raises(ZeroDivisionError):
             async with bad:
@@ -212,7 +213,7 @@ async def test_closing_from_a_cancelled_task_aborts() -> None:
     """Leaving a stream while cancelled still aborts its request: close needs no await."""
     async with open_stub() as engine:
         with trio.CancelScope() as scope:
-            async with engine.open_stream(PROMPT, greedy(400)) as stream:
+            async with engine.open_stream(Submission(PROMPT, greedy(400))) as stream:
                 async for _ in stream:
                     scope.cancel()
         await engine.wait_idle()

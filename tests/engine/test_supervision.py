@@ -22,7 +22,8 @@ from trio_llm.errors import (
     OverloadedError,
     RequestFailedError,
 )
-from trio_llm.messages import Admission, PoolingParams, SamplingParams, StepPlan, StepResult
+from trio_llm.messages import CONTRADICTED, Admission, StepPlan, StepResult
+from trio_llm.params import PoolingParams, SamplingParams, Submission
 
 PROMPT = (1, 2, 3, 4, 5)
 LONG = SamplingParams(temperature=0, max_tokens=400)
@@ -82,7 +83,7 @@ async def test_a_dead_runner_ends_the_engine_with_its_exception(
     heard: list[str] = []
 
     async def read(engine: Engine) -> None:
-        async with engine.open_stream(PROMPT, LONG) as stream:
+        async with engine.open_stream(Submission(PROMPT, LONG)) as stream:
             with pytest.raises(EngineDeadError):
                 await stream.collect()
         # Its client has time to be told, too.
@@ -111,7 +112,7 @@ async def test_a_dead_kv_manager_ends_the_engine(monkeypatch: pytest.MonkeyPatch
         return reserve(self, ask)
 
     async def serve() -> None:
-        async with open_stub() as engine, engine.open_stream(PROMPT, LONG) as stream:
+        async with open_stub() as engine, engine.open_stream(Submission(PROMPT, LONG)) as stream:
             with pytest.raises(EngineDeadError):
                 await stream.collect()
             assert "ZeroDivisionError" in (engine.health().reason or "")
@@ -128,11 +129,11 @@ async def test_a_dead_engine_refuses(autojump_clock: MockClock) -> None:
     async def serve() -> None:
         async with open_stub(StubRunner(hook=fail_at(1, Broken()))) as engine:
             with trio.CancelScope(shield=True):
-                stream = engine.open_stream(PROMPT, LONG)
+                stream = engine.open_stream(Submission(PROMPT, LONG))
                 with pytest.raises(EngineDeadError):
                     await stream.collect()
                 with pytest.raises(EngineDeadError):
-                    engine.open_stream(PROMPT, LONG)
+                    engine.open_stream(Submission(PROMPT, LONG))
                 with pytest.raises(EngineDeadError):
                     await engine.wait_idle()
             await trio.sleep_forever()
@@ -147,7 +148,7 @@ async def test_a_block_that_ends_by_itself_does_not_hide_the_death(autojump_cloc
     async def serve() -> None:
         async with open_stub(StubRunner(hook=fail_at(1, Broken()))) as engine:
             with pytest.raises(EngineDeadError):
-                await engine.open_stream(PROMPT, LONG).collect()
+                await engine.open_stream(Submission(PROMPT, LONG)).collect()
 
     with pytest.raises(Broken):
         await serve()
@@ -158,7 +159,7 @@ async def test_readers_that_do_not_listen_are_waited_for_only_so_long(autojump_c
 
     async def serve() -> None:
         async with open_stub(StubRunner(hook=fail_at(1, Broken()))) as engine:
-            engine.open_stream(PROMPT, LONG)
+            engine.open_stream(Submission(PROMPT, LONG))
             await trio.sleep_forever()
 
     with pytest.raises(Broken):
@@ -170,7 +171,7 @@ async def test_leaving_the_block_ends_what_still_runs() -> None:
     """A stream that outlives its engine gets EngineDeadError; the runner is closed."""
     runner = StubRunner()
     async with open_stub(runner) as engine:
-        stream = engine.open_stream(PROMPT, LONG)
+        stream = engine.open_stream(Submission(PROMPT, LONG))
         await stream.__anext__()
     with pytest.raises(EngineDeadError):
         await stream.collect()
@@ -212,7 +213,7 @@ async def test_a_poisonous_request_fails_alone(poisonous: int, ahead: bool) -> N
     runner = StubRunner(hook=lambda plan: 1 / 0 if poisonous in plan.request_ids and plan.step > 2 else None)
     prompts = [(i, i + 1, i + 2) * i for i in range(1, 9)]
     async with open_stub(runner, async_scheduling=ahead) as engine:
-        streams = [engine.open_stream(prompt, short(12)) for prompt in prompts]
+        streams = [engine.open_stream(Submission(prompt, short(12))) for prompt in prompts]
         for stream, prompt in zip(streams, prompts, strict=True):
             if stream.request_id == poisonous:
                 with pytest.raises(RequestFailedError, match="ZeroDivisionError"):
@@ -233,22 +234,25 @@ async def test_a_passing_fault_fails_nobody() -> None:
             raise MemoryError
 
     async with open_stub(StubRunner(hook=hook)) as engine:
-        streams = [engine.open_stream((i, 7), short()) for i in range(5)]
+        streams = [engine.open_stream(Submission((i, 7), short())) for i in range(5)]
         for i, stream in enumerate(streams):
             assert (await stream.collect()).token_ids == continuation((i, 7), 8)
 
 
-async def test_what_the_runner_says_failed_fails() -> None:
-    """A row that the runner itself reports as failed ends its request with the runner's words."""
+@pytest.mark.parametrize(
+    ("why", "error"), [("logits are not finite", RequestFailedError), (CONTRADICTED, InvalidRequestError)]
+)
+async def test_what_the_runner_says_failed_fails(why: str, error: type[Exception]) -> None:
+    """A row that the runner reports as failed ends its request with the runner's words, and blames who is to blame."""
 
     class Picky(StubRunner):
         def step(self, plan: StepPlan) -> Any:
             result = super().step(plan)
-            return type(result)(result.step, result.token_ids, failed={2: "logits are not finite"})
+            return type(result)(result.step, result.token_ids, failed={2: why})
 
     async with open_stub(Picky()) as engine:
-        streams = [engine.open_stream((i,), short()) for i in range(3)]
-        with pytest.raises(RequestFailedError, match="not finite"):
+        streams = [engine.open_stream(Submission((i,), short())) for i in range(3)]
+        with pytest.raises(error, match=why):
             await streams[1].collect()
         assert (await streams[2].collect()).token_ids == continuation((2,), 8)
 
@@ -268,7 +272,7 @@ async def test_halves_carry_what_their_rows_need(num_kv_blocks: int, ahead: bool
     runner = HashStub(num_kv_blocks=num_kv_blocks, hook=hook)
     prompts = [tuple(range(i, i + 20)) for i in range(8)]
     async with open_stub(runner, async_scheduling=ahead) as engine:
-        streams = [engine.open_stream(prompt, short(30)) for prompt in prompts]
+        streams = [engine.open_stream(Submission(prompt, short(30))) for prompt in prompts]
         for stream, prompt in zip(streams, prompts, strict=True):
             assert (await stream.collect()).token_ids == runner.answer(prompt, short(30))
         assert (sum(step.stats.num_preempted for step in engine.trace) > 0) == (num_kv_blocks == 12)
@@ -306,7 +310,7 @@ async def test_an_abort_frees_blocks_within_a_step(at: int, ahead: bool) -> None
     runner = StubRunner(hook=gate)
     settings = {"max_num_batched_tokens": 16, "async_scheduling": ahead}
     async with open_stub(runner, worker=(worker := StepThread()), **settings) as engine:
-        stream = engine.open_stream(range(40), LONG)
+        stream = engine.open_stream(Submission(range(40), LONG))
         await trio.to_thread.run_sync(gate.reached.wait)
         stream.close()
         gate.open.set()
@@ -321,7 +325,7 @@ async def test_an_abort_of_a_waiting_request_leaves_the_others_alone() -> None:
     """A request that leaves the queue was never computed, and those round it answer as ever."""
     runner = StubRunner()
     async with open_stub(runner, max_batch_size=1, max_waiting_batches=2) as engine:
-        streams = [engine.open_stream((i,), short()) for i in range(3)]
+        streams = [engine.open_stream(Submission((i,), short())) for i in range(3)]
         streams[1].close()
         answers = [await streams[i].collect() for i in (0, 2)]
         assert [answer.token_ids for answer in answers] == [continuation((i,), 8) for i in (0, 2)]
@@ -331,13 +335,13 @@ async def test_an_abort_of_a_waiting_request_leaves_the_others_alone() -> None:
 async def test_a_full_queue_refuses_at_once_and_recovers() -> None:
     """The request after the last place hears OverloadedError, and places come back with the answers."""
     async with open_stub(max_batch_size=2, max_waiting_batches=1) as engine:
-        streams = [engine.open_stream((i,), short()) for i in range(4)]
+        streams = [engine.open_stream(Submission((i,), short())) for i in range(4)]
         with pytest.raises(OverloadedError) as caught:
-            engine.open_stream(PROMPT, short())
+            engine.open_stream(Submission(PROMPT, short()))
         assert caught.value.retry_after_s > 0
         for stream in streams:
             await stream.collect()
-        async with engine.open_stream(PROMPT, short()) as stream:
+        async with engine.open_stream(Submission(PROMPT, short())) as stream:
             assert (await stream.collect()).token_ids == continuation(PROMPT, 8)
 
 
@@ -346,24 +350,24 @@ async def test_readers_that_never_read_cost_nothing() -> None:
     async with open_stub(max_batch_size=8, max_waiting_batches=1) as engine:
         unread = []
         for _ in range(100):
-            unread += [engine.open_stream(PROMPT, short(2)) for _ in range(10)]
+            unread += [engine.open_stream(Submission(PROMPT, short(2))) for _ in range(10)]
             await engine.wait_idle()
         for stream in unread:
             stream.close()
-        async with engine.open_stream(PROMPT, short()) as stream:
+        async with engine.open_stream(Submission(PROMPT, short())) as stream:
             assert (await stream.collect()).token_ids == continuation(PROMPT, 8)
 
 
 async def test_draining_finishes_what_was_accepted() -> None:
     """After drain new requests hear DrainingError, health says so, and accepted ones get their whole answer."""
     async with open_stub() as engine:
-        stream = engine.open_stream(PROMPT, short(50))
+        stream = engine.open_stream(Submission(PROMPT, short(50)))
         engine.drain()
         assert engine.health().status == "draining"
         with pytest.raises(DrainingError):
-            engine.open_stream(PROMPT, short())
+            engine.open_stream(Submission(PROMPT, short()))
         with pytest.raises(DrainingError):
-            await engine.embed(PROMPT, PoolingParams())
+            await engine.embed(Submission(PROMPT, PoolingParams()))
         await engine.wait_idle()
         assert (await stream.collect()).token_ids == continuation(PROMPT, 50)
 
@@ -377,7 +381,7 @@ async def test_a_step_that_hangs_shows_as_stalled_until_it_ends(mock_clock: Mock
     async with open_stub(StubRunner(hook=gate), worker=StepThread(), stall_after_s=30) as engine:
         mock_clock.jump(100)
         assert engine.health().status == "ok"
-        stream = engine.open_stream(PROMPT, short())
+        stream = engine.open_stream(Submission(PROMPT, short()))
         await trio.to_thread.run_sync(gate.reached.wait)
         mock_clock.jump(29)
         assert engine.health().status == "ok"
@@ -391,6 +395,21 @@ async def test_a_step_that_hangs_shows_as_stalled_until_it_ends(mock_clock: Mock
         assert engine.health().status == "ok"
 
 
+async def test_the_first_step_has_more_time(mock_clock: MockClock) -> None:
+    """The first step since the start may read weights and compile kernels: ten minutes, then it is stalled too."""
+    gate = Gate(1)
+    async with open_stub(StubRunner(hook=gate), worker=StepThread(), stall_after_s=30) as engine:
+        stream = engine.open_stream(Submission(PROMPT, short()))
+        await trio.to_thread.run_sync(gate.reached.wait)
+        mock_clock.jump(599)
+        assert engine.health().status == "ok"
+        mock_clock.jump(2)
+        assert engine.health().status == "stalled"
+        gate.open.set()
+        await stream.collect()
+        assert engine.health().status == "ok"
+
+
 @pytest.mark.parametrize("ahead", [False, True])
 async def test_steps_that_fail_as_a_whole_show_as_failing_until_one_does_not(ahead: bool) -> None:
     """Health says so from the sixteenth step in a row in which every request failed, and takes one good row back."""
@@ -399,7 +418,7 @@ async def test_steps_that_fail_as_a_whole_show_as_failing_until_one_does_not(ahe
     async with open_stub(runner, max_batch_size=2, async_scheduling=ahead) as engine:
         for number in range(FAILING_AFTER_STEPS):
             assert engine.health().status == "ok"
-            streams = [engine.open_stream(PROMPT, short()) for _ in range(1 + number % 2)]
+            streams = [engine.open_stream(Submission(PROMPT, short())) for _ in range(1 + number % 2)]
             for stream in streams:
                 with pytest.raises(RequestFailedError):
                     await stream.collect()
@@ -407,17 +426,17 @@ async def test_steps_that_fail_as_a_whole_show_as_failing_until_one_does_not(ahe
         assert engine.health().status == "failing"
         assert "16 steps every request failed" in (engine.health().reason or "")
         broken = False
-        assert (await engine.open_stream(PROMPT, short()).collect()).token_ids == continuation(PROMPT, 8)
+        assert (await engine.open_stream(Submission(PROMPT, short())).collect()).token_ids == continuation(PROMPT, 8)
         assert engine.health().status == "ok"
 
 
 async def test_a_request_that_fails_beside_another_is_no_sign_of_failing() -> None:
     """As long as one row of a step succeeds, it is the others that are at fault."""
     runner = StubRunner(hook=lambda plan: 1 / 0 if set(plan.request_ids) != {1} else None)
-    async with open_stub(runner) as engine, engine.open_stream(PROMPT, LONG) as good:
+    async with open_stub(runner) as engine, engine.open_stream(Submission(PROMPT, LONG)) as good:
         for _ in range(FAILING_AFTER_STEPS):
             with pytest.raises(RequestFailedError):
-                await engine.open_stream(PROMPT, short()).collect()
+                await engine.open_stream(Submission(PROMPT, short())).collect()
         assert engine.health().status == "ok"
         await good.__anext__()
 
@@ -432,7 +451,7 @@ async def test_cancelling_waits_for_the_running_step(ahead: bool) -> None:
     async def serve(task_status: trio.TaskStatus[trio.CancelScope]) -> None:
         with trio.CancelScope() as scope:
             async with open_stub(runner, worker=StepThread(), async_scheduling=ahead) as engine:
-                engine.open_stream(PROMPT, short())
+                engine.open_stream(Submission(PROMPT, short()))
                 task_status.started(scope)
                 await trio.sleep_forever()
         ended.set()
@@ -457,10 +476,10 @@ async def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
     async with open_stub(StubRunner(num_kv_blocks=5)) as engine:
         assert engine.info.max_model_len == 64
         with pytest.raises(InvalidRequestError) as caught:
-            engine.open_stream([1] * 64, short())
+            engine.open_stream(Submission([1] * 64, short()))
         assert caught.value.code == "context_length_exceeded"
         assert "maximum context length is 64 tokens. However, your prompt resulted in 64 tokens" in str(caught.value)
-        async with engine.open_stream([1] * 63, short()) as stream:
+        async with engine.open_stream(Submission([1] * 63, short())) as stream:
             assert len((await stream.collect()).token_ids) == 1
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trio_llm.engine.text import OutputText
-from trio_llm.messages import RepetitionDetection
+from trio_llm.params import RepetitionDetection
 
 # Byte-level tokens: pieces of a text that may end in the middle of a character.
 texts = st.text(alphabet="abé€🎈", min_size=1, max_size=30)

@@ -21,8 +21,9 @@ from tests.model_runner.test_graphs_on_kernels import CASES, MODELS, compare, se
 from tests.model_runner.test_launch import forgetful, run_ahead
 from tests.model_runner.test_reduced_runs import case
 from trio_llm.config import EngineConfig
-from trio_llm.messages import SamplingParams, StepPlan
+from trio_llm.messages import StepPlan
 from trio_llm.model.load import load_runner
+from trio_llm.params import SamplingParams
 
 __all__ = ["case"]
 pytestmark = pytest.mark.gpu

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from cuda_kernels.launch import using
-from cuda_kernels.simulator import SimulatedLauncher
-from cuda_kernels.simulator.counters import Counters
-from cuda_kernels.simulator.machine import ORDERS
-from trio_llm.kernels.cases import poisoned
+from tools.kernel_lab.cases import poisoned
+from tools.ptx_simulator import SimulatedLauncher
+from tools.ptx_simulator.counters import Counters
+from tools.ptx_simulator.machine import ORDERS
 
 # Twice the relative error of rounding to nearest: half a unit in the last place, and as much for the arithmetic.
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-20}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cuda_kernels.simulator.counters import Counters
 from tests.kernels.helpers import count
-from trio_llm.kernels.attention import Case, make
+from tools.kernel_lab.attention import Case, make
+from tools.ptx_simulator.counters import Counters
 
 # case, most warp instructions per cached token and key head (measured, plus a tenth)
 DECODES = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from cuda_kernels import compile as compiling
 from cuda_kernels import nvrtc
 from cuda_kernels.signature import Parameter, entries
+from tools.kernel_lab.specialisations import attention, others
 
 SOURCE = """extern "C" __global__ void __launch_bounds__(32)
     twice(const float* __restrict__ x, float* y, int n) { y[n] = 2.f * x[n]; }"""
@@ -41,7 +43,7 @@ def test_the_cache_knows_everything_that_changes_the_code(cache: Path, monkeypat
     ]
     assert len({built.ptx_path for built in made}) == 4
     monkeypatch.setattr(compiling, "_by_nvrtc", None)
-    monkeypatch.setattr(compiling, "_by_nvcc", None)
+    monkeypatch.setattr(compiling, "by_nvcc", None)
     assert compiling.build_text(SOURCE, "twice.cu", {}, "sm_90") == made[0]
     monkeypatch.setattr(compiling, "compiler_version", lambda: "nvcc 99")
     with pytest.raises(TypeError):
@@ -82,6 +84,44 @@ def test_nvcc_does_where_there_is_no_nvrtc(monkeypatch: pytest.MonkeyPatch) -> N
         compiling.build_text("oops;", "wrong.cu", {}, "sm_90")
 
 
+SPECIALISATIONS = {(one.source, one.entry): one for one in [*attention("sm_90"), *others()]}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(compiling._nvcc_version() is None, reason="needs nvcc")
+@pytest.mark.parametrize("source", sorted({source for source, _ in SPECIALISATIONS}))
+def test_nvcc_compiles_every_source(source: str) -> None:
+    """The toolkit's compiler takes what NVRTC takes: a machine may have only one of them."""
+    for (name, entry), one in SPECIALISATIONS.items():
+        if name == source:
+            options = [f"-D{key}={value}" for key, value in one.defines]
+            ptx, _, _ = compiling.by_nvcc(compiling.expand(source), source, options, "compute_90")
+            assert f".entry {entry}(".encode() in ptx
+
+
+@pytest.mark.parametrize(("driver", "majors"), [(None, {12, 13}), (13, {12, 13}), (12, {12})])
+def test_nvrtc_is_not_newer_than_the_driver(
+    driver: int | None, majors: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver of CUDA 12 does not load what NVRTC 13 makes."""
+    monkeypatch.setattr(nvrtc, "driver_major", lambda: driver)
+    found = {int(name.split(".so.")[1].split(".")[0]) for name in nvrtc._candidates()}
+    assert found == majors
+
+
+def test_the_driver_says_its_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The major version of CUDA; None if there is no driver, or one that gives no answer."""
+    monkeypatch.setattr(nvrtc, "_DRIVER", str(tmp_path / "libcuda.so.1"))
+    assert nvrtc.driver_major() is None
+    for body, major in (("*v = 12080; return 0;", 12), ("*v = 13000; return 0;", 13), ("return 3;", None)):
+        library = tmp_path / f"libcuda{major}.so.1"
+        source = tmp_path / "driver.c"
+        source.write_text(f"int cuDriverGetVersion(int *v) {{ {body} }}")
+        subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+        monkeypatch.setattr(nvrtc, "_DRIVER", str(library))
+        assert nvrtc.driver_major() == major
+
+
 @pytest.mark.parametrize("with_nvrtc", [True, False])
 def test_every_gpu_has_a_target(with_nvrtc: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU that the compiler knows gets its own machine code, a newer one older PTX, an old one nothing."""
@@ -108,7 +148,7 @@ def test_several_processes_fill_the_cache(cache: Path, monkeypatch: pytest.Monke
     fine, wrong, nowhere = compiling.build_all(jobs, processes=2)
     assert fine is None and "oops" in (wrong or "") and "act.cu" in (nowhere or "")
     monkeypatch.setattr(compiling, "_by_nvrtc", None)
-    monkeypatch.setattr(compiling, "_by_nvcc", None)
+    monkeypatch.setattr(compiling, "by_nvcc", None)
     assert ".entry rms_norm(" in compiling.build("norm.cu", defines, "compute_90").ptx
 
 

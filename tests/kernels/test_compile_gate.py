@@ -11,8 +11,8 @@ from cuda_kernels import compile as compiling
 from cuda_kernels.compile import Usage
 from cuda_kernels.launch import Kernel, kernel
 from cuda_kernels.signature import entries
-from trio_llm.kernels import specialisations
-from trio_llm.kernels.specialisations import ARCHS, attention, inspect, others
+from tools.kernel_lab import specialisations
+from tools.kernel_lab.specialisations import ARCHS, attention, inspect, others
 
 
 @pytest.mark.parametrize("one", {k.source: k for k in [*attention("sm_90"), *others()]}.values(), ids=str)

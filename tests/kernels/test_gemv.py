@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cuda_kernels import gemv
-from tests.kernels.helpers import assert_close, count, simulate
+from tests.kernels.helpers import ROUNDING, assert_close, count, simulate
 
 
 def make(rows: int, n: int, k: int, dtype: torch.dtype, *, int8: bool) -> dict[str, Any]:
@@ -34,11 +34,47 @@ def reference(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tens
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize(("rows", "n", "k"), [(1, 18, 896), (3, 7, 272), (8, 16, 128)])
 def test_linear(rows: int, n: int, k: int, dtype: torch.dtype, int8: bool) -> None:
-    """Products of any shape, of 16-bit and of int8 weights, with a bias and a residual."""
+    """Products of any shape, of 16-bit and of int8 weights, with a bias."""
     args = make(rows, n, k, dtype, int8=int8)
-    bias, residual = torch.randn(n).to(dtype), torch.randn(rows, n).to(dtype)
-    (out,) = simulate(lambda: (gemv.linear(**args, bias=bias, residual=residual),))
-    assert_close(out, reference(**args, bias=bias) + residual.double(), slack=2)
+    bias = torch.randn(n).to(dtype)
+    (out,) = simulate(lambda: (gemv.linear(**args, bias=bias),))
+    assert_close(out, reference(**args, bias=bias), slack=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize(("rows", "n", "k", "added"), [(1, 18, 1040, True), (3, 7, 272, True), (3, 20, 128, False)])
+def test_normalised_rows(rows: int, n: int, k: int, added: bool, dtype: torch.dtype, int8: bool) -> None:
+    """The norm of a sum before the product, and the sum, which is rounded as torch rounds it; x is left as it was."""
+    args = make(rows, n, k, dtype, int8=int8)
+    x, residual, norm = args.pop("x"), torch.randn(rows, k).to(dtype), torch.rand(k).to(dtype)
+    before = x.clone()
+    given = residual if added else None
+    out, total = simulate(lambda: gemv.normed_linear(x, given, norm, 1e-6, **args))
+    assert torch.equal(total, x + residual if added else x) and torch.equal(x, before)
+    wide = total.double()
+    normed = wide * (wide.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * norm.double()
+    # Rounded between norm and product, as two kernels would: the errors of a row's products add up by chance.
+    assert_close(out, reference(normed, **args), slack=2, of_largest=ROUNDING[dtype])
+
+
+def test_a_gated_product_of_normalised_rows() -> None:
+    """Norm, product and activation in one launch."""
+    args = make(2, 20, 192, torch.bfloat16, int8=False)
+    x, residual, norm = args.pop("x"), torch.randn(2, 192).bfloat16(), torch.rand(192).bfloat16()
+    out, total = simulate(lambda: gemv.normed_linear(x, residual, norm, 1e-6, **args, activation="silu"))
+    wide = total.double()
+    normed = wide * (wide.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * norm.double()
+    gate, up = reference(normed, **args).chunk(2, dim=-1)
+    assert_close(out, F.silu(gate) * up, slack=2, of_largest=ROUNDING[torch.bfloat16])
+
+
+def test_norms_that_are_kernels_of_their_own() -> None:
+    """Too many rows for every block to normalise, or strides that it does not know."""
+    x, norm, weight = torch.zeros(8, 1024).bfloat16(), torch.zeros(1024).bfloat16(), torch.zeros(4, 1024).bfloat16()
+    assert gemv.supports_norm(x, x, norm, weight) is None
+    assert gemv.supports_norm(torch.cat((x, x), 1), None, norm, weight) == "8 rows of 2048"
+    assert gemv.supports_norm(x[:1], torch.cat((x, x), 1)[:2, :1024], norm, weight) == "a strided residual"
 
 
 @pytest.mark.parametrize("int8", [False, True])

@@ -1,4 +1,4 @@
-"""What was verified on which GPU, and what the README says of it."""
+"""What was verified on which GPU, and what the documentation says of it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from trio_llm.kernels import __main__ as script
-from trio_llm.kernels import ledger, table
+from tools.kernel_lab import __main__ as script
+from tools.kernel_lab import ledger, table
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 H200 = {"gpu": "H200", "driver": "580", "compiler": "nvrtc 13.0", "torch": "2.13", "multiprocessors": 132}
 FINE: dict[str, Any] = {"error": 0.1, "limit": 0.2}
 TIMED: dict[str, Any] = {
@@ -30,20 +30,36 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_ledger_knows_what_was_verified(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A source is verified when all its checks passed, and until its text changes; a failed one stays as it was."""
+    """A source is verified when all its checks passed, and until its text changes."""
     assert ledger.unverified() == ledger.sources() and "norm.cu" in ledger.sources()
     results = {
         "norm.cu": {"a": FINE, "b": {"error": 0.15, "limit": 0.2}, "c": {"equal": True}},
         "act.cu": {"a": FINE, "b": {"failure": "?"}},
         "moe.cu": {"a": {"skipped": "?"}},
     }
-    ledger.record_checks(H200, results)
+    ledger.record_checks({**H200, "sanitizer": {"memcheck": {"skipped": "not done within 60 s"}}}, results)
     assert set(ledger.sources()) - set(ledger.unverified()) == {"norm.cu"}
     entry = ledger.read()["norm.cu"]
     assert (entry["gpu"], entry["driver"], entry["checks"]) == ("H200", "580", 3)
     assert entry["worst"] == {"check": "b", "error": 0.15} and "multiprocessors" not in entry
+    assert entry["sanitizer"] == {"memcheck": {"skipped": "not done within 60 s"}}  # verified, but not by it
+    assert ledger.read()["act.cu"]["open"] == {"b": "?"}
     monkeypatch.setattr(ledger, "source_hash", lambda source: "another")
     assert "norm.cu" in ledger.unverified()
+
+
+def test_specialisations_are_verified_one_by_one(path: Path) -> None:
+    """What only passed checks launched is verified; a later failure takes that back, a check left out does not."""
+
+    def record(**checks: dict[str, Any]) -> list[str]:
+        ledger.record_checks(H200, {"gemv.cu": checks})
+        return ledger.read()["gemv.cu"]["specialisations"]
+
+    one, both = {**FINE, "kernels": ["gemv M=1"]}, {**FINE, "kernels": ["gemv M=1", "gemv M=2"]}
+    assert record(a=both, b={"failure": "?", "kernels": ["gemv M=2", "gemv M=4"]}) == ["gemv M=1"]
+    assert "gemv.cu" in ledger.unverified()
+    assert record(a=both, b={"skipped": "out of time"}) == ["gemv M=1", "gemv M=2"] and "gemv.cu" in ledger.unverified()
+    assert record(a=one) == ["gemv M=1", "gemv M=2"] and "gemv.cu" not in ledger.unverified()
 
 
 def test_times_belong_to_verified_sources(path: Path) -> None:
@@ -63,21 +79,21 @@ def test_times_belong_to_verified_sources(path: Path) -> None:
 
 def test_the_table_is_made_of_the_ledger(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of what is verified as it is now; what changed since, or never ran, is named and has no row."""
-    assert "Nothing has been measured on a GPU" in table.readme()
+    assert "Nothing has been measured on a GPU" in table.measured()
     ledger.record_checks(H200, {"norm.cu": {"a": FINE}, "act.cu": {"a": FINE}})
     ledger.record_times(H200, {"norm.cu": {"add": TIMED}, "act.cu": {"silu": TIMED}}, {"B=1": TIMED})
-    text = table.readme()
+    text = table.measured()
     assert "| norm.cu | add | 20.0 | 50% | 0.4 / 0.8 of floor | first | fast | 1.50 |" in text
     assert "| engine | B=1 |" in text and "Measured on H200, driver 580, nvrtc 13.0" in text
     entries = json.loads(path.read_text())
     entries["act.cu"]["sha256"] = "of an older text"
     path.write_text(json.dumps(entries))
-    assert "| act.cu |" not in table.readme() and "`act.cu`" in table.readme()
+    assert "| act.cu |" not in table.measured() and "`act.cu`" in table.measured()
 
 
-def test_the_readme_holds_the_table() -> None:
-    """Between its marks stands what `python -m trio_llm.kernels table --write README.md` puts there."""
-    assert table.put(table.readme(), README) == README
+def test_the_page_holds_the_table() -> None:
+    """Between its marks stands what `python -m tools.kernel_lab table --write docs/benchmarks.md` puts there."""
+    assert table.put(table.measured(), PAGE) == PAGE
 
 
 def test_the_commands_print_ledger_and_table(path: Path, tmp_path: Path) -> None:
@@ -86,9 +102,9 @@ def test_the_commands_print_ledger_and_table(path: Path, tmp_path: Path) -> None
     told = runner.invoke(script.main, ["ledger"])
     assert (
         told.exit_code == 0
-        and told.output == f"not verified on any GPU as they are now: {', '.join(ledger.sources())}\n"
+        and told.output == f"not verified on any GPU in their current version: {', '.join(ledger.sources())}\n"
     )
-    document = tmp_path / "README.md"
+    document = tmp_path / "benchmarks.md"
     document.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
     printed = runner.invoke(script.main, ["table"]).output
     assert runner.invoke(script.main, ["table", "--write", str(document)]).exit_code == 0

@@ -12,18 +12,23 @@ import torch
 
 from cuda_kernels import sample
 from cuda_kernels.launch import using
-from cuda_kernels.simulator import SimulatedLauncher
 from tests.model import families
 from tests.model.golden import make_golden
 from tests.model.paged import Paged, load
 from tests.model.test_reduced_precision import errors
 from tests.model_runner.drive import run
+from tools.ptx_simulator import SimulatedLauncher
 from trio_llm.config import EngineConfig
 from trio_llm.errors import ConfigError, UnsupportedError
-from trio_llm.messages import KernelCall, SamplingParams, StepPlan, StepResult
-from trio_llm.model import dispatch, ops, ops_torch
-from trio_llm.model.dispatch import Dispatch, dispatching
+from trio_llm.messages import KernelCall, StepPlan, StepResult
+from trio_llm.model import load as loading
 from trio_llm.model.load import load_runner
+from trio_llm.model.ops import cuda as ops_cuda
+from trio_llm.model.ops import dispatch
+from trio_llm.model.ops import seam as ops
+from trio_llm.model.ops import torch_reference as ops_torch
+from trio_llm.model.ops.dispatch import Dispatch, dispatching, mode_from_environment
+from trio_llm.params import SamplingParams
 
 SHAPE = {"head_dim": 64, "hidden_size": 64, "num_hidden_layers": 2}
 MODELS: dict[str, Any] = {
@@ -45,10 +50,10 @@ CASES = [
 
 @pytest.fixture
 def on_kernels(monkeypatch: pytest.MonkeyPatch) -> Generator[Dispatch]:
-    """Treat CPU tensors as a GPU's, simulate the GPU, and tell what ran where."""
-    monkeypatch.setattr(dispatch, "_on_gpu", lambda x: x.is_cpu)
-    monkeypatch.setattr(dispatch, "_said", set())
-    counting = Dispatch()
+    """Run the CUDA kernels on CPU tensors, simulated, and tell what ran where."""
+    monkeypatch.setattr(loading, "_KERNELS", {"cpu": ops_cuda.__name__})
+    monkeypatch.setattr(dispatch, "_logged", set())
+    counting = Dispatch(kernels=ops_cuda, device_type="cpu")
     with using(SimulatedLauncher()), dispatching(counting):
         yield counting
 
@@ -123,7 +128,7 @@ def test_a_fallback_is_said_once_and_counted(on_kernels: Dispatch, caplog: pytes
 
 def test_a_replay_counts_what_was_captured(on_kernels: Dispatch) -> None:
     """Calls made under another dispatch count there alone, and once more with every replay."""
-    captured = Dispatch()
+    captured = on_kernels.fresh()
     with dispatching(captured):
         ops.rms_norm(torch.ones(1, 32, dtype=torch.bfloat16), None, 1e-6)
     assert on_kernels.take() is None
@@ -135,10 +140,10 @@ def test_a_replay_counts_what_was_captured(on_kernels: Dispatch) -> None:
 def test_modes(on_kernels: Dispatch) -> None:
     """`reference` uses no kernel; `cuda` refuses what would fall back, and takes cuBLAS for many rows."""
     x = torch.ones(1, 32, dtype=torch.bfloat16)
-    with dispatching(Dispatch("reference")) as reference:
+    with dispatching(Dispatch("reference", ops_cuda, "cpu")) as reference:
         ops.rms_norm(x, None, 1e-6)
     assert reference.calls == {("rms_norm", "reference", "TRIO_LLM_KERNELS"): 1}
-    with dispatching(Dispatch("cuda")) as strict:
+    with dispatching(Dispatch("cuda", ops_cuda, "cpu")) as strict:
         ops.rms_norm(x, None, 1e-6)
         ops.linear(x.expand(20, -1), ops.Dense(x))
         with pytest.raises(UnsupportedError, match=r"act_and_mul with dtype torch\.float32"):
@@ -149,14 +154,14 @@ def test_modes(on_kernels: Dispatch) -> None:
 def test_another_mode_is_refused_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """A word that is none of the modes is one line that names the variable and what it may be."""
     monkeypatch.delenv("TRIO_LLM_KERNELS", raising=False)
-    assert Dispatch.from_environment().mode == "auto"
+    assert mode_from_environment() == "auto"
     monkeypatch.setenv("TRIO_LLM_KERNELS", "gpu")
-    with pytest.raises(ConfigError, match="TRIO_LLM_KERNELS = 'gpu': one of auto, cuda, reference"):
+    with pytest.raises(ConfigError, match="TRIO_LLM_KERNELS = 'gpu': one of auto, native, cuda, reference"):
         load_runner(EngineConfig(model="nowhere"))
 
 
-def test_a_cpu_needs_no_kernels() -> None:
-    """On a CPU the reference runs, and nothing is counted."""
-    with dispatching(Dispatch()) as counting:
+def test_a_device_without_kernels_runs_the_reference() -> None:
+    """Kernels for another device are not used, and nothing is counted."""
+    with dispatching(Dispatch(kernels=ops_cuda)) as counting:
         ops.rms_norm(torch.ones(1, 32, dtype=torch.bfloat16), None, 1e-6)
     assert counting.calls == {}

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from cuda_kernels import moe
 from cuda_kernels.launch import using
-from cuda_kernels.simulator import SimulatedLauncher
 from tests.kernels.helpers import assert_close, count, simulate
+from tools.ptx_simulator import SimulatedLauncher
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (128, 8), (6, 3), (40, 1)])

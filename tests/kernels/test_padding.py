@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cuda_kernels import act, gemm, gemv, moe, norm
 from cuda_kernels.launch import using
-from cuda_kernels.simulator import SimulatedLauncher
+from tools.ptx_simulator import SimulatedLauncher
 
 REAL = [0, 2, 5]
 WEIGHT = torch.randn(32, 64).bfloat16()

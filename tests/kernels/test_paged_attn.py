@@ -7,7 +7,7 @@ import torch
 
 from cuda_kernels.paged_attn import Device, Tile, choose_splits, choose_tile, supports
 from tests.kernels.helpers import assert_close, simulate
-from trio_llm.kernels.attention import CASES, MATRIX, Case, make
+from tools.kernel_lab.attention import CASES, MATRIX, Case, make
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cuda_kernels import quant
 from tests.kernels.helpers import simulate
-from trio_llm.model import ops_torch
+from trio_llm.model.ops import torch_reference as ops_torch
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

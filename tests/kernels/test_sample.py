@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cuda_kernels import sample
 from tests.kernels.helpers import count, simulate
-from trio_llm.model.counter_rng import race, row_keys, token_hashes
+from trio_llm.model.sampling.counter_rng import add_gumbel, row_keys, token_hashes
 
 VOCAB = 300
 
@@ -30,8 +30,8 @@ def sorting(logits: Tensor, params: Tensor, keys: Tensor, hashes: Tensor) -> Ten
         mass = ordered.exp() * kept
         ahead = mass.cumsum(0) - mass
         threshold = ordered[kept & (ahead < top_p * mass.sum())].min()
-        lots = race(scores.masked_fill(scores < threshold, -torch.inf)[None].float(), key[None], hashes)
-        ids.append(int((scores if temperature == 0 else lots[0]).argmax()))
+        noisy = add_gumbel(scores.masked_fill(scores < threshold, -torch.inf)[None].float(), key[None], hashes)
+        ids.append(int((scores if temperature == 0 else noisy[0]).argmax()))
     return torch.tensor(ids)
 
 
@@ -96,14 +96,6 @@ def test_edited_rows_are_read_twice() -> None:
     edits = sample.Edits(starts, none, none, none.float(), none, torch.zeros(4, 0), masks)
     counted = count(lambda: sample.sample(logits, None, None, token_hashes(4096), edits))
     assert 2 < counted.sectors["ld"] * 8 / logits.numel() < 2.15
-
-
-def test_drafts_stand_until_the_first_difference() -> None:
-    """Leading matches count, a match after a difference does not, and no drafts are none accepted."""
-    sampled, drafts = torch.tensor([5, 6, 7, 8, 1, 2, 3, 9]), torch.tensor([5, 6, 0, -1, 1, 2, -1, -1])
-    cu = torch.tensor([0, 4, 7, 8], dtype=torch.int32)
-    (accepted,) = simulate(lambda: (sample.verify_drafts(sampled, drafts, cu),), orders=(0,))
-    assert accepted.tolist() == [2, 2, 0]
 
 
 def test_supports_says_why_not() -> None:

@@ -10,12 +10,13 @@ from hypothesis import HealthCheck, given, settings
 
 from cuda_kernels import sample as kernels
 from cuda_kernels.launch import using
-from cuda_kernels.simulator import SimulatedLauncher
 from tests.model_runner.test_sampler import GREEDY, Row, batches, make_logits, sample
-from trio_llm.messages import SamplingParams
-from trio_llm.model import dispatch, sampler
-from trio_llm.model.dispatch import Dispatch, dispatching
-from trio_llm.model.sampler import NOT_FINITE, NOTHING_LEFT
+from tools.ptx_simulator import SimulatedLauncher
+from trio_llm.model.ops import cuda as ops_cuda
+from trio_llm.model.ops.dispatch import Dispatch, dispatching
+from trio_llm.model.sampling import sampler
+from trio_llm.model.sampling.sampler import NOT_FINITE, NOTHING_LEFT
+from trio_llm.params import SamplingParams
 
 
 @pytest.fixture(autouse=True)
@@ -25,11 +26,10 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def on_kernels(monkeypatch: pytest.MonkeyPatch) -> Generator[Dispatch]:
-    """Treat CPU tensors as a GPU's inside `dispatching`, and simulate the GPU."""
-    monkeypatch.setattr(dispatch, "_on_gpu", lambda x: dispatch._current.get(None) is not None)
+def on_kernels() -> Generator[Dispatch]:
+    """Run the CUDA kernels on CPU tensors inside `dispatching`, simulated."""
     with using(SimulatedLauncher()):
-        yield Dispatch("cuda")
+        yield Dispatch("cuda", ops_cuda, "cpu")
 
 
 def test_failures_have_one_name() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pytest
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from cuda_kernels import compile as compiling
-from cuda_kernels import gemm, gemv, kv_write, moe, norm, sample
+from cuda_kernels import gemm, gemv, kv_write, moe, norm, paged_attn, sample
 from cuda_kernels.paged_attn import Tile
-from cuda_kernels.simulator import KernelFaultError, UnsupportedError
-from cuda_kernels.simulator.machine import ORDERS
 from tests.kernels.helpers import assert_close, simulate
-from trio_llm.kernels.attention import Case, make
+from tools.kernel_lab.attention import Case, make
+from tools.kernel_lab.cases import all_checks, judge
+from tools.ptx_simulator import KernelFaultError, UnsupportedError
+from tools.ptx_simulator.machine import ORDERS
 
 DECODE = Case(head_dim=64, kv_heads=2, group=7, sequences=((1, 130), (1, 17)), splits=1)
 WINDOW = Case(head_dim=64, kv_heads=1, group=7, sequences=((1, 200), (2, 90)), window=40, splits=1)
@@ -70,6 +71,12 @@ def check_kv_write() -> None:
             assert (cache[slot, 0] * scale[slot, 0].double() - wanted).abs().max() <= scale[slot, 0] * 0.501
 
 
+def check_step() -> None:
+    """Prepare a step of three rows, two KV groups and one rope."""
+    (check,) = all_checks(torch.device("cpu"), small=True, sources={"step.cu"})
+    assert judge(check, simulate(check.run))["error"] < 2e-7
+
+
 def check_gemv() -> None:
     """Multiply three rows by seven int8 outputs of 272 inputs, gated."""
     x, weight = torch.randn(3, 272).bfloat16(), torch.randint(-127, 128, (14, 272), dtype=torch.int8)
@@ -77,6 +84,17 @@ def check_gemv() -> None:
     (out,) = simulate(lambda: (gemv.linear(x, weight, scale=scale, activation="silu"),))
     gate, up = (x.double() @ weight.double().T * scale.double()).chunk(2, dim=-1)
     assert_close(out, torch.nn.functional.silu(gate) * up, slack=2)
+
+
+def check_normed_gemv() -> None:
+    """Multiply two sums of 1,040 inputs, normalised, by nine outputs: two blocks, rows longer than a block's piece."""
+    x, residual, norm = torch.randn(2, 1040).bfloat16(), torch.randn(2, 1040).bfloat16(), torch.rand(1040).bfloat16()
+    weight = (torch.randn(9, 1040) / 8).bfloat16()
+    out, total = simulate(lambda: gemv.normed_linear(x, residual, norm, 1e-6, weight))
+    assert torch.equal(total, x + residual)
+    wide = total.double()
+    normed = wide * (wide.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * norm.double()
+    assert_close(out, normed @ weight.double().T, slack=2, of_largest=2**-8)
 
 
 def check_gemm() -> None:
@@ -167,6 +185,21 @@ BUGS = {
     "a scale of 128": Bug("kv_write.cu", "/ 127.f", "/ 128.f", check_kv_write),
     "keys where values belong": Bug("kv_write.cu", "write(v_cache + at, v_", "write(k_cache + at, k_", check_kv_write),
     "values are rotated": Bug("kv_write.cu", "if (!is_value) {", "if (true) {", check_kv_write),
+    "a slot is its block's first": Bug("step.cu", " + position % block_size;", ";", check_step),
+    "a context without its last token": Bug("step.cu", "(int)position + 1", "(int)position", check_step),
+    "no row pads": Bug("step.cu", "row == padding_row", "false", check_step),
+    "angles forget a quarter turn": Bug("step.cu", "if (quarters & 1)", "if (false)", check_step),
+    "an angle of few digits": Bug("step.cu", "x = __fmaf_rn(turns, 3.13916473e-7f, x);", "", check_step),
+    "a row is read before it is there": Bug(
+        "gemv.cu", "__syncthreads();  // the row is there for all, and the sums have been read", "", check_normed_gemv
+    ),
+    "the sum is written by a block that may not be": Bug(
+        "gemv.cu", "if (blockIdx.x == 0) *", "if (blockIdx.x == 2) *", check_normed_gemv
+    ),
+    "a norm of the input alone": Bug("gemv.cu", "m * k + at) = v;", "m * k + at) = load16(x + at);", check_normed_gemv),
+    "half of the squares": Bug(
+        "gemv.cu", "squares += io_low(v.x[i]) * io_low(v.x[i]) +", "squares +=", check_normed_gemv
+    ),
     "an output past the end": Bug("gemv.cu", "|| output >= n) return", ") return", check_gemv),
     "weights past the end": Bug("gemv.cu", "at < k; at +=", "at < k + 32 * STEP; at +=", check_gemv),
     "the gate's scale for both": Bug("gemv.cu", "scales[output + half * n])", "scales[output])", check_gemv),
@@ -230,8 +263,9 @@ BUGS = {
     "heads of the wrong group": paged("head + (first + r) % GQA", "head + (first + r) / GQA", PREFILL),
     "values of the first head": paged("v + (s64)kv_head * HEAD_DIM,", "v,", DECODE),
     "keys lost between splits": paged("BN - 1) / BN + splits - 1) / splits", "BN - 1) / BN) / splits", SPLIT),
-    "empty splits are read": paged("if (l == 0.f) continue;", "", SPLIT),
-    "splits joined unscaled": paged("* rest + x.x * mine", "* rest + x.x", SPLIT),
+    "empty splits are read": paged("if (mine == 0.f) continue;", "", SPLIT),
+    "splits joined unscaled": paged("+= x.x * mine", "+= x.x", SPLIT),
+    "tickets are not given back": paged("if (*last) *ticket = 0;", "", SPLIT),
     "int8: no scale of keys": paged("x *= reinterpret_cast<const float*>(keys", "x *= 1.f + 0.f * (keys", INT8),
     "int8: keys' scales for values": paged("[BN + warp_n * KEYS", "[warp_n * KEYS", INT8),
     "int8: queries in plain order": paged("pair % 2 * 4 + pair % 8 / 2;", "pair % 8;", INT8),
@@ -240,7 +274,7 @@ BUGS = {
 }  # fmt: skip
 DEFAULT = [name for name, bug in BUGS.items() if bug.source not in ("paged_attn.cu", "gemm.cu")] + [
     "no barrier before probabilities", "mma: halves of b swapped", "a token sees the next",
-    "no barrier before a stage", "x in another order", "pairs for tokens",
+    "tickets are not given back", "no barrier before a stage", "x in another order", "pairs for tokens",
     "int8: queries in plain order",
 ]  # fmt: skip
 
@@ -253,13 +287,20 @@ def assert_caught(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(1)
     bad = text.replace(bug.old, bug.new)
     monkeypatch.setattr(compiling, "expand", lambda name: bad if name == bug.source else expand(name))
-    with pytest.raises((AssertionError, KernelFaultError, UnsupportedError)):
+    with pytest.raises((AssertionError, ArithmeticError, KernelFaultError, UnsupportedError)):
         bug.check()
 
 
 def test_there_are_enough_bugs() -> None:
     """At least 25, and none does nothing."""
     assert len(BUGS) >= 25 and all(bug.old != bug.new for bug in BUGS.values())
+
+
+@pytest.fixture(autouse=True)
+def own_tickets() -> Iterator[None]:
+    """Leave no tickets to others that a bug did not give back."""
+    yield
+    paged_attn._make_tickets.cache_clear()
 
 
 @pytest.mark.parametrize("name", DEFAULT)

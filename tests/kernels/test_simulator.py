@@ -11,10 +11,10 @@ import torch
 from cuda_kernels import compile as compiling
 from cuda_kernels import norm, sample
 from cuda_kernels.launch import using
-from cuda_kernels.simulator import KernelFaultError, SimulatedLauncher, UnsupportedError
-from cuda_kernels.simulator.machine import ORDERS
-from trio_llm.kernels import primitives
-from trio_llm.kernels.device import Simulated
+from tools.kernel_lab import primitives
+from tools.kernel_lab.device import Simulated
+from tools.ptx_simulator import KernelFaultError, SimulatedLauncher, UnsupportedError
+from tools.ptx_simulator.machine import ORDERS
 
 HEADER = '#include "common.cuh"\n'
 

@@ -56,6 +56,11 @@ def _mixtral(**options: Any) -> Any:
     return transformers.MixtralForCausalLM(transformers.MixtralConfig(**{**SMALL, **experts, **options}))
 
 
+def _qwen3_moe(**options: Any) -> Any:
+    experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "norm_topk_prob": True}
+    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**{**SMALL, **experts, **options}))
+
+
 def _gemma4_config(**options: Any) -> Any:
     shape = {
         "num_hidden_layers": 6,
@@ -105,6 +110,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "qwen2-window": lambda: _qwen2(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
     "qwen3": _qwen3,
     "qwen3-window": lambda: _qwen3(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2),
+    "qwen3-moe": lambda: _qwen3_moe(mlp_only_layers=[1]),
     "mistral": lambda: _mistral(sliding_window=None),
     "mistral-window": lambda: _mistral(sliding_window=WINDOW),
     "mixtral": _mixtral,
@@ -112,6 +118,17 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "gemma4-26b": lambda: _gemma4(**A4B, **K_EQ_V),
     "gemma4-31b": lambda: _gemma4(**K_EQ_V),
     "gemma4-wrapper": _gemma4_wrapper,
+}
+
+
+# Families whose sizes can be chosen.
+SHAPED: dict[str, Callable[..., Any]] = {
+    "llama": _llama,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "qwen3-moe": _qwen3_moe,
+    "mistral": lambda **options: _mistral(sliding_window=None, **options),
+    "mixtral": _mixtral,
 }
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.model.families import VOCAB, make_oracle, save
 from tests.model.paged import Paged
-from trio_llm.model.loader import LoadedModel
+from trio_llm.model.loading.loader import LoadedModel
 
 PROMPT_LENGTHS = (45, 13, 1, 30)
 NUM_GENERATED = 12

@@ -22,10 +22,14 @@ from torch import Tensor
 from tests.model.golden import FP32_TOLERANCE, Golden, make_golden, max_difference
 from tests.model.paged import load
 from trio_llm.errors import CheckpointError
-from trio_llm.model import gemma4, mistral, ops, ops_torch, rope
+from trio_llm.model.checkpoint.weights import Weights
 from trio_llm.model.config import ModelConfig
-from trio_llm.model.llama import Llama
-from trio_llm.model.weights import Weights
+from trio_llm.model.families import gemma4, mistral
+from trio_llm.model.families.llama import Llama
+from trio_llm.model.ops import seam as ops
+from trio_llm.model.ops import torch_reference as ops_torch
+from trio_llm.model.paged import rope
+from trio_llm.model.parallel.span import Span
 
 CHUNK = 7
 Wrap = Callable[[Any], Any]
@@ -69,8 +73,8 @@ def weight(family: str, part: str, change: Callable[[Tensor], Tensor]) -> Mutant
     """Change the weights whose name contains `part`."""
 
     def wrap(original: Callable[..., None]) -> Callable[..., None]:
-        def fill(self: Weights, out: Tensor, name: str) -> None:
-            original(self, out, name)
+        def fill(self: Weights, out: Tensor, name: str, *spans: Span) -> None:
+            original(self, out, name, *spans)
             if part in self.prefix + name:
                 out.copy_(change(out.clone()))
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from trio_llm.config import EngineConfig
-from trio_llm.model.attention import AttentionBatch, lay_out
-from trio_llm.model.kv_cache import KVCache, KVLayout, LayerKV
-from trio_llm.model.loader import LoadedModel, load_model
+from trio_llm.model.loading.loader import LoadedModel, inspect_model, load_model
+from trio_llm.model.paged.attention_batch import AttentionBatch, lay_out
+from trio_llm.model.paged.kv_cache import KVCache, KVLayout, LayerKV
 
 CPU = torch.device("cpu")
 NUM_BLOCKS = 512
@@ -26,7 +26,7 @@ NUM_BLOCKS = 512
 
 def load(directory: Path, *, block_size: int = 4, **settings: Any) -> LoadedModel:
     """Load a checkpoint on the CPU, in its own dtype unless `settings` (of EngineConfig) say otherwise."""
-    return load_model(EngineConfig(model=str(directory), block_size=block_size, **settings), None, CPU)
+    return load_model(inspect_model(EngineConfig(model=str(directory), block_size=block_size, **settings)), CPU)
 
 
 def make_batch(

@@ -1,4 +1,4 @@
-"""Measure every family against transformers and write the table of the README: `python -m tests.model.report`.
+"""Measure every family against transformers and write the table of docs/exactness.md: `python -m tests.model.report`.
 
 `--check` prints the table without writing it. Takes a few minutes on two cores; figures are those of the machine
 that it runs on, to two digits.
@@ -24,12 +24,12 @@ from tests.model_runner.conftest import Golden as EngineGolden
 from tests.model_runner.conftest import make_prompts
 from tests.model_runner.drive import least_blocks, run
 from trio_llm.config import EngineConfig
-from trio_llm.messages import SamplingParams
-from trio_llm.model.kv_cache import KVCache, KVLayout
 from trio_llm.model.load import load_runner
+from trio_llm.model.paged.kv_cache import KVCache, KVLayout
 from trio_llm.model.runner import Runner
+from trio_llm.params import SamplingParams
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "exactness.md"
 BEGIN, END = "<!-- exactness: written by python -m tests.model.report -->", "<!-- end of exactness -->"
 HEAD = (
     "family",
@@ -164,7 +164,7 @@ def render(rows: list[Row]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Measure all families; write the README unless `--check` is given. Returns how many had no preemption."""
+    """Measure all families; write the page unless `--check` is given. Returns how many had no preemption."""
     torch.set_num_threads(1)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as directory:
@@ -172,10 +172,10 @@ def main(arguments: list[str]) -> int:
             rows.append(measure(name, Path(directory) / name))
             print("|", " | ".join(rows[-1].cells()), "|", f"preempted {rows[-1].preempted}", flush=True)  # noqa: T201
     if "--check" not in arguments:
-        text = README.read_text(encoding="utf-8")
+        text = PAGE.read_text(encoding="utf-8")
         table = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
-        assert table.search(text), f"{README} has lost the markers"
-        README.write_text(table.sub(lambda _: render(rows), text), encoding="utf-8")
+        assert table.search(text), f"{PAGE} has lost the markers"
+        PAGE.write_text(table.sub(lambda _: render(rows), text), encoding="utf-8")
     return sum(row.preempted == 0 for row in rows)
 
 

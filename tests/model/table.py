@@ -1,4 +1,4 @@
-"""Print the README's table of model families: `python -m tests.model.table`.
+"""Print a table of the model families: `python -m tests.model.table`.
 
 Errors are against transformers in float32 on the checkpoints of families.py; "error" is the RMS of the logits'
 difference over the RMS of the logits, KL in nats. Every number here is held to a bound by a test.
@@ -15,7 +15,7 @@ from tests.model.families import FAMILIES
 from tests.model.golden import CHUNKS, NUM_GENERATED, Golden, make_golden, max_difference, paged_logits
 from tests.model.paged import Paged, load
 from tests.model.test_reduced_precision import errors
-from trio_llm.model.loader import LoadedModel
+from trio_llm.model.loading.loader import LoadedModel
 
 COLUMNS = (
     "checkpoint",

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tests.model.paged import CPU, make_batch, poison
-from trio_llm.model import ops
-from trio_llm.model.kv_cache import AttentionSpec, KVCache, plan_kv
-from trio_llm.model.rope import Rope
+from trio_llm.model.ops import seam as ops
+from trio_llm.model.paged.kv_cache import AttentionSpec, KVCache, plan_kv
+from trio_llm.model.paged.rope import Rope
 
 SPEC = AttentionSpec(num_heads=6, num_kv_heads=2, head_dim=8, scale=0.3, kv_layer=0)
 NO_ROPE = Rope(torch.zeros(4))

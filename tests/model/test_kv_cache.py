@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.model.paged import CPU
-from trio_llm.model.kv_cache import AttentionSpec, KVCache, KVLayout, plan_kv
+from trio_llm.model.paged.kv_cache import AttentionSpec, KVCache, KVLayout, plan_kv
 
 
 def spec(

@@ -15,8 +15,8 @@ from tests.model.golden import FP32_TOLERANCE, Golden, max_difference
 from tests.model.paged import CPU, Paged, load
 from trio_llm.config import EngineConfig
 from trio_llm.errors import CheckpointError
-from trio_llm.messages import Progress
-from trio_llm.model.loader import inspect_model, load_model
+from trio_llm.model.loading.loader import inspect_model, load_model
+from trio_llm.model_info import Progress
 
 
 def copy_config(source: Path, target: Path, **changes: Any) -> Path:
@@ -42,7 +42,7 @@ def test_dummy_weights_need_a_config_alone(name: str, golden: Callable[[str], Go
 def test_progress_reaches_the_end(golden: Callable[[str], Golden]) -> None:
     """Loading reports growing bytes of a known total, and ends at it."""
     reports: list[Progress] = []
-    loaded = load_model(EngineConfig(model=str(golden("qwen3").directory)), None, CPU, reports.append)
+    loaded = load_model(inspect_model(EngineConfig(model=str(golden("qwen3").directory))), CPU, reports.append)
     assert [report.done for report in reports] == sorted(report.done for report in reports)
     assert {(report.total, report.unit) for report in reports} == {(loaded.plan.stored_bytes, "bytes")}
     assert reports[-1].done == reports[-1].total > 0
@@ -93,13 +93,13 @@ def test_leftovers_of_layers_that_do_not_share_are_unexpected(golden: Callable[[
 
 
 def test_generation_config_names_ends_and_sampling(golden: Callable[[str], Golden], tmp_path: Path) -> None:
-    """End-of-sequence ids and default sampling come from generation_config.json; else ids come from config.json."""
+    """End tokens are those of generation_config.json and config.json; default sampling is the former's."""
     shutil.copytree(golden("qwen2").directory, tmp_path, dirs_exist_ok=True)
     (tmp_path / "generation_config.json").write_text(
-        json.dumps({"eos_token_id": [9, 2], "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05})
+        json.dumps({"eos_token_id": [9, 7], "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05})
     )
     plan = inspect_model(EngineConfig(model=str(tmp_path)))
-    assert plan.eos_token_ids == (9, 2)
+    assert plan.eos_token_ids == (9, 7, 2)
     assert plan.default_sampling == {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
     (tmp_path / "generation_config.json").unlink()
     plan = inspect_model(EngineConfig(model=str(tmp_path)))
@@ -113,7 +113,7 @@ def test_yarn_stretches_the_context(golden: Callable[[str], Golden]) -> None:
     assert [plan.max_model_len for plan in plans] == [256, 256]
     values = {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}}
     from trio_llm.model.config import ModelConfig
-    from trio_llm.model.loader import max_model_len
+    from trio_llm.model.loading.loader import max_model_len
 
     assert max_model_len(ModelConfig({"max_position_embeddings": 256, **values}, "config.json")) == 1024
 

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
-from trio_llm.model import ops, ops_cuda, ops_torch
-from trio_llm.model.ops_torch import quantize_rows
+from cuda_kernels.tuning import tuning
+from trio_llm.model.ops import cuda as ops_cuda
+from trio_llm.model.ops import seam as ops
+from trio_llm.model.ops import torch_reference as ops_torch
+from trio_llm.model.ops.torch_reference import quantize_rows
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +65,8 @@ def test_sums_of_whole_numbers_stay_in_range(
 ) -> None:
     """A product of a few thousand is right in float16 too, where its sum before the scale is beyond all numbers."""
     monkeypatch.setattr(ops_torch, "_gemm_dtype", lambda own: own)  # a processor with arithmetic in every dtype
-    monkeypatch.setattr(ops_cuda, "_WIDENED_ELEMENTS", 100)  # several parts
+    own = replace(tuning(torch.device("cpu")), widened_elements=100)  # several parts
+    monkeypatch.setattr(ops_cuda, "tuning", lambda device: own)
     x = torch.full((70, 40), 32.0, dtype=dtype)
     matrix = quantized(torch.rand(6, 40).add(1).to(dtype))
     expected = x.double() @ (matrix.weight.double() * matrix.scale.double()[:, None]).T
@@ -102,8 +107,8 @@ def test_embedding_rows_are_scaled() -> None:
     """A quantised table gives back its rows, for ids of any shape."""
     dense = torch.randn(10, 16)
     ids = torch.tensor([[3, 9], [0, 3]])
-    assert torch.equal(ops.embedding(ids, ops.Dense(dense)), dense[ids])
-    assert (ops.embedding(ids, quantized(dense)) - dense[ids]).abs().max() < 0.02
+    assert torch.equal(ops.embedding(ids, ops.Dense(dense), torch.float32), dense[ids])
+    assert (ops.embedding(ids, quantized(dense), torch.float32) - dense[ids]).abs().max() < 0.02
 
 
 def test_routing_renormalises_the_best() -> None:
@@ -123,7 +128,7 @@ def test_experts_equal_a_loop_over_tokens(int8: bool) -> None:
     x = torch.randn(9, 8)
     weights, ids = ops.route(torch.randn(9, 5), 2)
     gate_up, down = torch.randn(5, 12, 8), torch.randn(5, 8, 6)
-    matrices: list[ops.Matrix] = [ops.Dense(gate_up), ops.Dense(down)]
+    matrices: list[ops.SingleMatrix] = [ops.Dense(gate_up), ops.Dense(down)]
     if int8:
         parts = [[quantized(part) for part in stacked] for stacked in (gate_up, down)]
         matrices = [ops.Int8(torch.stack([p.weight for p in s]), torch.stack([p.scale for p in s])) for s in parts]

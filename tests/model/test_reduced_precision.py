@@ -16,9 +16,9 @@ from torch import Tensor
 from tests.model.families import FAMILIES
 from tests.model.golden import CHUNKS, Golden, paged_logits
 from tests.model.paged import CPU, Paged, load
-from trio_llm.model.kv_cache import KVCache
+from trio_llm.model.paged.kv_cache import KVCache
 
-SPARSE = ("mixtral", "gemma4-26b")
+SPARSE = ("qwen3-moe", "mixtral", "gemma4-26b")
 MODES: dict[str, tuple[dict[str, Any], float, float, float]] = {
     # settings; dense: RMS of the error / RMS of the logits, mean KL; sparse: mean KL
     "bfloat16": ({"dtype": "bfloat16"}, 0.06, 0.002, 0.03),

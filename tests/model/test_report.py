@@ -1,4 +1,4 @@
-"""The README's table of exactness is held to the families, to the bounds, and to a measurement made again."""
+"""The table in docs/exactness.md is held to the families, to the bounds, and to a measurement made again."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from tests.model import report
 from tests.model.families import FAMILIES
 from tests.model.golden import FP32_TOLERANCE
-from tests.model.report import BEGIN, END, HEAD, README, Row, measure
+from tests.model.report import BEGIN, END, HEAD, PAGE, Row, measure
 from tests.model.test_reduced_precision import MODES, SPARSE
-from trio_llm.model.registry import FAMILIES as ARCHITECTURES
+from trio_llm.model.families.registry import FAMILIES as ARCHITECTURES
 
 
 def table() -> list[dict[str, str]]:
     """Return the rows that stand between the markers, by column."""
-    text = README.read_text(encoding="utf-8").split(BEGIN, 1)[1].split(END, 1)[0]
+    text = PAGE.read_text(encoding="utf-8").split(BEGIN, 1)[1].split(END, 1)[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.strip().splitlines()]
     assert rows[0] == list(HEAD)
     return [dict(zip(HEAD, row, strict=True)) for row in rows[2:]]
@@ -52,10 +52,10 @@ def test_every_row_keeps_its_bounds(row: dict[str, str]) -> None:
 
 def test_the_script_writes_between_its_markers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Running it replaces the table and nothing else; --check leaves the file as it is."""
-    path = tmp_path / "README.md"
+    path = tmp_path / "exactness.md"
     path.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     row = Row("x", "XForCausalLM", "1 layer", 1e-6, 1120, 1120, 3, (0.01, 1e-4), (0.02, 2e-4), 0.6, (0.03, 3e-4), 0.5)
-    monkeypatch.setattr(report, "README", path)
+    monkeypatch.setattr(report, "PAGE", path)
     monkeypatch.setattr(report, "FAMILIES", {"x": None})
     monkeypatch.setattr(report, "measure", lambda name, directory: row)
     threads = torch.get_num_threads()

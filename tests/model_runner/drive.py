@@ -1,151 +1,39 @@
-"""The real scheduler, block manager and runner, stepped by hand: what the engine does, without the engine."""
+"""Runs of the real scheduler, block manager and runner on memory that shows what is read before it is written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import attrs
 import torch
 
-from trio_llm.core.block_manager import BlockManager
-from trio_llm.core.scheduler import Scheduler
-from trio_llm.core.speculator import Speculation
-from trio_llm.errors import RequestFailedError
-from trio_llm.messages import (
-    Embedding,
-    Event,
-    Failed,
-    PoolingParams,
-    PromptLogprobs,
-    SamplingParams,
-    StepPlan,
-    StepResult,
-    TokenLogprobs,
-    Tokens,
-)
-from trio_llm.model.kv_cache import LayerKV
+from trio_llm.messages import StepPlan, StepResult
+from trio_llm.model.paged.kv_cache import LayerKV
 from trio_llm.model.runner import Runner
+from trio_llm.verify import drive
+from trio_llm.verify.drive import Answer, Outcome, Params, least_blocks
 
-Params = SamplingParams | PoolingParams
-
-
-@attrs.define
-class Answer:
-    """All that one request was sent."""
-
-    token_ids: list[int] = attrs.field(factory=list)
-    logprobs: list[TokenLogprobs] = attrs.field(factory=list)
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
-    vector: tuple[float, ...] | None = None
-    error: Exception | None = None
-
-    def take(self, event: Event) -> None:
-        """Take in one event."""
-        match event:
-            case Tokens(token_ids, logprobs):
-                self.token_ids += token_ids
-                self.logprobs += logprobs or ()
-            case PromptLogprobs(entries):
-                self.prompt_logprobs = entries
-            case Embedding(vector):
-                self.vector = vector
-            case Failed(error):
-                assert isinstance(error, RequestFailedError)
-                self.error = error
-            case _:
-                pass
-
-
-@attrs.define
-class Outcome:
-    """Answers in the order of the requests, and what the run went through."""
-
-    answers: list[Answer]
-    hit_tokens: int = 0
-    num_preempted: int = 0
-    num_steps: int = 0
-    num_drafted: int = 0
-    num_accepted: int = 0
-
-    @property
-    def token_ids(self) -> list[list[int]]:
-        return [answer.token_ids for answer in self.answers]
+__all__ = ["Answer", "Outcome", "Params", "in_halves", "least_blocks", "poison", "run"]
 
 
 def run(
-    runner: Runner,
-    requests: Sequence[tuple[Sequence[int], Params]],
-    *,
-    caching: bool = True,
-    chunk: int = 0,
-    batch_size: int = 16,
-    num_blocks: int | None = None,
-    repeat_steps: bool = False,
-    watch: Callable[[BlockManager, StepPlan], None] | None = None,
-    speculation: Speculation | None = None,
+    runner: Runner, requests: Sequence[tuple[Sequence[int], Params]], *, repeat_steps: bool = False, **settings: Any
 ) -> Outcome:
-    """Serve requests to their ends.
+    """Serve requests to their ends, see `trio_llm.verify.drive.run`; blocks are poisoned before a step first uses them.
 
     Args:
-        chunk: Most tokens of one row in a step, 0 for whole prompts.
-        num_blocks: Fewer than the runner's pool forces preemption.
         repeat_steps: Run every step three times: as it is, then its rows in two halves, as recovery would; the
             halves' result counts.
-        watch: Called after every step, before its result is committed.
     """
-    blocks = BlockManager(
-        num_blocks=num_blocks or runner.info.num_kv_blocks,
-        groups=runner.info.kv_groups,
-        enable_prefix_caching=caching,
-        secret=b"secret",
-        max_step_tokens=chunk or 2048,
-    )
-    scheduler = Scheduler(
-        max_num_batched_tokens=2048,
-        max_batch_size=batch_size,
-        max_model_len=min(runner.info.max_model_len, blocks.max_tokens()),
-        eos_token_ids=runner.info.eos_token_ids,
-        long_prefill_token_threshold=chunk,
-        speculation=speculation,
-    )
-    for request_id in list(runner._rows._row_of):  # of a run before: its last sequences were never dropped
-        runner._drop(request_id)
-    poison(runner)
-    outcome = Outcome([Answer() for _ in requests])
-    for request_id, (prompt, params) in enumerate(requests):
-        scheduler.submit(request_id, prompt, params)
-    while (ask := scheduler.ask()) is not None:
-        grant = blocks.reserve(ask)
-        outcome.hit_tokens += grant.stats.hit_tokens
-        outcome.num_preempted += len(grant.preempted)
-        plan = scheduler.plan(grant)
-        if plan is None:
-            continue
-        outcome.num_steps += 1
+
+    def step(plan: StepPlan) -> StepResult:
         poison_new(runner, plan)
         result = runner.step(plan)
-        if repeat_steps:
-            result = in_halves(runner, plan)
-        if watch is not None:
-            watch(blocks, plan)
-        commit = scheduler.commit(result)
-        outcome.num_drafted += sum(commit.stats.drafted)
-        outcome.num_accepted += sum(commit.stats.accepted)
-        for request_id, event in commit.events:
-            outcome.answers[request_id].take(event)
-    return outcome
+        return in_halves(runner, plan) if repeat_steps else result
 
-
-def least_blocks(runner: Runner, num_tokens: int, chunk: int) -> int:
-    """Return the smallest pool in which one sequence of `num_tokens` fits."""
-    num_blocks = 2
-    while True:
-        blocks = BlockManager(
-            num_blocks=num_blocks, groups=runner.info.kv_groups, secret=b"secret", max_step_tokens=chunk
-        )
-        if blocks.max_tokens() >= num_tokens:
-            return num_blocks
-        num_blocks += 1
+    poison(runner)
+    return drive.run(runner, requests, step=step, **settings)
 
 
 def in_halves(runner: Runner, plan: StepPlan) -> StepResult:
@@ -180,7 +68,7 @@ def rows_of(plan: StepPlan, part: slice) -> StepPlan:
         counts=plan.counts[part],
         samples=plan.samples[part],
         drafts=plan.drafts[part],
-        reaches=plan.reaches[part],
+        draft_limits=plan.draft_limits[part],
         token_ids=plan.token_ids[ends[first] : ends[last]],
     )
 

@@ -9,8 +9,8 @@ import torch
 
 from tests.model_runner.conftest import Golden, make_prompts
 from tests.model_runner.drive import least_blocks, run
-from trio_llm.messages import SamplingParams
 from trio_llm.model.runner import Runner
+from trio_llm.params import SamplingParams
 
 # What bfloat16 may move a token's log-probability by, in nats, on the mean over all tokens of prompts and outputs. The
 # torch reference on a CPU measured 0.01 to 0.025, with int8 keys and values 0.014 to 0.035; about twice that.

@@ -1,4 +1,4 @@
-"""The sampler, one row at a time, in float64 and as naively as it can be written: the judge of the fast one."""
+"""The sampler, one row at a time, in float64 and as plainly as numpy allows: the judge of the fast one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trio_llm.messages import SamplingParams
+from trio_llm.params import SamplingParams
 
 MASK64 = 2**64 - 1
 
@@ -33,14 +33,29 @@ def exponential(seed: int, position: int, token_id: int) -> float:
     return -math.log1p(-min((h + 0.5) * 2.0**-31, 1 - 2.0**-24))
 
 
+def exponentials(seed: int, position: int, vocab_size: int) -> np.ndarray:
+    """The noise of every token, in numpy's integers; a test holds it to `exponential`."""
+    golden = 0x9E3779B97F4A7C15
+    key = mix64((mix64(((seed % 2**64) + golden) & MASK64) + position * golden) & MASK64)
+    offset, factor = np.uint64(key & 0xFFFFFFFF), np.uint64((key >> 32) | 1)
+    low, z = np.uint64(0xFFFFFFFF), np.arange(1, vocab_size + 1, dtype=np.uint64) * np.uint64(golden)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    h = (z ^ (z >> np.uint64(31))) >> np.uint64(32)
+    h = ((h ^ offset) * factor) & low
+    h = ((h ^ (h >> np.uint64(15))) * np.uint64(0x2C1B3C6D)) & low
+    h = ((h ^ (h >> np.uint64(12))) * np.uint64(0x297A2D39)) & low
+    h = (h ^ (h >> np.uint64(15))) & np.uint64(0x7FFFFFFF)
+    return -np.log1p(-np.minimum((h + 0.5) * 2.0**-31, 1 - 2.0**-24))
+
+
 def edited(
     logits: np.ndarray, params: SamplingParams, prompt: Sequence[int], output: Sequence[int], eos: Sequence[int]
 ) -> np.ndarray:
     """Apply masks, bias and penalties to one row."""
     x = logits.astype(np.float64).copy()
-    for token in range(len(x)):
-        if params.allowed_token_ids is not None and token not in params.allowed_token_ids:
-            x[token] = -math.inf
+    if params.allowed_token_ids is not None:
+        x[np.setdiff1d(np.arange(len(x)), params.allowed_token_ids)] = -math.inf
     for word in params.bad_words_token_ids:
         head = word[:-1]
         if not head or tuple(output[-len(head) :]) == head:
@@ -68,11 +83,10 @@ def kept(x: np.ndarray, params: SamplingParams, slack: float = 0.0) -> np.ndarra
         keep &= scores >= np.sort(scores)[::-1][params.top_k - 1] - slack
     if params.top_p < 1:
         mass = np.where(keep, np.exp(scores), 0)
-        goal, reached, last = (params.top_p + slack) * mass.sum(), 0.0, math.inf
-        for token in np.argsort(-scores, kind="stable"):
-            if reached >= goal or not keep[token]:
-                break
-            last, reached = scores[token], reached + mass[token]
+        order = np.argsort(-scores, kind="stable")
+        ahead = np.concatenate([[0.0], mass[order].cumsum()[:-1]])  # of each token, the mass of those before it
+        inside = order[(ahead < (params.top_p + slack) * mass.sum()) & keep[order]]
+        last = scores[inside].min(initial=math.inf)
         keep &= scores >= last - slack
     return keep
 
@@ -85,5 +99,4 @@ def probabilities(x: np.ndarray, params: SamplingParams) -> np.ndarray:
 
 def lots(x: np.ndarray, params: SamplingParams, seed: int, position: int) -> np.ndarray:
     """Each token's lot before filtering; the largest among those kept wins."""
-    noise = np.array([exponential(seed, position, token) for token in range(len(x))])
-    return (x - x.max()) / params.temperature - np.log(noise)
+    return (x - x.max()) / params.temperature - np.log(exponentials(seed, position, len(x)))

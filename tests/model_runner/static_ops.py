@@ -11,10 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trio_llm.model import ops_torch
-from trio_llm.model.attention import AttentionBatch
-from trio_llm.model.kv_cache import AttentionSpec, LayerKV
-from trio_llm.model.ops_torch import Activation, Dense, Experts, Matrix, linear
+from trio_llm.model.ops import torch_reference as ops_torch
+from trio_llm.model.ops.matrices import Activation, Dense, Experts, Matrix
+from trio_llm.model.ops.torch_reference import linear
+from trio_llm.model.paged.attention_batch import AttentionBatch
+from trio_llm.model.paged.kv_cache import AttentionSpec, LayerKV
 
 
 def paged_attention(q: Tensor, batch: AttentionBatch, kv: LayerKV, spec: AttentionSpec) -> Tensor:

@@ -120,7 +120,7 @@ class Tapes:
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Do what `Cuda.capture` does."""
         graph = Graph()
-        with launch.using(_RecordedLauncher(graph, launch._launcher)), _Recorder(graph), _HostForbidden():
+        with launch.using(_RecordedLauncher(graph, launch.launcher())), _Recorder(graph), _HostForbidden():
             work()
         self.graphs.append(graph)
         number = len(self.num_replays)

@@ -16,13 +16,21 @@ from tests.model_runner.tape import CaptureError, Tapes
 from tests.model_runner.test_launch import forgetful, run_ahead
 from tests.model_runner.test_runner import GREEDY, VARIED
 from trio_llm.config import EngineConfig
-from trio_llm.messages import Admission, SamplingParams, StepPlan
-from trio_llm.model import attention_torch, ops_torch
-from trio_llm.model.decode_graphs import graph_sizes
+from trio_llm.messages import Admission, StepPlan
 from trio_llm.model.load import load_runner
+from trio_llm.model.ops import torch_attention as attention_torch
+from trio_llm.model.ops import torch_reference as ops_torch
 from trio_llm.model.runner import Runner
+from trio_llm.model.step.decode_graphs import graph_sizes
+from trio_llm.params import SamplingParams
 
 Requests = list[tuple[list[int], Params]]
+
+
+@pytest.fixture(autouse=True)
+def _on_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run operations of torch, which these tapes record; native kernels have tapes of their own."""
+    monkeypatch.setenv("TRIO_LLM_KERNELS", "reference")
 
 
 def capture(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> Tapes:
@@ -136,6 +144,19 @@ def test_preempted_sequences_come_back_to_their_graphs(
     assert outcome.token_ids == run(runner_of("qwen3-window"), requests).token_ids
 
 
+@pytest.mark.parametrize("name", ["qwen3", "gemma4-e2b"])
+def test_logits_are_converted_where_they_stay(captured_of: Callable[..., tuple[Runner, Tapes]], name: str) -> None:
+    """The head's bfloat16 rows become float32 in the buffer that all graphs share, without a copy of their own.
+
+    One row: for more, the reference computes in the dtype that the processor is fastest in.
+    """
+    runner, tapes = captured_of(name, dtype="bfloat16", max_batch_size=1)
+    vocab = runner.info.vocab_size
+    shapes = [(tuple(made.shape), made.dtype) for graph in tapes.graphs for made in graph.owned]
+    assert ((1, vocab), torch.bfloat16) in shapes
+    assert not [shape for shape, dtype in shapes if shape[-1:] == (vocab,) and dtype == torch.float32]
+
+
 def start(runner: Runner, num_rows: int) -> StepPlan:
     """Return the first step of so many sequences of one token, which is a decode like any other."""
     groups = range(len(runner.info.kv_groups))
@@ -198,7 +219,7 @@ def test_what_needs_the_host_is_not_captured(golden: Callable[[str], Golden], ca
     tapes = Tapes()
     runner.capture_decodes(tapes.capture)
     assert tapes.graphs == []
-    assert "decodes run without graphs: the torch reference of paged_attention asks the host" in caplog.text
+    assert "decodes run without graphs: the torch reference of paged_attention requires a host sync" in caplog.text
     prompts = golden("qwen3").prompts[:2]
     outputs = run(runner, [(prompt, GREEDY) for prompt in prompts]).token_ids
     assert outputs == [golden("qwen3").follow(p, o) for p, o in zip(prompts, outputs, strict=True)]

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from tests.model_runner.test_sampler import CPU, EOS, Row, batches, make_logits, send
 from trio_llm import grammar
-from trio_llm.messages import Admission, SamplingParams
-from trio_llm.model.sampler import NOTHING_LEFT, Sampler
-from trio_llm.model.sampling_rows import SamplingRows
+from trio_llm.messages import Admission
+from trio_llm.model.sampling.row_params import SamplingRows
+from trio_llm.model.sampling.sampler import NOTHING_LEFT, Sampler
+from trio_llm.params import SamplingParams
 
 VOCAB = 300
 
@@ -86,5 +87,5 @@ def test_a_grammar_goes_along_with_drafts_and_comes_back(digits: grammar.Grammar
         ((two, three, four, three), [two, three, four, three, four]),
     ]:
         assert sample(state, logits.copy(), [2], [draft])[0] == choices
-    state.learn(0, 2, (two,))
+    state.set_tokens(0, 2, (two,))
     assert sample(state, logits[:1].copy(), [3], None)[0] == [three]

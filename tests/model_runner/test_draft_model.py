@@ -12,14 +12,15 @@ import torch
 from tests.model_runner.drive import run
 from tests.model_runner.test_load import CONFIG
 from trio_llm.config import EngineConfig
-from trio_llm.core.speculator import Speculation
+from trio_llm.core.speculation import Speculation
 from trio_llm.demo import draft_model_path
 from trio_llm.errors import ConfigError
-from trio_llm.messages import KVGroup, SamplingParams
 from trio_llm.model import load
-from trio_llm.model.draft_model import borrow_groups, inspect_draft
 from trio_llm.model.load import load_runner
-from trio_llm.model.loader import inspect_model
+from trio_llm.model.loading.draft_model import borrow_groups, inspect_draft
+from trio_llm.model.loading.loader import inspect_model
+from trio_llm.model_info import KVGroup
+from trio_llm.params import SamplingParams
 
 FULL, WIDE = KVGroup((0,), 16), KVGroup((1,), 32)
 SEES_8, SEES_20 = KVGroup((2,), 16, 8), KVGroup((3,), 16, 20)
@@ -64,7 +65,7 @@ def test_a_draft_model_borrows_tables_that_see_enough(
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"vocab_size": 130}, "a vocabulary of 130 tokens; it must be the model's, of 128"),
+        ({"vocab_size": 130}, "a vocabulary of 130 tokens; it must be the model's vocabulary of 128"),
         ({"max_position_embeddings": 100}, "made for 100 tokens of context; lower --max-model-len from 256"),
         ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "all tokens .* and a window of 8"),
     ],
@@ -81,7 +82,7 @@ def test_only_the_demo_model_has_a_draft_model_of_its_own(tmp_path: Path) -> Non
     demo = EngineConfig(spec_method="draft_model", max_draft_tokens=2)
     found = inspect_draft(demo, inspect_model(demo))
     assert found is not None
-    assert found.plan.directory == draft_model_path()
+    assert found.plan.path == draft_model_path()
     other = EngineConfig(model=str(model(tmp_path, "other")), load_format="dummy", spec_method="draft_model")
     with pytest.raises(ConfigError, match=r"must name a smaller model with the tokenizer of other \(--spec-model\)"):
         load_runner(other)
@@ -104,7 +105,7 @@ def test_its_memory_is_in_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert kv == 50 * runner.budget.draft_block_bytes == runner._kv.nbytes // 3
     assert runner.budget.draft_bytes == kv + runner.budget.draft_weight_bytes
     plain = load_runner(settings(tmp_path / "model", tmp_path, spec_method="none", num_kv_blocks=50))
-    logits = 3 * 4 * CONFIG["vocab_size"] * (2048 - 256)  # a row of them for each draft that a step has room for
+    logits = 2 * 6 * 4 * CONFIG["vocab_size"] * (2048 - 256)  # a row of them for each draft that a step has room for
     assert runner.budget.workspace_bytes == plain.budget.workspace_bytes + logits
     assert (
         f"{runner.budget.draft_bytes:,} bytes  weights, and {kv // 50:,} bytes in each block" in runner.budget.render()

@@ -15,9 +15,9 @@ from tests.model_runner.conftest import NUM_GENERATED, Golden
 from tests.model_runner.drive import Params, least_blocks, run
 from trio_llm.config import EngineConfig
 from trio_llm.engine.supervisor import run_engine
-from trio_llm.messages import PoolingParams, SamplingParams
 from trio_llm.model.load import load_runner
 from trio_llm.model.runner import Runner
+from trio_llm.params import PoolingParams, SamplingParams, Submission
 
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_GENERATED, ignore_eos=True)
 KINDS = [
@@ -96,11 +96,11 @@ async def test_one_engine_embeds_and_generates(golden: Callable[[str], Golden], 
     async with run_engine(config, lambda: load_runner(config), tokenizer) as engine, trio.open_nursery() as nursery:
 
         async def generate(at: int) -> None:
-            async with engine.open_stream(prompts[at], GREEDY) as stream:
+            async with engine.open_stream(Submission(prompts[at], GREEDY)) as stream:
                 tokens[at] = [token async for delta in stream for token in delta.token_ids]
 
         async def embed(at: int) -> None:
-            vectors[at] = await engine.embed(prompts[at], KINDS[at])
+            vectors[at] = await engine.embed(Submission(prompts[at], KINDS[at]))
 
         for at in range(4):
             nursery.start_soon(generate, at)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from trio_llm.model.extremes import argmax, argmax_of_blocks, largest
+from trio_llm.model.sampling.top_k import argmax, argmax_of_blocks, largest
 
 
 @pytest.mark.parametrize("vocab_size", [1, 63, 64, 65, 1000, 9000])

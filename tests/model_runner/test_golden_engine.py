@@ -8,8 +8,8 @@ import pytest
 
 from tests.model_runner.conftest import NUM_GENERATED, Golden
 from tests.model_runner.drive import least_blocks, run
-from trio_llm.messages import SamplingParams
 from trio_llm.model.runner import Runner
+from trio_llm.params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_GENERATED, ignore_eos=True)
 WHOLE = 0

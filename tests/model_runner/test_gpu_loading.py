@@ -22,10 +22,13 @@ from tests.model_runner.test_load import CONFIG
 from tests.model_runner.test_runner import GREEDY
 from trio_llm.config import EngineConfig
 from trio_llm.errors import ConfigError, EngineDeadError
-from trio_llm.messages import Progress, StepPlan
-from trio_llm.model import attention_torch, decode_graphs, load
-from trio_llm.model.device import Cpu, Gpu
+from trio_llm.messages import StepPlan
+from trio_llm.model import load
+from trio_llm.model.device.device import Cpu, Gpu
 from trio_llm.model.load import load_runner
+from trio_llm.model.ops import torch_attention as attention_torch
+from trio_llm.model.step import decode_graphs
+from trio_llm.model_info import Progress
 
 GIB = 2**30
 PEAK = 3 * 2**20
@@ -56,6 +59,12 @@ class PretendedGpu(Cpu):
 
     def release(self) -> None:
         self.released += 1
+
+
+@pytest.fixture(autouse=True)
+def _on_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run operations of torch, which these tapes record; native kernels have tapes of their own."""
+    monkeypatch.setenv("TRIO_LLM_KERNELS", "reference")
 
 
 @pytest.fixture
@@ -161,8 +170,8 @@ def test_closing_frees_everything(directory: Path, gpu: PretendedGpu) -> None:
     runner = load_runner(settings(directory))
     collect = runner.launch(first_step())
     tensors = [
-        runner._kv.layers[0].k, runner._model.layers[0].attention.qkv.weight, runner._rows.tables._tables[0],
-        runner._recent._now, runner._graphs._logits, runner._graphs._inputs,
+        runner._kv.layers[0].k, runner._model.layers[0].attention.qkv.weight, runner._rows.tables.tables[0],
+        runner._last_tokens._now, runner._graphs._logits, runner._graphs._inputs,
         *(tensor for graph in gpu.tapes.graphs for tensor in graph.owned[:1]),
     ]  # fmt: skip
     alive = [weakref.ref(tensor) for tensor in tensors]
@@ -203,7 +212,7 @@ def test_faults(
             runner.launch(first_step())
     else:
         collect = runner.launch(first_step())
-        monkeypatch.setattr("trio_llm.model.launched.Launched._token_ids", fail)
+        monkeypatch.setattr("trio_llm.model.step.pending_step.PendingStep._token_ids", fail)
         with pytest.raises(expected) as caught:
             collect()
     if lost:
@@ -215,23 +224,25 @@ def test_faults(
 
 def test_cuda_is_what_a_gpu_is() -> None:
     """The real device has what the pretended one has (it can be imported, not opened, without CUDA)."""
-    from trio_llm.model.cuda import Cuda
+    from trio_llm.model.device.cuda import Cuda
 
     names = [name for name in dir(Gpu) if not name.startswith("_")]
     assert all(callable(getattr(Cuda, name)) for name in names if name != "torch_device")
 
 
 def test_without_a_gpu_nothing_of_cuda_is_imported(directory: Path) -> None:
-    """Loading and running a model on a CPU imports neither CuPy nor kernels nor the module for GPUs."""
+    """Loading and running a model on a CPU imports neither CuPy nor its kernels nor the module for GPUs."""
     code = (
         "import sys\n"
         "from trio_llm.config import EngineConfig\n"
         "from trio_llm.model.load import load_runner\n"
-        "from trio_llm.messages import Admission, SamplingParams, StepPlan\n"
+        "from trio_llm.messages import Admission, StepPlan\n"
+        "from trio_llm.params import SamplingParams\n"
         f"runner = load_runner(EngineConfig(model={str(directory)!r}, load_format='dummy', device='cpu'))\n"
         "admitted = (Admission(0, (7,), 1, SamplingParams(seed=1)),)\n"
         "runner.step(StepPlan(1, (), admitted, (0,), (0,), (1,), (7,), (True,), (((0, (1,)),),)))\n"
-        "print([m for m in sys.modules if m.split('.')[0] in ('cupy', 'cuda_kernels') or m == 'trio_llm.model.cuda'])\n"
+        "print([m for m in sys.modules if m.split('.')[0] in ('cupy', 'cuda_kernels')"
+        " or m == 'trio_llm.model.device.cuda'])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -11,12 +12,12 @@ import tokenizers
 from tests.model_runner.drive import least_blocks, run
 from trio_llm import grammar
 from trio_llm.config import EngineConfig
-from trio_llm.core.speculate import LookupSizes
-from trio_llm.core.speculator import Speculation
-from trio_llm.errors import RequestFailedError
-from trio_llm.messages import SamplingParams
+from trio_llm.core.prompt_lookup import LookupSizes
+from trio_llm.core.speculation import Speculation
+from trio_llm.errors import InvalidRequestError
 from trio_llm.model.load import load_runner
 from trio_llm.model.runner import Runner
+from trio_llm.params import SamplingParams
 
 EOS = 0
 # More than the tokenizer knows, and no multiple of 32: the padding must never be sampled.
@@ -73,7 +74,7 @@ def _directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def load(directory: Path, **options: str) -> Runner:
+def load(directory: Path, **options: Any) -> Runner:
     """Load the model with random weights, the same ones every time."""
     config = EngineConfig(model=str(directory), load_format="dummy", block_size=4, num_kv_blocks=400, **options)
     return load_runner(config)
@@ -124,14 +125,18 @@ def test_a_preempted_sequence_goes_on_in_its_grammar(compiler, runner: Runner) -
     assert crowded.token_ids == run(runner, requests).token_ids
 
 
-def test_a_grammar_that_the_parameters_contradict_fails_its_request_alone(compiler, runner: Runner) -> None:
-    """Where grammar and allowed tokens leave nothing, that request fails; its neighbour does not."""
+def test_parameters_that_contradict_each_other_are_refused_alone(compiler, runner: Runner) -> None:
+    """Where a request's parameters leave no token, it is refused as invalid; its neighbour is answered."""
     digits = grammar.regex("[0-9]+", param="p")
-    contradicted = bound(compiler, digits, allowed_token_ids=(300,))
     fine = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
-    outcome = run(runner, [([5, 6], contradicted), ([5, 7], fine)])
-    assert isinstance(outcome.answers[0].error, RequestFailedError)
-    assert len(outcome.answers[1].token_ids) == 5
+    for contradicted in (
+        bound(compiler, digits, allowed_token_ids=(300,)),
+        SamplingParams(allowed_token_ids=(EOS,), min_tokens=3, max_tokens=5),
+        SamplingParams(allowed_token_ids=(300,), stop_token_ids=(300,), min_tokens=3, max_tokens=5),
+    ):
+        outcome = run(runner, [([5, 6], contradicted), ([5, 7], fine)])
+        assert isinstance(outcome.answers[0].error, InvalidRequestError)
+        assert len(outcome.answers[1].token_ids) == 5
 
 
 def test_drafts_stay_within_the_grammar(compiler, runner: Runner, drafting: Runner) -> None:

@@ -16,8 +16,9 @@ from torch import Tensor
 from tests.model_runner.conftest import NUM_GENERATED, Golden
 from tests.model_runner.drive import least_blocks, run
 from trio_llm.core.block_manager import BlockManager
-from trio_llm.messages import SamplingParams, StepPlan
+from trio_llm.messages import StepPlan
 from trio_llm.model.runner import Runner
+from trio_llm.params import SamplingParams
 
 NAMES = ("qwen3", "mistral-window", "mixtral", "gemma4-e2b", "gemma4-26b", "gemma4-31b")
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_GENERATED, ignore_eos=True)

@@ -14,9 +14,10 @@ import torch
 from tests.model_runner.conftest import Golden
 from tests.model_runner.drive import Params, in_halves, run
 from tests.model_runner.test_runner import GREEDY, NAME, VARIED
-from trio_llm.messages import UNKNOWN, Admission, SamplingParams, StepPlan, StepResult
-from trio_llm.model.device import Cpu, Mark
+from trio_llm.messages import UNKNOWN, Admission, StepPlan, StepResult
+from trio_llm.model.device.device import Cpu, Mark
 from trio_llm.model.runner import Runner
+from trio_llm.params import SamplingParams
 
 Collect = Callable[[], StepResult]
 

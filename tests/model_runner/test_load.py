@@ -11,10 +11,11 @@ from tests.model.families import make_oracle, save
 from trio_llm.config import EngineConfig
 from trio_llm.core.block_math import max_live_blocks
 from trio_llm.errors import ConfigError, UnsupportedError
-from trio_llm.messages import Admission, SamplingParams, StepPlan
+from trio_llm.messages import Admission, StepPlan
 from trio_llm.model import load
 from trio_llm.model.load import load_runner
-from trio_llm.model.loader import inspect_model
+from trio_llm.model.loading.loader import inspect_model
+from trio_llm.params import SamplingParams
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -61,6 +62,34 @@ def test_the_runner_says_what_it_serves(directory: Path) -> None:
     runner.close()
 
 
+@pytest.mark.parametrize(
+    ("config", "tokenizers", "expected", "said"),
+    [
+        ([3, 2], None, (3, 2), None),
+        ([3, 2], 9, (9, 3, 2), None),
+        ([3, 2], 2, (2, 3), None),
+        (None, 9, (9,), None),
+        ([3, 128], 500, (3,), "end tokens [500, 128] are ignored: the model has 128 tokens"),
+        (None, None, (), "the model names no end token"),
+    ],
+)
+def test_end_tokens_are_those_of_the_model_and_of_the_tokenizer(
+    directory: Path,
+    caplog: pytest.LogCaptureFixture,
+    config: list[int] | None,
+    tokenizers: int | None,
+    expected: tuple[int, ...],
+    said: str | None,
+) -> None:
+    """The tokenizer's comes first; ids that the model does not have are left out, and the log says so."""
+    (directory / "config.json").write_text(json.dumps({**CONFIG, "eos_token_id": config}))
+    (directory / "generation_config.json").unlink()
+    runner = load_runner(settings(directory, num_kv_blocks=10), eos_token_id=tokenizers)
+    assert runner.info.eos_token_ids == expected
+    assert not caplog.messages if said is None else any(said in message for message in caplog.messages)
+    runner.close()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_dtype_is_chosen_by_the_settings(directory: Path, dtype: str) -> None:
     """What --dtype names is what the pool and the model hold, and it runs."""
@@ -85,12 +114,30 @@ def test_the_budget_is_what_is_taken(directory: Path) -> None:
         assert part in text
 
 
+def test_what_loading_takes_beside_the_weights_must_fit_too(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest matrix and what the allocator keeps are in the table, and refused if they do not fit."""
+    (directory / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": 20_000}))
+    options = settings(directory, num_kv_blocks=2, max_batch_size=1, max_num_batched_tokens=16)
+    runner = load_runner(options)
+    budget = runner.budget
+    assert budget.loading_bytes == 2 * (20_000 * 48 * 2) > budget.kv_bytes + budget.workspace_bytes
+    assert budget.total_bytes == budget.weight_bytes + budget.loading_bytes
+    assert f"{budget.loading_bytes:,} bytes  estimated, before the KV cache" in budget.render()
+    runner.close()
+    monkeypatch.setattr(load, "available_bytes", lambda: budget.total_bytes)
+    load_runner(options).close()
+    monkeypatch.setattr(load, "available_bytes", lambda: budget.total_bytes - 1)
+    with pytest.raises(ConfigError, match=r"weights 0\.00 \+ loading 0\.00 GiB do not fit"):
+        load_runner(options)
+
+
 REFUSED = [
-    ({"tensor_parallel_size": 2}, UnsupportedError, "--tensor-parallel-size 2"),
+    ({"tensor_parallel_size": 2, "device": "cuda"}, UnsupportedError, "--tensor-parallel-size 2: several GPUs"),
+    ({"tensor_parallel_size": 3}, ConfigError, "tensor_parallel_size = 3: does not divide 4 attention heads"),
     ({"device": "cuda"}, ConfigError, "device = 'cuda': no CUDA device is available .*; use --device cpu"),
     ({"max_model_len": 257}, ConfigError, "max_model_len = 257: at most 256"),
     ({"num_kv_blocks": 10**9}, ConfigError, "--kv-blocks"),
-    ({"max_num_batched_tokens": 10**12}, ConfigError, "lower --max-num-batched-tokens"),
+    ({"max_num_batched_tokens": 10**12}, ConfigError, r"--max-num-batched-tokens 2048.* would$"),
 ]
 
 
@@ -116,36 +163,91 @@ def test_the_number_of_blocks_that_would_fit_does(directory: Path, monkeypatch: 
         load_runner(settings(directory, num_kv_blocks=blocks + 1))
 
 
-@pytest.mark.parametrize(("limit", "threads"), [("max 100000", 3), ("250000 100000", 2), ("50000 100000", 1)])
-def test_threads_are_limited_by_the_control_group(
-    directory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str, threads: int
+@pytest.mark.parametrize(
+    ("available_kib", "advice"),
+    [
+        (49_152, "--max-num-batched-tokens 2048"),
+        (6144, "--max-num-batched-tokens 512 --max-batch-size 64"),
+        (1200, "--max-num-batched-tokens 128 --max-batch-size 16"),
+    ],
+)
+def test_the_flags_that_would_fit_do(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, available_kib: int, advice: str
 ) -> None:
-    """A container's processor quota bounds torch's threads, rounded down but never to none."""
-    (tmp_path / "cpu.max").write_text(limit)
-    asked: list[int] = []
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(load, "control_groups", lambda root, controller: [tmp_path])
-    monkeypatch.setattr(load, "_DEFAULT_THREADS", 3)
-    monkeypatch.setattr(load, "_SMALL_MODEL_BYTES", 0)
-    monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    load_runner(settings(directory, num_kv_blocks=4)).close()
-    assert asked == [threads]
-    monkeypatch.setenv("OMP_NUM_THREADS", "8")
-    load_runner(settings(directory, num_kv_blocks=4)).close()
-    assert asked == [threads]
+    """Where fewer blocks are not enough, the flags that are named start the model as they stand."""
+    monkeypatch.setattr(load, "available_bytes", lambda: available_kib * 2**10)
+    with pytest.raises(ConfigError, match=f"{advice}.* would$") as caught:
+        load_runner(settings(directory, max_num_batched_tokens=2**16))
+    words = caught.value.allowed.split("; ")[1].removesuffix(" would").split()
+    names = {"kv_blocks": "num_kv_blocks"}
+    flags = {
+        flag.removeprefix("--").replace("-", "_"): int(value)
+        for flag, value in zip(words[::2], words[1::2], strict=True)
+    }
+    load_runner(settings(directory, **{names.get(name, name): value for name, value in flags.items()})).close()
 
 
-def test_a_small_model_runs_on_one_thread(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights that fit a core's cache get one thread, and a large model after it all of them again."""
+@pytest.mark.parametrize(
+    ("omp", "small", "options", "threads"),
+    [
+        (None, False, {}, 6),
+        (None, True, {}, 1),
+        ("4", False, {}, 3),
+        ("4", True, {}, 3),
+        ("4", True, {"cpu_threads": 2}, 2),
+        (None, False, {"cpu_threads": 9}, 9),
+    ],
+)
+def test_threads_are_those_of_the_setting_the_variable_or_the_machine(
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    omp: str | None,
+    small: bool,
+    options: dict[str, int],
+    threads: int,
+) -> None:
+    """The setting wins, then OMP_NUM_THREADS; else one for weights in a core's cache, all usable cores for others."""
+    caplog.set_level("INFO")
     asked: list[int] = []
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(load, "_DEFAULT_THREADS", 3)
-    monkeypatch.setattr(load, "control_groups", lambda root, controller: [])
+    if omp is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    monkeypatch.setattr(load, "_TORCH_THREADS", 3)
+    monkeypatch.setattr(load, "usable_cores", lambda: 6)
+    monkeypatch.setattr(load, "_SMALL_MODEL_BYTES", 2**30 if small else 0)
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    load_runner(settings(directory, num_kv_blocks=4)).close()
-    monkeypatch.setattr(load, "_SMALL_MODEL_BYTES", 0)
-    load_runner(settings(directory, num_kv_blocks=4)).close()
-    assert asked == [1, 3]
+    monkeypatch.setattr("trio_llm.model.ops.cpu.set_num_threads", asked.append)
+    load_runner(settings(directory, num_kv_blocks=4, **options)).close()
+    assert set(asked) == {threads}
+    assert f"CPU threads: {threads} (--cpu-threads)" in caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("dtype", "arithmetic", "mode", "expected"),
+    [
+        ("auto", False, "reference", "float32"),
+        ("auto", True, "reference", "bfloat16"),
+        ("bfloat16", False, "reference", "bfloat16"),
+        ("auto", False, "auto", "bfloat16"),
+    ],
+)
+def test_dtype_auto_is_what_the_processor_computes_faster(
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    dtype: str,
+    arithmetic: bool,
+    mode: str,
+    expected: str,
+) -> None:
+    """Without kernels of ours and bfloat16 arithmetic, auto is float32, and the log says why; what is named stays."""
+    monkeypatch.setenv("TRIO_LLM_KERNELS", mode)
+    monkeypatch.setattr(load, "has_bfloat16_arithmetic", lambda: arithmetic)
+    runner = load_runner(settings(directory, num_kv_blocks=4, dtype=dtype))
+    assert runner.info.dtype == expected
+    assert any("float32 instead of" in message for message in caplog.messages) == (expected == "float32")
+    runner.close()
 
 
 @pytest.mark.parametrize("ahead", [False, True])

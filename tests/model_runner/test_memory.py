@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from trio_llm.model.memory import available_bytes
+from trio_llm.model.loading.memory_budget import available_bytes
 
 MIB = 2**20
 MACHINE = "MemTotal:  9000000 kB\nMemAvailable:    102400 kB\n"

@@ -9,9 +9,10 @@ import torch
 
 from tests.model_runner.conftest import NUM_GENERATED, Golden
 from tests.model_runner.drive import Params, least_blocks, run
-from trio_llm.messages import CORRUPTED, Admission, PoolingParams, SamplingParams, StepPlan
+from trio_llm.messages import CORRUPTED, Admission, StepPlan
 from trio_llm.model.runner import Runner
-from trio_llm.model.sampler import FAILURES, NOT_FINITE
+from trio_llm.model.sampling.sampler import FAILURES, NOT_FINITE
+from trio_llm.params import PoolingParams, SamplingParams
 
 NAME = "qwen3"
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_GENERATED, ignore_eos=True)

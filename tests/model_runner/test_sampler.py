@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tests.model_runner import reference
-from trio_llm.messages import Admission, SamplingParams, TokenLogprobs
-from trio_llm.model.sampler import NOT_FINITE, NOTHING_LEFT, Sampler
-from trio_llm.model.sampling_rows import SamplingRows
+from trio_llm.messages import Admission, TokenLogprobs
+from trio_llm.model.ops.logit_edits import forbid
+from trio_llm.model.sampling.row_params import SamplingRows
+from trio_llm.model.sampling.sampler import NOT_FINITE, NOTHING_LEFT, Sampler
+from trio_llm.params import SamplingParams
 
 CPU = torch.device("cpu")
 EOS = (2, 3)
@@ -48,7 +50,7 @@ def sample(logits: np.ndarray, rows: list[Row], order: list[int] | None = None) 
     for row, (params, prompt, output) in zip(order, rows, strict=True):
         state.admit(row, Admission(row, prompt, len(prompt), params), params)
         if row in state.history_rows:
-            state.learn(row, len(prompt), output)
+            state.set_tokens(row, len(prompt), output)
     positions = np.array([len(prompt) + len(output) for _, prompt, output in rows], np.int64)
     batch = state.select(np.array(order, np.intp), positions)
     sampled = Sampler(vocab_size, CPU).sample(torch.from_numpy(logits.astype(np.float32)), batch)
@@ -61,18 +63,24 @@ def make_logits(seed: int, rows: int, vocab_size: int, scale: float = 3.0, grid:
     return np.round(logits / grid) * grid if grid else logits
 
 
-def assert_agrees(logits: np.ndarray, row: Row, token_id: int) -> None:
-    """Compare one sampled token with the reference, forgiving what float32 cannot tell apart."""
+def assert_agrees(
+    logits: np.ndarray, row: Row, token_id: int, *, eos: Sequence[int] = EOS, error: float = 1e-5
+) -> None:
+    """Compare one sampled token with the reference, forgiving what float32 cannot tell apart.
+
+    Args:
+        error: How far the logits may be from those that were sampled from.
+    """
     params, prompt, output = row
-    x = reference.edited(logits.astype(np.float32), params, prompt, output, EOS)
+    x = reference.edited(logits.astype(np.float32), params, prompt, output, eos)
     if x.max() == -math.inf:
         assert token_id == NOTHING_LEFT
     elif params.temperature == 0 or params.top_k == 1:
-        assert x[token_id] >= x.max() - 1e-5
+        assert x[token_id] >= x.max() - error
     else:
         assert params.seed is not None
         lots = reference.lots(x, params, params.seed, len(prompt) + len(output))
-        slack = 1e-5 + 2e-5 / params.temperature
+        slack = error + 2 * error / params.temperature
         assert reference.kept(x, params, slack)[token_id]
         surely_kept = reference.kept(x, params, -slack)
         assert lots[token_id] >= lots[surely_kept].max(initial=-math.inf) - slack
@@ -276,11 +284,11 @@ def test_history_told_twice_counts_once() -> None:
     state = SamplingRows(10, EOS, 1, send)
     state.admit(0, Admission(0, (1, 2), 2, params), params)
     for start, tokens in [(0, (1,)), (1, (2,)), (2, (7,)), (2, (7,)), (3, (7,)), (2, (7, 7))]:
-        state.learn(0, start, tokens)
+        state.set_tokens(0, start, tokens)
     logits = torch.zeros(1, 10)
     batch = state.select(np.zeros(1, np.intp), np.array([4], np.int64))
     assert batch.edits is not None
-    batch.edits.apply(logits)
+    batch.edits.apply(logits, forbid)
     assert logits[0].tolist() == [0, 0, 0, 0, 0, 0, 0, -2, 0, 0]
 
 

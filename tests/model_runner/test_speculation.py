@@ -13,10 +13,10 @@ import pytest
 
 from tests.model_runner.conftest import NUM_GENERATED, Golden
 from tests.model_runner.drive import Answer, Outcome, Params, least_blocks, run
-from trio_llm.core.speculate import LookupSizes
-from trio_llm.core.speculator import Speculation
-from trio_llm.messages import PoolingParams, SamplingParams
+from trio_llm.core.prompt_lookup import LookupSizes
+from trio_llm.core.speculation import Speculation
 from trio_llm.model.runner import Runner
+from trio_llm.params import PoolingParams, SamplingParams
 
 Goldens = Callable[[str], Golden]
 Runners = Callable[..., Runner]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from trio_llm.model.device import Mark
-from trio_llm.model.staging import Staging
+from trio_llm.model.device.device import Mark
+from trio_llm.model.device.staging import Staging
 
 COLUMNS = [
     np.arange(5, dtype=np.int64),

@@ -18,8 +18,10 @@ from trio_llm.demo import demo_model_path
 from trio_llm.engine import Engine
 from trio_llm.engine.supervisor import run_engine
 from trio_llm.grammar import GrammarCompiler, json_schema, regex
-from trio_llm.messages import ModelInfo, PoolingParams, SamplingParams, StepPlan, StepResult
+from trio_llm.messages import StepPlan, StepResult
 from trio_llm.model.runner import Runner
+from trio_llm.model_info import ModelInfo
+from trio_llm.params import PoolingParams, SamplingParams, Submission
 
 Params = SamplingParams | PoolingParams
 WHOLE = {"max_batch_size": 16}
@@ -40,6 +42,10 @@ class Kept:
     @property
     def info(self) -> ModelInfo:
         return self.runner.info
+
+    @property
+    def ranks(self) -> None:
+        return None
 
     def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
         self.num_unknown += plan.token_ids.count(-1)
@@ -63,10 +69,10 @@ async def answers(engine: Engine, requests: list[tuple[list[int], Params]]) -> l
 
     async def ask(at: int, prompt: list[int], params: Params) -> None:
         if isinstance(params, PoolingParams):
-            vector, _ = await engine.embed(prompt, params)
+            vector, _ = await engine.embed(Submission(prompt, params))
             heard[at] = [pytest.approx(value, abs=1e-4) for value in vector]
             return
-        async with engine.open_stream(prompt, params) as stream:
+        async with engine.open_stream(Submission(prompt, params)) as stream:
             answer = await stream.collect()
         logprobs = [entry.token_id for entry in answer.logprobs or ()]
         scored = None if stream.prompt_logprobs is None else [e and e.token_id for e in stream.prompt_logprobs]
@@ -116,9 +122,7 @@ async def test_a_grammar_is_kept_to_although_steps_are_ahead() -> None:
         config = Config(engine=EngineConfig(model=str(demo_model_path()), num_kv_blocks=128, async_scheduling=ahead))
         async with open_engine(config) as engine:
             eos = list(engine.info.eos_token_ids)
-            compiler = GrammarCompiler(
-                engine.tokenizer.json, vocab_size=engine.info.vocab_size, eos_token_ids=eos, capacity=4
-            )
+            compiler = GrammarCompiler(engine.tokenizer.json, vocab_size=engine.info.vocab_size, eos_token_ids=eos)
             sources = [
                 json_schema(SCHEMA, param="p", any_whitespace=False),
                 regex("[A-Z][a-z]{2,6} is [0-9]{3}", param="p"),

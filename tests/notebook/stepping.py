@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 from trio_llm.core.block_manager import BlockManager
 from trio_llm.core.scheduler import Scheduler
-from trio_llm.messages import KVGroup, SamplingParams, StepPlan, StepResult
+from trio_llm.messages import StepPlan, StepResult
+from trio_llm.model_info import KVGroup
 from trio_llm.notebook.timeline import History
+from trio_llm.params import SamplingParams, Submission
 
 
 def words(token_ids: Sequence[int]) -> str:
@@ -29,7 +31,7 @@ class Hand:
         self.history = History(words, budget_tokens)
 
     def submit(self, request_id: int, prompt: Sequence[int], max_tokens: int = 8) -> None:
-        self.scheduler.submit(request_id, prompt, SamplingParams(max_tokens=max_tokens))
+        self.scheduler.submit(request_id, Submission(prompt, SamplingParams(max_tokens=max_tokens)))
 
     def step(self) -> StepPlan | None:
         ask = self.scheduler.ask()
@@ -44,5 +46,5 @@ class Hand:
         return plan
 
     def run(self) -> None:
-        while self.scheduler.has_work:
-            self.step()
+        while self.step():
+            pass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import attrs
+
 from tests.notebook.stepping import Hand
 from tests.notebook.test_pictures import texts
 from trio_llm.messages import BlockStats, StepStats, StepTrace
@@ -85,6 +87,18 @@ def test_a_live_trace_becomes_moments() -> None:
     ]  # fmt: skip
     assert "again after a preemption" in moments[2].cells[1].hover
     assert texts(draw_timeline(moments), "title") and texts(draw_budget(moments, 64), "title")
+
+
+def test_drafts_are_no_prompt() -> None:
+    """A row with drafts is a decode, also where the drafts before it were rejected, which is no preemption."""
+    traces = [_trace(1, (1,), (0,), (20,)), _trace(2, (1,), (20,), (5,)), _trace(3, (1,), (22,), (5,))]
+    stats = attrs.evolve(traces[0].stats, drafted=(1, 1, 1, 1))
+    first, second, third = moments_of([traces[0], *[attrs.evolve(trace, stats=stats) for trace in traces[1:]]])
+    assert [moment.cells[1].kind for moment in (first, second, third)] == ["prefill", "decode", "decode"]
+    assert "preemption" not in third.cells[1].hover
+    hand = Hand()
+    cell = hand.history._row((7, 8, 9), 20, 2, True, (8,))
+    assert (cell.kind, cell.count) == ("decode", 3)
 
 
 def test_nothing_to_draw() -> None:

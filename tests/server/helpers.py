@@ -11,7 +11,7 @@ from typing import Any
 import attrs
 import trio
 
-from trio_llm.server.serve import serve
+from trio_llm.server.http.serve import serve
 
 
 @attrs.define
@@ -105,7 +105,9 @@ class Exchange:
         async def send(message: Any) -> None:
             if message["type"] == "http.response.start":
                 self.status = message["status"]
-                self.headers = {k.decode().lower(): v.decode() for k, v in message["headers"]}
+                for name, value in message["headers"]:  # Several of one name are one list (RFC 9110, section 5.2).
+                    before = self.headers.get(key := name.decode().lower())
+                    self.headers[key] = value.decode() if before is None else f"{before}, {value.decode()}"
             elif message.get("body"):
                 await self.to_client.send(message["body"])
 

@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 
 from tests.server.stub import SPECIAL, TOKENIZER
-from trio_llm.messages import RepetitionDetection, SamplingParams
+from trio_llm.params import RepetitionDetection, SamplingParams
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
@@ -79,6 +79,11 @@ def nothing(_: Seen) -> bool:
     return True
 
 
+def hinted(name: str) -> Effect:
+    """Say that a value changes nothing and a Warning names the parameter."""
+    return lambda seen: f'"Ignored hints: {name}' in seen.warning
+
+
 HUGE = 2**63
 A, B, SPACE = TOKENIZER.encode("ab ")
 USER = [{"role": "user", "content": "hi"}]
@@ -93,7 +98,7 @@ ROWS = [
          lambda s: "a\nb" in s.prompt),
         ([{"role": "user", "content": None}], lambda s: "user\n<|im_end|>" in s.prompt),
         ([{"role": "developer", "content": "d"}, {"role": "tool", "content": "t", "tool_call_id": "1"}],
-         lambda s: "system\nd" in s.prompt and "tool\nt" in s.prompt),
+         lambda s: "system\nd" in s.prompt and "<tool_response>\nt\n</tool_response>" in s.prompt),
     ], [[], "hi", [1], [{"role": "wizard", "content": "x"}], [{"role": "user", "content": [{"type": "image_url"}]}],
         [{"role": "user", "content": "x", "function_call": {}}]], (CHAT,)),
     Row("prompt", [
@@ -142,7 +147,8 @@ ROWS = [
     Row("logprobs", [
         (True, lambda s: s.params.logprobs == 0 and s.choice["logprobs"]["content"]),
         (False, lambda s: s.params.logprobs is None and s.choice["logprobs"] is None)], [1, "yes"], (CHAT,)),
-    Row("top_logprobs", [({"top_logprobs": 3, "logprobs": True}, lambda s: len(
+    Row("top_logprobs", [(0, lambda s: s.choice["logprobs"] is None),
+        ({"top_logprobs": 3, "logprobs": True}, lambda s: len(
         s.choice["logprobs"]["content"][0]["top_logprobs"]) == 3)],
         [1, {"top_logprobs": 21, "logprobs": True}, {"top_logprobs": -2, "logprobs": True}], (CHAT,)),
     Row("logprobs", [
@@ -171,6 +177,11 @@ ROWS = [
     Row("stream_interval", [({"stream": True, "stream_interval": 4, "return_token_ids": True, "max_tokens": 9},
         lambda s: [len(t) for c in s.chunks for t in [c["choices"][0].get("token_ids")] if t] == [1, 4, 4])],
         [0, -1, "1", {"stream_interval": 2}]),
+    Row("return_progress", [({"stream": True, "return_progress": True}, lambda s: s.chunks),
+        ({"return_progress": False}, nothing)], [1, "yes", {"return_progress": True}]),
+    Row("timings_per_token", [(True, lambda s: s.answer["timings"]["predicted_n"] == 4),
+        ({"stream": True, "timings_per_token": True}, lambda s: all("timings" in c for c in s.chunks)),
+        (False, lambda s: "timings" not in s.answer)], [1, "yes"]),
     Row("response_format", [
         ({"response_format": {"type": "text"}}, param("grammar", None)),
         ({"response_format": {"type": "json_object"}}, lambda s: s.params.grammar is not None),
@@ -185,10 +196,11 @@ ROWS = [
     ], ["x", {"structured_outputs": {}}, {"structured_outputs": {"choice": ["a"], "regex": "a"}},
         {"structured_outputs": {"regex": "["}}, {"structured_outputs": {"structural_tag": "x"}},
         {"structured_outputs": {"choice": ["a"]}, "response_format": {"type": "json_object"}}]),
-    Row("tools", [], [[], [TOOL], [{"type": "custom"}], "f"], (CHAT,)),  # Good ones: test_tools, test_answer_forms.
+    # More good ones: test_tools, test_answer_forms.
+    Row("tools", [([TOOL], lambda s: TOOL["function"]["name"] in s.prompt)], [[], [{"type": 1}], "f"], (CHAT,)),
     Row("tool_choice", [("none", nothing)], ["auto", "required", "sometimes"], (CHAT,)),
     Row("parallel_tool_calls", [(True, nothing), (False, nothing)], ["yes"], (CHAT,)),
-    Row("reasoning_effort", [("none", nothing)], ["high", "extreme"], (CHAT,)),
+    Row("reasoning_effort", [("none", nothing), ("high", hinted("reasoning_effort"))], ["extreme"], (CHAT,)),
     Row("thinking_token_budget", [], [-1, 5, "5"]),  # Good ones: test_thinking_budget.
     Row("include_reasoning", [(True, nothing), (False, nothing)], ["yes"], (CHAT,)),
     Row("add_generation_prompt", [(False, lambda s: s.prompt.endswith("hi<|im_end|>\n"))], ["yes"], (CHAT,)),
@@ -230,10 +242,13 @@ ROWS = [
         ("functions", None, [{"name": "f"}]), ("function_call", "none", "auto"), ("guided_json", None, "{}"),
         ("guided_regex", None, "a"), ("guided_choice", None, ["a"]), ("guided_grammar", None, "x"),
         ("chat_template", None, "x"), ("modalities", ["text"], ["audio"]),
-        ("audio", None, "x"), ("prediction", None, "x"), ("web_search_options", None, "x"), ("moderation", None, "x"),
-        ("verbosity", "medium", "low"), ("store", False, True), ("service_tier", "auto", "flex"),
-        ("prompt_cache_options", None, "x"), ("prompt_cache_retention", "in_memory", "24h"),
+        ("audio", None, "x"), ("moderation", None, "x"), ("store", False, True),
         ("prompt_embeds", None, "x"), ("mm_processor_kwargs", {"mm_processor_kwargs": {}}, "x"),
         ("media_io_kwargs", {"media_io_kwargs": {}}, "x"), ("kv_transfer_params", None, "x"), ("vllm_xargs", None, "x"),
+    )),
+    *(Row(name, [(neutral, nothing), (meant, hinted(name))]) for name, neutral, meant in (
+        ("prediction", None, {"type": "content", "content": "x"}), ("web_search_options", None, {}),
+        ("verbosity", "medium", "low"), ("service_tier", "auto", "flex"), ("prompt_cache_options", None, {"ttl": "1h"}),
+        ("prompt_cache_retention", "in_memory", "24h"),
     )),
 ]  # fmt: skip

@@ -6,6 +6,8 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import attrs
+
 from tests.server.helpers import Running, running
 from tests.server.stub import EOS, TOKENIZER, StubRunner, open_stub, stub_tokenizer
 from trio_llm.config import AuthConfig, Config, ServerConfig
@@ -36,8 +38,9 @@ def call_text(name: str, **arguments: object) -> str:
 class ScriptedRunner(StubRunner):
     """Answers every prompt with the script of the moment; `prompts` are the texts it was given."""
 
-    def __init__(self, script: str) -> None:
-        super().__init__(max_model_len=2048)
+    def __init__(self, script: str, max_model_len: int = 2048) -> None:
+        super().__init__(max_model_len=max_model_len)
+        self.info = attrs.evolve(self.info, num_kv_blocks=max(129, max_model_len // 16 + 1))
         self.prompts: list[str] = []
         self.say(script)
 

@@ -16,7 +16,9 @@ from tests.engine.fakes import InlineWorker
 from trio_llm.config import EngineConfig
 from trio_llm.engine import Engine
 from trio_llm.engine.supervisor import run_engine
-from trio_llm.messages import UNKNOWN, KVGroup, ModelInfo, SamplingParams, StepPlan, StepResult, TokenLogprobs
+from trio_llm.messages import UNKNOWN, StepPlan, StepResult, TokenLogprobs
+from trio_llm.model_info import KVGroup, ModelInfo
+from trio_llm.params import SamplingParams
 from trio_llm.tokenizer import Tokenizer
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -81,6 +83,8 @@ class StubRunner:
         hook: Sees each plan first, and may raise or block.
         reply: What every request is answered instead, and then the end of the text.
     """
+
+    ranks = None
 
     def __init__(
         self,
@@ -214,9 +218,9 @@ async def open_stub(
     stall_after_s: float = 3600.0,
     **settings: Any,
 ) -> AsyncIterator[Engine]:
-    """Open an engine round a stub runner."""
+    """Open an engine round a stub runner. Unless a test says so, no prompt is split by how long a step took."""
     stub = StubRunner() if runner is None else runner
-    config = EngineConfig(**settings)
+    config = EngineConfig(**{"target_step_s": 0.0, **settings})
     worker = InlineWorker() if worker is None else worker
     async with run_engine(
         config, lambda: stub, tokenizer, worker=worker, collector=InlineWorker(), stall_after_s=stall_after_s

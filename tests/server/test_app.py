@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tests.server.stub import GatedWorker, StubRunner, open_stub, stub_tokenizer
 from trio_llm.config import AuthConfig, Config, LimitsConfig, ServerConfig
 from trio_llm.engine import Engine
 from trio_llm.errors import ConfigError
+from trio_llm.server.access.auth import load_keys
 from trio_llm.server.app import ServerApp, create_app
 
 KEY = "sk-0123456789abcdef"
@@ -128,7 +130,7 @@ async def test_each_request_is_one_log_line(app: ServerApp, caplog: pytest.LogCa
     """The log has a line per request with its id, in words of ours: nothing a client sends can forge another line."""
     caplog.set_level("INFO", "trio_llm.server.app")
     await ask(app, "GET", "/x\nforged", headers={"x-request-id": "mine"})
-    assert [record.message for record in caplog.records] == ["GET unmatched from 127.0.0.1 404, request mine"]
+    assert [record.message for record in caplog.records] == ["GET /x%0Aforged from 127.0.0.1 404, request mine"]
 
 
 async def test_unknown_fields_are_answered_with_a_warning(app: ServerApp) -> None:
@@ -175,7 +177,8 @@ async def test_no_spelling_gets_round_the_key(engine: Engine) -> None:
     app = keyed(engine)
     rules = sorted({rule.rule.replace("<path:model>", "stub") for rule in app.url_map.iter_rules()})
     assert "/v1/chat/completions" in rules
-    public = {"/health", "/ping", "/metrics"}  # the last one: the peer is this machine
+    # /metrics: the peer is this machine. The page's files say nothing.
+    public = {"/health", "/ready", "/ping", "/metrics", "/", "/ui/<path:asset>"}
     async with running(app) as server:
         for rule in [*rules, "/nope"]:
             for target in [*(spelling.format(rule) for spelling in SPELLINGS), percent(rule)]:
@@ -183,7 +186,7 @@ async def test_no_spelling_gets_round_the_key(engine: Engine) -> None:
                     stream = await server.connect()
                     await stream.send_all(http(method, target))
                     status, _, body = await read_response(stream)
-                    opens = rule in public and status in {200, 405}
+                    opens = rule in public and status in {200, 404, 405}
                     assert status in {400, 401} or opens, (method, target, status, body)
                     await stream.aclose()
 
@@ -217,8 +220,6 @@ async def test_keys(engine: Engine, headers: dict[str, str], status: int) -> Non
 
 def test_the_key_file_counts(tmp_path: Path) -> None:
     """Keys of the file, one a line, are accepted beside the configured ones; an empty or missing file is an error."""
-    from trio_llm.server.auth import load_keys
-
     path = tmp_path / "keys"
     path.write_text("# of the team\nalpha\n\nbeta\n")
     keys = load_keys(AuthConfig(api_keys=("gamma",), api_key_file=str(path)))
@@ -230,6 +231,63 @@ def test_the_key_file_counts(tmp_path: Path) -> None:
     for file in (path, tmp_path / "missing"):
         with pytest.raises(ConfigError, match="api_key_file"):
             load_keys(AuthConfig(api_key_file=str(file)))
+
+
+def test_a_key_file_may_be_mounted_as_a_secret(tmp_path: Path) -> None:
+    """Kubernetes mounts a secret as links, and swaps a directory of them to change it: both are followed."""
+
+    def mount(version: str, key: str) -> None:
+        directory = tmp_path / f"..{version}"
+        directory.mkdir()
+        (directory / "keys").write_text(key + "\n")
+        (tmp_path / "..data_tmp").symlink_to(directory.name)
+        (tmp_path / "..data_tmp").replace(tmp_path / "..data")
+
+    config = AuthConfig(api_key_file=str(tmp_path / "keys"))
+    mount("2026_11_28", "first-key-0123456789")
+    (tmp_path / "keys").symlink_to(Path("..data") / "keys")
+    assert load_keys(config).identify([b"first-key-0123456789"])
+    mount("2026_11_29", "second-key-0123456789")
+    keys = load_keys(config)
+    assert keys.identify([b"second-key-0123456789"]) and not keys.identify([b"first-key-0123456789"])
+
+
+def test_keys_of_a_process_substitution_are_refused_in_words() -> None:
+    """`--api-key-file <(...)` is a pipe that a SIGHUP could not read again: the error says what to do."""
+    reader, writer = os.pipe()
+    try:
+        os.write(writer, b"some-key-0123456789\n")
+        with pytest.raises(ConfigError, match=r"api_key_file.*a pipe: write its text to a file, and name that"):
+            load_keys(AuthConfig(api_key_file=f"/dev/fd/{reader}"))
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def unreadable_files(directory: Path) -> dict[str, str]:
+    """Make files that no setting may name: path and what is said of it."""
+    pipe, binary, large = directory / "pipe", directory / "binary", directory / "large"
+    os.mkfifo(pipe)
+    binary.write_bytes(b"\xff\xfe")
+    large.touch()
+    os.truncate(large, 1 << 30)
+    return {
+        str(pipe): "not a regular file but a pipe: write its text to a file",
+        "/dev/zero": "not a regular file",
+        str(binary): "not UTF-8",
+        str(large): "more than the 1048576 allowed",
+        str(directory): "not a regular file",
+        "a\0b": "cannot be read",
+    }
+
+
+async def test_files_that_settings_name_are_read_with_care(engine: Engine, tmp_path: Path) -> None:
+    """A pipe, a device, a huge file or one that is no text is one clear error; no start hangs on it."""
+    for path, reason in unreadable_files(tmp_path).items():
+        with pytest.raises(ConfigError, match=f"api_key_file.*{reason}"):
+            create_app(engine, Config(auth=AuthConfig(api_key_file=path)))
+        with pytest.raises(ConfigError, match=f"chat_template.*{reason}"):
+            create_app(engine, Config(server=ServerConfig(chat_template=path)))
 
 
 async def test_a_required_key_must_be_there(engine: Engine) -> None:
@@ -296,6 +354,8 @@ async def test_health_tells_the_truth(mock_clock: trio.testing.MockClock, nurser
 
         await check(200, "ok")
         nursery.start_soon(ask, app, "POST", "/v1/completions", COMPLETION)
+        await trio.testing.wait_all_tasks_blocked()
+        worker.let(1)  # The first step has longer.
         await trio.testing.wait_all_tasks_blocked()
         mock_clock.jump(31)
         await check(503, "stalled")

@@ -17,9 +17,9 @@ from hypercorn.trio import serve as hypercorn_serve
 
 from tests.server.helpers import ask, http, read_response, read_to_end
 from tests.server.stub import continuation, open_stub
+from trio_llm import asgi
 from trio_llm.config import Config
 from trio_llm.errors import CheckpointError
-from trio_llm.server import asgi
 from trio_llm.server.app import create_app
 
 

@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+from prometheus_client import CollectorRegistry
 
+from trio_llm.config import LimitsConfig
 from trio_llm.errors import DrainingError, InvalidRequestError, OverloadedError
-from trio_llm.server.batch_input import MAX_LINES
-from trio_llm.server.batch_runner import BatchRunner
-from trio_llm.server.disk import Disk
-from trio_llm.server.storage.batches import ENDED
+from trio_llm.server.background import Background
+from trio_llm.server.batches.batch_store import ENDED, BatchStore
+from trio_llm.server.batches.disk import Disk
+from trio_llm.server.batches.input_file import MAX_LINES, line_body
+from trio_llm.server.batches.runner import BatchRunner
 
 ENDPOINT = "/v1/completions"
 
@@ -29,8 +32,13 @@ class Bench:
         self.disk.open()
         self.files, self.batches = self.disk.files, self.disk.batches
 
-    def runner(self, execute, max_in_flight: int = 4) -> BatchRunner:
-        return BatchRunner(self.disk, execute, max_in_flight=max_in_flight, clock=time.time)
+    def runner(self, execute, max_in_flight: int = 4, **options) -> BatchRunner:
+        async def prompt_of(endpoint: str, text: bytes, owner: str):
+            return await execute(endpoint, json.loads(line_body(text)), owner)
+
+        standard = {"keep_running": Background(CollectorRegistry()).keep_running, "is_ending": lambda: False}
+        limits = {"max_in_flight": max_in_flight, "limits": LimitsConfig(), "clock": time.time}
+        return BatchRunner(self.disk, prompt_of, **{**standard, **limits, **options})
 
     def submit(self, data: bytes, window_s: int = 86_400, owner: str = "") -> str:
         with self.files.create("in.jsonl", "batch", owner=owner) as writer:
@@ -263,7 +271,7 @@ async def test_new_batches_are_noticed(bench: Bench) -> None:
 
 async def test_a_failing_disk_ends_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where an answer cannot be stored, the batch waits and goes on later; the server lives."""
-    monkeypatch.setattr("trio_llm.server.batch_runner._DISK_RETRY_S", 0)
+    monkeypatch.setattr("trio_llm.server.batches.runner._DISK_RETRY_S", 0)
     real, failures = bench.batches.record, 2
 
     def record(*args) -> None:
@@ -306,7 +314,7 @@ async def test_an_answer_that_comes_as_its_batch_is_cancelled_counts(bench: Benc
 async def test_a_wait_that_ends_while_it_is_looked_at_is_not_for_ever(bench: Bench) -> None:
     """An owner who may go on a moment after it was told to wait gets its places without another event."""
     waits_s = iter([1e-9])
-    runner = BatchRunner(bench.disk, echo, max_in_flight=4, clock=time.time, wait_s=lambda _: next(waits_s, 0.0))
+    runner = bench.runner(echo, wait_s=lambda _: next(waits_s, 0.0))
     (batch,) = await run_to_end(bench, runner, bench.submit(input_file(3)))
     assert batch["request_counts"]["completed"] == 3
 
@@ -344,3 +352,91 @@ async def test_places_that_come_too_late_are_given_back(bench: Bench, monkeypatc
             for _ in range(4):
                 await begun.acquire()
             nursery.cancel_scope.cancel()
+
+
+async def test_a_batch_that_fails_for_no_known_reason_fails_alone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, mock_clock: trio.testing.MockClock
+) -> None:
+    """A fault of ours in one batch is shown and tried again later; the other batches go on meanwhile."""
+    background = Background(CollectorRegistry())
+    ids = [bench.submit(input_file(3)), bench.submit(input_file(3))]
+    real = bench.batches.pending
+
+    def pending(batch_id: str, **options):
+        if batch_id == ids[0] and not mock_clock.current_time():
+            raise ZeroDivisionError
+        return real(batch_id, **options)
+
+    monkeypatch.setattr(bench.batches, "pending", pending)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bench.runner(echo, keep_running=background.keep_running).run)
+        await ended(bench, ids[1])
+        await trio.testing.wait_all_tasks_blocked()
+        assert bench.batches.get(ids[0])["status"] == "in_progress" and background.is_failing
+        mock_clock.jump(2)
+        batch = await ended(bench, ids[0])
+        nursery.cancel_scope.cancel()
+    assert batch["request_counts"]["completed"] == 3
+
+
+async def test_a_batch_that_always_fails_ends(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, mock_clock: trio.testing.MockClock
+) -> None:
+    """It ends as failed with the answers it has, also where these cannot be written; health is well again later."""
+    background = Background(CollectorRegistry())
+    lost, kept = bench.submit(input_file(2)), bench.submit(input_file(2))
+    answer_lines, finish = BatchRunner._answer_lines, BatchStore.finish
+
+    async def fail_later(self: BatchRunner, batch) -> None:
+        await answer_lines(self, batch)
+        raise ZeroDivisionError
+
+    def finish_one(self: BatchStore, batch_id: str, *args) -> None:
+        if batch_id == lost:
+            raise ZeroDivisionError
+        finish(self, batch_id, *args)
+
+    monkeypatch.setattr(BatchRunner, "_answer_lines", fail_later)
+    monkeypatch.setattr(BatchStore, "finish", finish_one)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bench.runner(echo, keep_running=background.keep_running).run)
+        while await bench.disk.run(bench.batches.unfinished):
+            mock_clock.jump(60)
+        nursery.cancel_scope.cancel()
+    batches = [bench.batches.get(batch_id) for batch_id in (lost, kept)]
+    assert [batch["status"] for batch in batches] == ["failed", "failed"]
+    assert [batch["errors"]["data"][0]["code"] for batch in batches] == ["server_error"] * 2
+    assert batches[0]["output_file_id"] is None and batches[1]["output_file_id"] is not None
+    mock_clock.jump(120)
+    assert not background.is_failing
+
+
+async def test_a_runner_that_failed_runs_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a failure `run` begins anew, with all places free and every pending line to do."""
+    waits = iter([1, 0])
+
+    def wait_s(owner: str) -> float:
+        return 1 / next(waits, 1) - 1
+
+    runner = bench.runner(echo, wait_s=wait_s)
+    batch_id = bench.submit(input_file(10))
+    with trio.fail_after(30), pytest.raises(ExceptionGroup):
+        await runner.run()
+    (batch,) = await run_to_end(bench, runner, batch_id)
+    assert batch["request_counts"]["completed"] == 10
+
+
+async def test_a_line_that_fails_while_the_engine_ends_is_not_answered(bench: Bench) -> None:
+    """Whatever a line fails with in a server that ends, the next start answers it."""
+
+    async def execute(endpoint: str, body, owner: str):
+        if body["prompt"] == "3":
+            raise trio.ClosedResourceError
+        return await trio.sleep_forever()
+
+    batch_id = bench.submit(input_file(5))
+    with trio.fail_after(30):
+        await bench.runner(execute, is_ending=lambda: True).run()
+    assert bench.batches.get(batch_id)["request_counts"] == {"total": 5, "completed": 0, "failed": 0}
+    (batch,) = await run_to_end(bench, bench.runner(echo), batch_id)
+    assert batch["request_counts"]["completed"] == 5

@@ -16,11 +16,10 @@ from trio.testing import MockClock
 
 from tests.server.test_batch_runner import Bench, echo, ended, input_file, request_line, run_to_end
 from trio_llm.config import AuthConfig
-from trio_llm.server import batch_runner
-from trio_llm.server.batch_runner import BatchRunner
-from trio_llm.server.batch_turns import Turns
-from trio_llm.server.disk import Disk
-from trio_llm.server.limits import Limits
+from trio_llm.server.access.rate_limits import RateLimits
+from trio_llm.server.batches import runner as batch_runner
+from trio_llm.server.batches.disk import Disk
+from trio_llm.server.batches.fair_queue import FairQueue
 
 T = TypeVar("T")
 
@@ -30,7 +29,7 @@ class InlineDisk(Disk):
 
     async def run(self, call: Callable[..., T], *args: Any) -> T:
         await trio.lowlevel.checkpoint()
-        return call(*args)
+        return self.call(call, *args)
 
 
 @pytest.fixture
@@ -50,7 +49,7 @@ def tagged(tag: str, count: int) -> bytes:
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 4)), min_size=1, unique=True), st.integers(1, 60))
 def test_turns_are_fair(batches: list[tuple[str, int]], rounds: int) -> None:
     """No owner gets two turns more than another one, nor a batch than another of its owner."""
-    turns: Turns[tuple[str, int]] = Turns()
+    turns: FairQueue[tuple[str, int]] = FairQueue()
     for batch in batches:
         turns.add(batch[0], batch)
     got = [turns.next(lambda _: True) for _ in range(rounds)]
@@ -63,7 +62,7 @@ def test_turns_are_fair(batches: list[tuple[str, int]], rounds: int) -> None:
 
 def test_who_may_not_go_keeps_its_turn() -> None:
     """Others go on without an owner that must wait; with nobody who may go there is no turn."""
-    turns: Turns[str] = Turns()
+    turns: FairQueue[str] = FairQueue()
     for owner in "ab":
         turns.add(owner, owner + "1")
     assert [turns.next(lambda owner: owner == "b") for _ in range(3)] == ["b1"] * 3
@@ -151,7 +150,7 @@ async def test_an_owners_batches_beyond_eight_wait(bench: Bench, monkeypatch: py
 
 async def test_lines_wait_for_their_owners_tokens(bench: Bench, autojump_clock: MockClock) -> None:
     """Lines are charged as they run and wait, and never fail, while the bucket is empty; other owners go on."""
-    limits = Limits(AuthConfig(rate_limit_tokens=10, rate_limit_window_secs=10), trio.current_time)
+    limits = RateLimits(AuthConfig(rate_limit_tokens=10, rate_limit_window_secs=10), trio.current_time)
     ran: dict[str, list[float]] = {"poor": [], "rich": []}
 
     async def execute(endpoint: str, body: Any, owner: str) -> dict[str, Any]:
@@ -161,7 +160,7 @@ async def test_lines_wait_for_their_owners_tokens(bench: Bench, autojump_clock: 
 
     batch_ids = [bench.submit(input_file(6), owner=owner) for owner in ("poor", "rich")]
     start_s = trio.current_time()
-    runner = BatchRunner(bench.disk, execute, max_in_flight=1, clock=time.time, wait_s=limits.wait_s)
+    runner = bench.runner(execute, max_in_flight=1, wait_s=limits.wait_s)
     batches = await run_to_end(bench, runner, *batch_ids, poll_s=1)
     assert ran == {"poor": [0, 0, 1, 6, 11, 16], "rich": [0] * 6}
     assert {batch["request_counts"]["completed"] for batch in batches} == {6}
@@ -180,7 +179,7 @@ async def test_a_batch_expires_in_the_middle(bench: Bench, autojump_clock: MockC
     def clock() -> float:
         return began + trio.current_time() - start_s
 
-    runner = BatchRunner(bench.disk, execute, max_in_flight=1, clock=clock)
+    runner = bench.runner(execute, max_in_flight=1, clock=clock)
     (batch,) = await run_to_end(bench, runner, batch_id, poll_s=1)
     assert batch["status"] == "expired"
     assert batch["request_counts"] == {"total": 5, "completed": 2, "failed": 3}
@@ -202,7 +201,7 @@ async def test_a_batch_without_its_file_delays_no_other(bench: Bench, autojump_c
 
     began, start_s = int(time.time()), trio.current_time()
     lost, other = bench.submit(input_file(20), window_s=3600), bench.submit(input_file(20))
-    runner = BatchRunner(bench.disk, execute, max_in_flight=2, clock=lambda: began + trio.current_time() - start_s)
+    runner = bench.runner(execute, max_in_flight=2, clock=lambda: began + trio.current_time() - start_s)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(runner.run)
         await held.wait()

@@ -106,6 +106,78 @@ async def test_two_hundred_lines(server: Running) -> None:
     assert batch.usage.output_tokens == 198 * 3
 
 
+HALF = "\\ud800"
+HOSTILE = [
+    ("completions", f'{{"model": "{HALF}", "prompt": "x"}}'),
+    ("completions", f'{{"prompt": "x", "stop": ["{HALF}"]}}'),
+    ("completions", f'{{"prompt": "x", "{HALF}": 1}}'),
+    ("completions", f'{{"prompt": "x", "{HALF}": 1, "{HALF}": 2}}'),
+    ("completions", f'{{"prompt": "x", "user": "{HALF}"}}'),
+    ("completions", '{"prompt": "x", "prompt": "y"}'),
+    ("completions", '{"prompt": "x", "temperature": NaN}'),
+    ("completions", '{"prompt": "x", "temperature": -Infinity}'),
+    ("completions", '{"prompt": "x", "temperature": 1e999}'),
+    ("completions", '{"prompt": "x", "seed": ' + "9" * 21 + "}"),
+    ("completions", '{"prompt": "x", "seed": ' + "9" * 5000 + "}"),
+    ("completions", '{"prompt": ' + "[" * 33 + "]" * 33 + "}"),
+    ("completions", '{"prompt": ' + "[" * 500 + "]" * 500 + "}"),
+    ("completions", '{"prompt": [' + "[]," * 20_000 + "[]]}"),
+    ("completions", '{"prompt": "x", "suffix": "y"}'),
+    ("completions", '{"prompt": null}'),
+    ("completions", "{}"),
+    ("completions", '{"prompt": "x", "metadata": {"k": "' + "v" * 513 + '"}}'),
+    ("chat/completions", f'{{"messages": [{{"role": "user", "content": "{HALF}"}}]}}'),
+    (
+        "chat/completions",
+        '{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function", "function": {"name": "f"}}],'
+        f' "tool_choice": {{"type": "function", "function": {{"name": "{HALF}"}}}}}}',
+    ),
+    ("embeddings", f'{{"input": "{HALF}"}}'),
+    ("embeddings", '{"input": "x", "dimensions": 1e999}'),
+]
+
+
+async def test_a_hostile_line_fails_alone_and_as_a_request_would(tmp_path: Path) -> None:
+    """Lines are parsed as strictly as requests: each bad one gets the error that HTTP answers, and harms no other."""
+    config = Config(server=ServerConfig(data_dir=str(tmp_path)))
+    async with open_stub(StubRunner()) as engine:
+        app = create_app(engine, config)
+        async with running(app):
+            for endpoint in ("completions", "chat/completions", "embeddings"):
+                bodies = [body for name, body in HOSTILE if name == endpoint]
+                good = {"prompt": "x", "max_tokens": 1, "input": "x", "messages": [{"role": "user", "content": "x"}]}
+                bodies.append(json.dumps(good))
+                lines = [
+                    f'{{"custom_id": "c{i}", "method": "POST", "url": "/v1/{endpoint}", "body": {body}}}\n'
+                    for i, body in enumerate(bodies)
+                ]
+                output, errors = await answered_lines(app, f"/v1/{endpoint}", "".join(lines).encode())
+                assert [line["custom_id"] for line in output] == [f"c{len(bodies) - 1}"]
+                assert [line["custom_id"] for line in errors] == [f"c{i}" for i in range(len(bodies) - 1)]
+                for line, body in zip(errors, bodies, strict=False):
+                    answer = await ask(app, "POST", f"/v1/{endpoint}", body.encode())
+                    assert (answer.status, answer.json()) == (400, line["response"]["body"])
+            assert (await ask(app, "GET", "/health")).json() == {"status": "ok"}
+
+
+async def answered_lines(app: Any, url: str, data: bytes) -> tuple[list[Any], list[Any]]:
+    """Run an input file as a batch; return the lines of the output and of the error file."""
+    form = [b'name="purpose"\r\n\r\nbatch', b'name="file"; filename="a"\r\n\r\n' + data]
+    body = b"".join(b"--B\r\nContent-Disposition: form-data; " + part + b"\r\n" for part in form) + b"--B--\r\n"
+    headers = {"content-type": "multipart/form-data; boundary=B"}
+    file = (await ask(app, "POST", "/v1/files", body, headers=headers)).json()
+    wanted = {"input_file_id": file["id"], "endpoint": url, "completion_window": "24h"}
+    made = (await ask(app, "POST", "/v1/batches", wanted)).json()
+    with trio.fail_after(60):
+        batch = await poll(app, made["id"], lambda batch: batch["status"] in ENDED)
+    assert batch["status"] == "completed", batch
+    contents: list[list[Any]] = []
+    for name in ("output_file_id", "error_file_id"):
+        text = (await ask(app, "GET", f"/v1/files/{batch[name]}/content")).body
+        contents.append([json.loads(line) for line in text.splitlines()])
+    return contents[0], contents[1]
+
+
 async def test_chat_and_embeddings(server: Running) -> None:
     """Lines may ask for chats and embeddings too."""
     hi = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
@@ -325,9 +397,9 @@ async def test_lines_are_charged_to_their_key(tmp_path: Path, mock_clock: MockCl
             made = (await ask(app, "POST", "/v1/batches", body, headers=mine)).json()
 
             def count() -> int:
-                row = sqlite3.connect(f"file:{tmp_path}/trio-llm.sqlite3?mode=ro", uri=True)
-                with closing(row):
-                    return row.execute("SELECT completed FROM batches WHERE id = ?", (made["id"],)).fetchone()[0]
+                uri = f"file:{tmp_path}/trio-llm.sqlite3?mode=ro"
+                with closing(sqlite3.connect(uri, uri=True)) as connection:
+                    return connection.execute("SELECT completed FROM batches WHERE id = ?", (made["id"],)).fetchone()[0]
 
             for completed in (1, 2, 3):
                 while count() < completed:
@@ -415,7 +487,7 @@ def call(url: str, body: Any = None) -> Any:
 
 def answered(directory: Path) -> int:
     """Count the lines that a batch has answered so far, as its disk tells."""
-    with sqlite3.connect(f"file:{directory}/trio-llm.sqlite3?mode=ro", uri=True) as connection:
+    with closing(sqlite3.connect(f"file:{directory}/trio-llm.sqlite3?mode=ro", uri=True)) as connection:
         return connection.execute("SELECT coalesce(sum(completed + failed), 0) FROM batches").fetchone()[0]
 
 
@@ -487,3 +559,34 @@ def test_killed_at_random_instants() -> None:
 def test_killed_at_many_points(tmp_path: Path) -> None:
     """SIGKILL before the first answer, after it, again and again, and at the end: no line lost, doubled or changed."""
     check_killed(tmp_path, [0, 1, 31, LINES])
+
+
+@pytest.mark.slow
+def test_told_to_end_in_the_middle(tmp_path: Path) -> None:
+    """Servers that are told to end, once or twice, or are killed while they drain, lose, double and fail no line."""
+    with process(tmp_path) as (server, url):
+        batch_id = submit(url)
+        wait_for(tmp_path, 1)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(30) == 0
+    before = answered(tmp_path)
+    with process(tmp_path) as (server, url):
+        wait_for(tmp_path, before + 1)
+        for _ in range(2):
+            server.send_signal(signal.SIGINT)
+        server.wait(30)
+    before = answered(tmp_path)
+    with process(tmp_path) as (server, url):
+        wait_for(tmp_path, before + 1)
+        call(f"{url}/shutdown")
+        server.send_signal(signal.SIGKILL)
+        server.wait()
+    with process(tmp_path) as (_, url):
+        lines = results(url, batch_id)
+    assert [line["custom_id"] for line in lines] == [f"prompt-{number}" for number in range(LINES)]
+
+
+def wait_for(directory: Path, lines: int) -> None:
+    """Wait until so many lines are answered."""
+    while answered(directory) < min(lines, LINES):
+        time.sleep(0.002)

@@ -56,7 +56,7 @@ async def test_the_answer(app: ServerApp) -> None:
     assert body["choices"] == [
         {
             "index": 0,
-            "message": {"role": "assistant", "content": continuation(HI_PROMPT, 4), "refusal": None},
+            "message": {"role": "assistant", "content": continuation(HI_PROMPT, 4), "refusal": None, "annotations": []},
             "logprobs": None,
             "finish_reason": "length",
             "stop_reason": None,

@@ -11,8 +11,9 @@ import pytest
 import trio
 import trio.testing
 
-from tests.server.helpers import ask
+from tests.server.helpers import ask, running
 from tests.server.stub import StubRunner, open_stub
+from trio_llm import grammar
 from trio_llm.config import Config, LimitsConfig
 from trio_llm.grammar import GrammarCompiler, GrammarSource
 from trio_llm.server.app import ServerApp, create_app
@@ -54,7 +55,9 @@ async def post(app: ServerApp, pattern: str | None, **fields: Any) -> Any:
 async def app(autojump_clock: trio.testing.MockClock) -> AsyncIterator[ServerApp]:
     """Return an app round a stub, in a time that jumps where everybody waits."""
     async with open_stub(StubRunner()) as engine:
-        yield create_app(engine, Config(limits=LimitsConfig(grammar_timeout_s=3.0)))
+        app = create_app(engine, Config(limits=LimitsConfig(grammar_timeout_s=3.0)))
+        app.services.grammars.prepare()  # As before a server listens: this clock jumps while a thread does it.
+        yield app
 
 
 async def test_a_compilation_without_end_is_a_400_in_time(app: ServerApp, stuck: Stuck) -> None:
@@ -87,3 +90,37 @@ async def test_nobody_else_waits_for_it(app: ServerApp, stuck: Stuck) -> None:
     while (await post(app, "[a-z]new")).status == 503:
         await trio.testing.wait_all_tasks_blocked()
     assert (await post(app, "[a-z]new")).status == 200
+
+
+async def test_the_vocabulary_is_indexed_before_anything_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The index holds the interpreter for seconds: it is complete when the server listens, and made only once."""
+    made: list[threading.Thread] = []
+    index = grammar.unspellable
+
+    def watched(text: str) -> str:
+        made.append(threading.current_thread())
+        return index(text)
+
+    monkeypatch.setattr(grammar, "unspellable", watched)
+    async with open_stub(StubRunner()) as engine:
+        app = create_app(engine, Config())
+        async with running(app):
+            assert app.services.grammars.prepared
+            assert (await post(app, "[ab]{3}")).status == 200
+    assert len(made) == 1 and made[0] is not threading.current_thread()
+
+
+async def test_a_vocabulary_that_cannot_be_indexed_stops_no_server(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A tokenizer that grammars cannot use is logged; requests without a grammar are answered."""
+
+    def fail(self: GrammarCompiler) -> None:
+        raise ValueError("no such tokenizer")
+
+    monkeypatch.setattr(GrammarCompiler, "prepare", fail)
+    async with open_stub(StubRunner()) as engine:
+        app = create_app(engine, Config())
+        async with running(app):
+            assert (await post(app, None)).status == 200
+    assert "The vocabulary cannot be indexed" in caplog.text

@@ -411,3 +411,13 @@ async def test_a_request_that_fails_in_the_model_is_a_500_of_its_own(app: Server
     assert answers["poison"].json()["error"]["code"] == "request_failed"
     assert b"0x" not in answers["poison"].body
     assert b"/srv" not in answers["poison"].body
+
+
+async def test_offsets_count_characters_of_the_text() -> None:
+    """A token that is a part of a character begins where the character does; no offset is beyond the text."""
+    async with open_stub(StubRunner()) as engine:
+        body = {"prompt": "é🤗a", "max_tokens": 1, "echo": True, "logprobs": 0}
+        answer = await ask(create_app(engine, Config()), "POST", "/v1/completions", body)
+    choice = answer.json()["choices"][0]
+    assert choice["logprobs"]["text_offset"] == [0, 0, 1, 1, 1, 1, 2, 3]
+    assert len(choice["text"]) == 4

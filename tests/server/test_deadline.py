@@ -24,7 +24,7 @@ MESSAGES: Any = [{"role": "user", "content": "hi"}]
 CALLS: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "hello", "max_tokens": 50},
     "/v1/chat/completions": {"messages": MESSAGES, "max_tokens": 50},
-    "/v1/responses": {"input": "hi", "max_output_tokens": 50},
+    "/v1/responses": {"model": "stub", "input": "hi", "max_output_tokens": 50},
     "/v1/messages": {"messages": MESSAGES, "max_tokens": 50, "model": "stub"},
     "/v1/embeddings": {"input": ["a", "b"]},
 }

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import base64
 import struct
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests.server.client import use_client
 from tests.server.helpers import ask, running
 from tests.server.stub import TOKENIZER, StubRunner, embedding, open_stub
 from trio_llm.config import AuthConfig, Config
-from trio_llm.messages import PoolingParams, StepPlan
+from trio_llm.messages import StepPlan
+from trio_llm.params import PoolingParams
 from trio_llm.server.app import ServerApp, create_app
+from trio_llm.server.openai import embeddings
 
 
 @pytest.fixture
@@ -107,6 +111,23 @@ async def test_many_inputs_are_all_answered(app: ServerApp) -> None:
     texts = [f"number {number}" for number in range(100)]
     data = (await embed(app, texts))["data"]
     assert [item["embedding"] for item in data] == [known(text) for text in texts]
+
+
+async def test_large_answers_are_written_off_the_event_loop(app: ServerApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many numbers are collected and written in a worker thread, few on the event loop; the answers are equal."""
+    threads: list[threading.Thread] = []
+
+    def written(answer: Any) -> Any:
+        threads.append(threading.current_thread())
+        return encode(answer)
+
+    encode = msgspec.json.encode
+    monkeypatch.setattr(msgspec.json, "encode", written)
+    few = await embed(app, ["cat", "horse"])
+    monkeypatch.setattr(embeddings, "_NUMBERS_PER_CHAR", 1 / 1000)
+    many = await embed(app, ["cat", "horse"])
+    assert few["data"] == many["data"]
+    assert [thread is threading.current_thread() for thread in threads] == [True, False]
 
 
 async def test_the_openai_client(runner: StubRunner) -> None:

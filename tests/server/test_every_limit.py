@@ -14,14 +14,15 @@ from trio.testing import wait_all_tasks_blocked
 from tests.server.helpers import ask, exchange, http, read_response, read_to_end, running
 from tests.server.stub import GatedWorker, StubRunner, open_stub, stub_tokenizer
 from trio_llm.config import Config, LimitsConfig, ServerConfig
-from trio_llm.server import serve as serve_module
-from trio_llm.server.amounts import flag_of
 from trio_llm.server.app import create_app
+from trio_llm.server.bodies.size_limits import flag_of
+from trio_llm.server.http import serve as serve_module
 
 COMPLETION = {"prompt": "x", "max_tokens": 1}
 TURN = {"role": "user", "content": "x"}
 # A rendering that takes some milliseconds, and whose text is some thousand characters.
-SLOW_TEMPLATE = "{% for number in range(20000) %}{{ number % 7 }}{% endfor %}"
+# It outlasts a few ticks of the clock that counts CPU time, on a fast processor too.
+SLOW_TEMPLATE = "{% for n in range(20000) %}{{ n % 7 }}{% for _ in range(30) %}{% endfor %}{% endfor %}"
 # One that takes some milliseconds to compile.
 SLOW_SCHEMA = {"type": "object", "properties": {f"field{number}": {"type": "string"} for number in range(100)}}
 
@@ -48,6 +49,7 @@ REQUESTS: dict[str, Row] = {
     "max_body_bytes": Row(100, 1000, completion(prompt="x" * 200)),
     "max_json_depth": Row(2, 3, completion(foo=[[]])),
     "max_json_nodes": Row(3, 4, completion(foo=[[], []])),
+    "max_json_keys": Row(3, 4, completion(foo={"a:": 1})),
     "max_json_digits": Row(5, 6, completion(foo=123456)),
     "max_messages": Row(2, 3, CHAT, "/v1/chat/completions"),
     "max_prompts": Row(2, 3, completion(prompt=["a", "b", "c"])),
@@ -204,6 +206,17 @@ async def test_an_upload_is_held_to_its_limit(tmp_path: Any) -> None:
     assert b'"bytes":2000' in await answer_to_upload(LimitsConfig(max_file_bytes=2000), str(tmp_path / "high"))
 
 
+@pytest.mark.parametrize("name", ["max_stored_bytes", "max_stored_bytes_per_key"])
+async def test_stored_bytes_are_held_to_a_limit_that_moves(tmp_path: Any, name: str) -> None:
+    """Uploads count together with what is stored already; one that would exceed the limit is told its flag."""
+    for most, fits in ((4000, True), (5999, False), (6000, True)):
+        answer = await answer_to_upload(LimitsConfig(**{name: most}), str(tmp_path))
+        refusal = f"at most {most} bytes ({flag_of(name)})".encode()
+        assert (b'"bytes":2000' in answer, refusal in answer) == (fits, not fits)
+        if most == 4000:
+            assert b'"bytes":2000' in await answer_to_upload(LimitsConfig(**{name: most}), str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("path", "body"), [("/v1/completions", {"prompt": "xyz", "n": 2}), ("/v1/embeddings", {"input": ["xyz"] * 2})]
 )
@@ -252,4 +265,6 @@ async def test_connections_are_held_to_a_limit_that_moves(name: str, monkeypatch
 def test_the_tables_cover_every_limit() -> None:
     """A limit that is added without a test that moves it is noticed."""
     covered = {*REQUESTS, *TIMES, "max_file_bytes", "max_queued_tokens", "max_connections", "max_connections_per_peer"}
+    covered |= {"max_caller_share"}  # See test_shares.py.
+    covered |= {"max_stored_bytes", "max_stored_bytes_per_key"}
     assert covered == {field.name for field in attrs.fields(LimitsConfig)}

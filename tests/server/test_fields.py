@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -10,11 +11,13 @@ from tests.server.helpers import ask
 from tests.server.stub import StubRunner, open_stub
 from trio_llm.config import Config, LimitsConfig
 from trio_llm.errors import InvalidRequestError
+from trio_llm.server.anthropic.body import MessagesBody
 from trio_llm.server.app import create_app
-from trio_llm.server.fields import stray_fields
-from trio_llm.server.messages_body import MessagesBody
-from trio_llm.server.requests import ChatBody, CompletionBody, check_body
-from trio_llm.server.responses_body import ResponsesBody
+from trio_llm.server.batches.service import execute_line
+from trio_llm.server.bodies.pipeline import parse_body
+from trio_llm.server.bodies.types import ChatBody, CompletionBody
+from trio_llm.server.bodies.unknown_fields import extra_fields
+from trio_llm.server.openai.responses_body import ResponsesBody
 
 HI = {"role": "user", "content": "hi"}
 FUNCTION = {"name": "f", "parameters": {"type": "object", "anything": {"goes": 1}}}
@@ -51,7 +54,7 @@ FUNCTION = {"name": "f", "parameters": {"type": "object", "anything": {"goes": 1
 )  # fmt: skip
 def test_the_path_of_an_unknown_field(kind: Any, body: dict[str, Any], paths: list[str]) -> None:
     """Every object of a body is looked at, whichever of several types it is of; what is free stays free."""
-    assert [stray.path for stray in stray_fields(body, kind, {})] == paths
+    assert [extra.path for extra in extra_fields(body, kind, {})] == paths
 
 
 @pytest.mark.parametrize(
@@ -67,10 +70,41 @@ def test_the_path_of_an_unknown_field(kind: Any, body: dict[str, Any], paths: li
 def test_what_is_known_and_not_built_is_refused_inside_too(fields: dict[str, Any], path: str) -> None:
     """A nested field that would change the answer is refused by its path; with the value of none it passes."""
     with pytest.raises(InvalidRequestError) as caught:
-        check_body({"messages": [HI], **fields}, ChatBody, LimitsConfig())
+        parse_body(json.dumps({"messages": [HI], **fields}).encode(), ChatBody, LimitsConfig())
     assert caught.value.param == path
     neutral = {"role": "assistant", "content": "x", "audio": None, "annotations": []}
-    assert stray_fields({"messages": [neutral]}, ChatBody, {}) == ()
+    assert extra_fields({"messages": [neutral]}, ChatBody, {}) == ()
+
+
+IMAGE = {"url": "data:image/png;base64,AA=="}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/chat/completions",
+         {"messages": [{**HI, "foo": 1, "content": [{"type": "text", "text": "a"},
+                                                    {"type": "image_url", "image_url": IMAGE}]}]},
+         "messages[0].content[1]"),
+        ("/v1/chat/completions", {"messages": [{**HI, "content": [{"type": "input_audio", "input_audio": {}}]}]},
+         "messages[0].content[0]"),
+        ("/v1/responses", {"input": [{**HI, "content": [{"type": "input_image", "image_url": "data:"}]}]},
+         "input[0].content[0]"),
+        ("/v1/responses", {"input": [{"type": "function_call_output", "call_id": "c",
+                                      "output": [{"type": "input_file", "file_id": "f"}]}]}, "input[0].output[0]"),
+    ],
+)  # fmt: skip
+async def test_a_part_that_is_no_text_is_the_fault_not_its_fields(
+    path: str, body: dict[str, Any], param: str, strict: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A refused image is named where it stands, and nothing says before that its data was ignored."""
+    async with open_stub(StubRunner()) as engine:
+        app = create_app(engine, Config(limits=LimitsConfig(strict=strict)))
+        with caplog.at_level("INFO"):
+            answer = await ask(app, "POST", path, {"model": app.services.names[0], **body})
+    assert (answer.status, answer.json()["error"]["param"]) == (400, param)
+    assert "warning" not in answer.headers and "gnored" not in caplog.text
 
 
 async def test_the_client_is_told_of_the_path() -> None:
@@ -90,8 +124,11 @@ async def test_in_strict_mode_the_path_is_refused() -> None:
     assert (answer.status, answer.json()["error"]["param"]) == (400, "messages[1].foo")
 
 
-def test_lines_of_batches_are_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """Nobody waits for the answer to a line of a batch: what it holds that nobody knows stands in the log."""
-    with caplog.at_level("INFO"):
-        check_body({"messages": [{**HI, "f\no": 1}]}, ChatBody, LimitsConfig())
+async def test_lines_of_batches_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody waits for the answer to a line of a batch: the log names its unknown fields."""
+    async with open_stub(StubRunner()) as engine:
+        services = create_app(engine, Config()).services
+        with caplog.at_level("INFO"):
+            body = {"messages": [{**HI, "f\no": 1}], "max_tokens": 1}
+            await execute_line(services, "/v1/chat/completions", json.dumps({"body": body}).encode(), "")
     assert "'messages[0].f\\no'" in caplog.text

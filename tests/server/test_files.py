@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import json
 import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,8 +19,9 @@ from tests.server.client import use_client
 from tests.server.helpers import Running, http, read_response, running
 from tests.server.stub import StubRunner, open_stub
 from trio_llm.config import AuthConfig, Config, LimitsConfig, ServerConfig
-from trio_llm.server import edge
 from trio_llm.server.app import create_app
+from trio_llm.server.batches.file_store import FileWriter
+from trio_llm.server.http import edge
 
 KEYS = ("sk-0123456789abcdef", "sk-fedcba9876543210")
 MIB = 1024 * 1024
@@ -161,6 +164,10 @@ async def test_made_up_ids_are_not_found(server: Running, name: str, method: str
             400,
         ),
         (FORM * 2 + END, "multipart/form-data; boundary=B", 400),
+        (FORM.replace(b'; name="purpose"', b"") + END, "multipart/form-data; boundary=B", 400),
+        (FORM.replace(b'name="purpose"', b'name=""') + END, "multipart/form-data; boundary=B", 400),
+        (FORM.replace(b'; name="file"', b"") + END, "multipart/form-data; boundary=B", 400),
+        (FORM[: FORM.rindex(b"--B")] + FORM + b"{}" + END, "multipart/form-data; boundary=B", 400),
         (FORM * 50 + END, "multipart/form-data; boundary=B", 400),
         (FORM + END, "multipart/form-data; boundary=" + "B" * 5000, 400),
     ],
@@ -242,6 +249,65 @@ async def test_a_client_that_stops_sending_is_answered(tmp_path: Path) -> None:
         with trio.fail_after(30):
             assert (await read_response(stream))[0] == 408
         assert stored(tmp_path) == []
+
+
+async def test_an_upload_that_drips_ends_with_its_request(tmp_path: Path) -> None:
+    """Parts that keep coming do not keep an upload alive beyond --request-timeout: it is a 504, and nothing stays."""
+    async with serving(tmp_path, request_timeout_s=0.1) as server:
+        stream = await server.connect()
+        await stream.send_all(head(2 * MIB))
+        answered = trio.Event()
+
+        async def drip() -> None:
+            while not answered.is_set():
+                await stream.send_all(b"x")
+                await trio.sleep(0.01)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(drip)
+            with trio.fail_after(3):  # Not the five seconds that others get to send the rest of a body.
+                status, headers, body = await read_response(stream)
+            answered.set()
+        assert (status, headers["connection"]) == (504, "close")
+        assert b"(--request-timeout)" in body
+        assert stored(tmp_path) == []
+
+
+def no_room(*_: Any) -> Any:
+    """Fail as the kernel does on a full disk."""
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def broken(*_: Any) -> Any:
+    """Fail as the kernel does on a broken disk."""
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def full_database(writer: FileWriter, *_: Any) -> None:
+    """Fail as SQLite does on a full disk."""
+    connection = writer._database.connection
+    connection.execute("PRAGMA max_page_count = 1")
+    connection.execute("CREATE TABLE more AS SELECT randomblob(1000000)")
+
+
+@pytest.mark.parametrize(
+    ("fail", "status", "code"),
+    [(no_room, 507, "disk_full"), (full_database, 507, "disk_full"), (broken, 503, "storage_failed")],
+)
+@pytest.mark.parametrize("method", ["write", "sync"])
+async def test_a_disk_that_fails_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail: Any, status: int, code: str, method: str
+) -> None:
+    """A full disk is a 507 and a broken one a 503, never a 500; nothing stays of the file, and others are readable."""
+    async with serving(tmp_path) as server:
+        kept = await use_client(server, lambda client: client.files.create(file=b"{}", purpose="batch"), KEYS[0])
+        monkeypatch.setattr(FileWriter, method, fail)
+        stream = await server.connect()
+        await stream.send_all(head(10) + b"x" * 10 + END)
+        answer = await read_response(stream)
+        assert (answer[0], json.loads(answer[2])["error"]["code"]) == (status, code)
+        assert stored(tmp_path) == [kept.id]
+        assert await use_client(server, lambda client: client.files.content(kept.id).read(), KEYS[0]) == b"{}"
 
 
 async def test_uploads_are_never_held_whole(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ async def test_no_request_makes_the_server_fail(tmp_path: Path) -> None:
     async with open_stub(StubRunner()) as engine, running(create_app(engine, config)) as server:
         url = f"http://127.0.0.1:{server.port}/openapi.json"
         command = [str(PROGRAM), "run", url, "--mode", "all", "--checks", CHECKS, "--max-examples", "3", "--seed", "1"]
-        command += ["--max-time", "25", "--generation-database", "none"]
+        command += ["--max-time", "25", "--generation-database", "none", "--exclude-path", "/v1/engine/live"]
         ended = await trio.run_process(
             command, capture_stdout=True, stderr=subprocess.STDOUT, check=False, cwd=tmp_path
         )

@@ -51,7 +51,7 @@ async def test_every_http_series_moves(app: ServerApp) -> None:
 
 async def test_monitors_are_not_counted(app: ServerApp) -> None:
     """As in vLLM, what monitors ask all day long leaves no trace in the counts; a path that is not there does."""
-    for path in ("/metrics", "/health", "/load", "/ping", "/version", "/nowhere"):
+    for path in ("/metrics", "/health", "/ready", "/load", "/ping", "/version", "/nowhere"):
         await ask(app, "GET", path)
     names = [name for name in await series(app) if name.startswith("http_")]
     assert all('handler="unmatched"' in name for name in names) and len(names) == 3

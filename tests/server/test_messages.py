@@ -92,6 +92,12 @@ async def test_text(server: Running, runner: ScriptedRunner) -> None:
     assert runner.prompts[-1].startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>")
 
 
+async def test_citations_are_a_list(server: Running) -> None:
+    """Anthropic's types demand `citations` of a text; clients differ in whether null is one, an empty list is."""
+    raw = await use_client(server, lambda client: client.messages.with_raw_response.create(**given({})))
+    assert raw.http_response.json()["content"] == [{"type": "text", "text": "Hello there.", "citations": []}]
+
+
 async def test_sampling_reaches_the_model(server: Running, runner: ScriptedRunner) -> None:
     """temperature, top_p, top_k and stop_sequences are those that the model is run with."""
     seen: list[Any] = []
@@ -297,15 +303,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "messages[0].content[0].tool_use_id",
     ),
     ({"messages": [TURN, {"role": "assistant", "content": "x"}], "thinking": THINK}, "thinking"),
-    ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0]"),
+    (
+        {"tools": [{"type": "web_search_20250305", "name": "web_search"}], "tool_choice": {"type": "any"}},
+        "tool_choice needs tools",
+    ),
     ({"tools": [WEATHER], "tool_choice": {"type": "tool", "name": "other"}}, "tool_choice"),
     ({"tools": [WEATHER], "tool_choice": {"type": "tool"}}, "tool_choice.name"),
     ({"tool_choice": {"type": "any"}}, "tool_choice"),
-    ({"thinking": {"type": "adaptive", "display": "omitted"}}, "thinking.display"),
-    ({"output_config": {"effort": "low"}}, "output_config.effort"),
+    ({"output_config": {"effort": "extreme"}}, "output_config.effort"),
     ({"output_config": {"format": {"type": "json_schema", "schema": {"type": "x"}}}}, "output_config.format.schema"),
-    ({"service_tier": "priority"}, "service_tier"),
-    ({"extra_body": {"mcp_servers": [{"type": "url"}]}}, "mcp_servers"),
+    ({"extra_body": {"inference_geo": "eu"}}, "inference_geo"),
     ({"extra_body": {"container": "c"}}, "container"),
     ({"extra_body": {"output_format": {"type": "json_schema"}}}, "output_format"),
     ({"extra_body": {"stop": "x"}}, "stop"),
@@ -361,12 +368,27 @@ async def test_what_is_refused_before_the_app_has_the_shape_too(server: Running)
     [(PLAIN_TEMPLATE, "enabled"), (TEMPLATE.replace("enable_thinking", "brief"), "disabled")],
 )
 async def test_thinking_that_cannot_be_had(template: str, thinking: str) -> None:
-    """A model that cannot think, or cannot help it, refuses to be asked for the other; unasked it answers."""
+    """A model that cannot think, or cannot help it, answers as it does and says so in a Warning."""
     async with serving(ScriptedRunner("Yes."), template) as server:
-        with pytest.raises(anthropic.BadRequestError) as caught:
-            await create(server, thinking={**THINK, "type": thinking})
-        assert "thinking.type" in caught.value.message
-        assert (await create(server)).content[0].text == "Yes."
+        fields = given({"thinking": {**THINK, "type": thinking}, "output_config": {"effort": "low"}})
+        raw = await use_client(server, lambda client: client.messages.with_raw_response.create(**fields))
+        assert raw.parse().content[0].text == "Yes."
+        assert "Ignored hints: thinking" in raw.headers["warning"]
+        assert "Ignored hints: output_config.effort" in raw.headers["warning"]
+        assert (
+            "warning"
+            not in (
+                await use_client(server, lambda client: client.messages.with_raw_response.create(**given({})))
+            ).headers
+        )
+
+
+async def test_thinking_can_be_left_out_of_the_answer(server: Running, runner: ScriptedRunner) -> None:
+    """With `display: omitted` the model thinks and the message has no thinking."""
+    runner.say("<think>\nHm.\n</think>\n\nYes.")
+    message = await create(server, thinking={"type": "adaptive", "display": "omitted"})
+    assert [block.type for block in message.content] == ["text"]
+    assert runner.prompts[-1].endswith("assistant\n")
 
 
 async def test_a_failure_after_the_first_token_is_an_event() -> None:

@@ -12,11 +12,11 @@ import jsonschema
 import pytest
 import trio
 
-from tests.server.helpers import Answer, ask, running
+from tests.server.helpers import Answer, ask, exchange, running
 from tests.server.stub import open_stub
 from trio_llm.config import Config, ServerConfig
 from trio_llm.server.app import ServerApp, create_app
-from trio_llm.server.openapi import OPERATIONS
+from trio_llm.server.openapi.document import OPERATIONS
 
 JSON = {"content-type": "application/json"}
 HI = [{"role": "user", "content": "hi"}]
@@ -55,18 +55,28 @@ class Contract:
         if media == "application/json":
             self.check(schema, answer.json())
         elif "contentSchema" in schema:
-            *events, last = answer.events()
-            assert last == "[DONE]"
-            for event in events:
+            for event in events_of(answer, has_names="anyOf" in schema["contentSchema"]):
                 self.check(schema["contentSchema"], event)
         return answer
+
+
+def events_of(answer: Answer, *, has_names: bool) -> list[Any]:
+    """Parse a stream: one whose events bear their types as names, or one that ends with [DONE]."""
+    if not has_names:
+        *events, last = answer.events()
+        assert last == "[DONE]"
+        return events
+    parts = [part.split("\ndata: ") for part in answer.body.decode().split("\n\n")[:-1]]
+    events = [json.loads(data) for _, data in parts]
+    assert [name for name, _ in parts] == [f"event: {event['type']}" for event in events]
+    return events
 
 
 @pytest.fixture
 async def contract(tmp_path: Path) -> AsyncIterator[Contract]:
     """Serve with a data directory."""
-    async with open_stub(max_batch_size=8) as engine:
-        app = create_app(engine, Config(server=ServerConfig(data_dir=str(tmp_path))), shutdown=lambda: None)
+    async with open_stub(max_batch_size=8, record=str(tmp_path / "records")) as engine:
+        app = create_app(engine, Config(server=ServerConfig(data_dir=str(tmp_path / "data"))), shutdown=lambda: None)
         async with running(app):
             yield Contract(app, (await ask(app, "GET", "/openapi.json")).json())
 
@@ -81,10 +91,15 @@ async def generate(contract: Contract) -> None:
     ):
         await contract.ask("POST", path, body)
         await contract.ask("POST", path, {**body, "stream": True, "stream_options": {"include_usage": True}})
+        await contract.ask("POST", f"{path}/render", body)
+        await contract.ask("POST", f"{path}/render", {**body, "model": 7}, status=400)
         del body["return_token_ids"]
         await contract.ask("POST", path, {**body, "prompt_logprobs": 1})
         await contract.ask("POST", path, {**body, "max_tokens": -1}, status=400)
-    for path, body in (("/v1/messages", MESSAGE), ("/v1/responses", {"input": "hi", "max_output_tokens": 3})):
+    for path, body in (
+        ("/v1/messages", MESSAGE),
+        ("/v1/responses", {"model": "stub", "input": "hi", "max_output_tokens": 3}),
+    ):
         await contract.ask("POST", path, body)
         await contract.ask("POST", path, {**body, "stream": True})
         await contract.ask("POST", path, {**body, "model": 7}, status=400)
@@ -95,6 +110,17 @@ async def generate(contract: Contract) -> None:
     await contract.ask("POST", "/v1/embeddings", {"input": []}, status=400)
 
 
+async def ask_about_requests(contract: Contract) -> None:
+    """Explain and cancel a request that has ended, and one that never was."""
+    body = {"prompt": "hi", "max_tokens": 2, "timings_per_token": True}
+    await contract.ask("POST", "/v1/completions", {**body, "stream": True, "return_progress": True})
+    answer_id = (await contract.ask("POST", "/v1/completions", body)).json()["id"]
+    for method, what in (("GET", "explain"), ("POST", "cancel")):
+        rule = "/v1/requests/{request_id}/" + what
+        await contract.ask(method, f"/v1/requests/{answer_id}/{what}", rule=rule)
+        await contract.ask(method, f"/v1/requests/none/{what}", rule=rule, status=404)
+
+
 async def look_up(contract: Contract) -> None:
     """Ask what needs no model, and is no file."""
     for prefix in ("", "/v1"):
@@ -103,14 +129,37 @@ async def look_up(contract: Contract) -> None:
         await contract.ask("POST", f"{prefix}/tokenize", {}, status=400)
         await contract.ask("POST", f"{prefix}/detokenize", {"tokens": [5, 6]})
         await contract.ask("POST", f"{prefix}/detokenize", {"tokens": [-1]}, status=400)
-    monitored = ("/health", "/load", "/ping", "/version", "/metrics")
+    monitored = ("/health", "/ready", "/load", "/ping", "/version", "/metrics")
+    for asset in ("start.js", "swagger-ui.css"):
+        await contract.ask("GET", f"/docs/{asset}", rule="/docs/{asset}")
+    await contract.ask("GET", "/docs/nothing", rule="/docs/{asset}", status=404)
+    for asset in ("main.js", "page.css", "icon.svg"):
+        await contract.ask("GET", f"/ui/{asset}", rule="/ui/{asset}")
+    await contract.ask("GET", "/ui/nothing", rule="/ui/{asset}", status=404)
+    await contract.ask("GET", "/")
     for path in (*monitored, "/tokenizer_info", "/v1/models", "/openapi.json", "/docs"):
         await contract.ask("GET", path)
     await contract.ask("POST", "/ping")
     await contract.ask("GET", "/v1/models/stub", rule="/v1/models/{model}")
     await contract.ask("GET", "/v1/models/other", rule="/v1/models/{model}", status=404)
+    await watch(contract)
+    await contract.ask("POST", "/v1/engine/record", {"recording": False})
+    await contract.ask("POST", "/v1/engine/record", {"recording": 1}, status=400)
     for method in ("GET", "POST"):
         await contract.ask(method, "/shutdown", status=202)
+
+
+async def watch(contract: Contract) -> None:
+    """Hold a state of the engine, with a request that has ended, to the document: the stream has no end."""
+    operation = contract.document["paths"]["/v1/engine/live"]["get"]
+    call = exchange(contract.app, "GET", "/v1/engine/live")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(call.run)
+        event = await call.chunks.receive()
+        nursery.cancel_scope.cancel()
+    schema = operation["responses"]["200"]["content"]["text/event-stream"]["schema"]
+    contract.check(schema["contentSchema"], json.loads(event.removeprefix(b"data: ")))
+    contract.seen.add(("get", "/v1/engine/live", "text/event-stream done"))
 
 
 async def files_and_batches(contract: Contract) -> None:
@@ -155,6 +204,7 @@ async def files_and_batches(contract: Contract) -> None:
 async def test_every_route_answers_as_the_document_says(contract: Contract) -> None:
     """Each operation is asked and answers by its schema in each of its media, and refuses by the error's schema."""
     await generate(contract)
+    await ask_about_requests(contract)
     await files_and_batches(contract)
     await look_up(contract)
     promised = {(o.method, o.path, f"{media} done") for o in OPERATIONS for media in o.media}

@@ -13,9 +13,11 @@ from tests.server.helpers import Answer, ask
 from tests.server.parameters import CHAT, COMPLETIONS, ROWS, USER, Row, Seen
 from tests.server.stub import TOKENIZER, StubRunner, open_stub
 from trio_llm.config import Config
-from trio_llm.messages import Admission, SamplingParams
+from trio_llm.messages import Admission
+from trio_llm.params import SamplingParams
 from trio_llm.server.app import ServerApp, create_app
-from trio_llm.server.requests import ChatBody, CompletionBody, _not_supported
+from trio_llm.server.bodies.foreign_fields import hinted_fields, unsupported_fields
+from trio_llm.server.bodies.types import ChatBody, CompletionBody
 
 BASE: dict[str, dict[str, Any]] = {CHAT: {"messages": USER}, COMPLETIONS: {"prompt": "hi"}}
 CASES = [
@@ -34,10 +36,12 @@ class Model:
 
 
 @pytest.fixture
-async def model() -> AsyncIterator[Model]:
+async def model(request: pytest.FixtureRequest) -> AsyncIterator[Model]:
     """Return an open app that remembers what its model is given."""
     admitted: list[Admission] = []
-    runner = StubRunner(hook=lambda plan: admitted.extend(plan.admitted))
+    row = request.node.callspec.params.get("row") if hasattr(request.node, "callspec") else None
+    context = 2048 if row is None or row.name in ("messages", "tools") else 512  # The prompt of tools is long.
+    runner = StubRunner(hook=lambda plan: admitted.extend(plan.admitted), max_model_len=context)
     async with open_stub(runner, enable_prefix_caching=False) as engine:
         yield Model(create_app(engine, Config()), admitted)
 
@@ -85,8 +89,39 @@ async def test_bad_values_are_refused_by_name(model: Model, row: Row, path: str)
     assert not model.admitted
 
 
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_rendering_says_what_the_model_would_be_given(model: Model, path: str) -> None:
+    """The render endpoint has the tokens and parameters of the answer, or its error; and it generates nothing."""
+    values = [
+        (row, value) for row in ROWS if path in row.paths for value in (*(good for good, _ in row.good), *row.bad)
+    ]
+    for row, value in values:
+        model.admitted.clear()
+        body = body_of(row, path, value)
+        rendered = await ask(model.app, "POST", f"{path}/render", body)
+        assert not model.admitted
+        answer = await ask(model.app, "POST", path, body)
+        assert rendered.status == answer.status, (row.name, value)
+        assert rendered.headers.get("warning") == answer.headers.get("warning"), (row.name, value)
+        if answer.status != 200:
+            assert rendered.json() == answer.json(), (row.name, value)
+            continue
+        one = rendered.json()[0] if path == COMPLETIONS else rendered.json()
+        (first, *_) = model.admitted
+        assert isinstance(first.params, SamplingParams)
+        assert one["token_ids"] == list(first.token_ids)
+        params = one["sampling_params"]
+        assert (params["n"], params["bad_words"]) == (body.get("n") or 1, body.get("bad_words") or [])
+        assert params["seed"] in (None, first.params.seed)
+        given = {name: getattr(first.params, name) for name in params.keys() - {"n", "bad_words", "seed"}}
+        given["logit_bias"] = given["logit_bias"] or None
+        expected = msgspec.json.decode(msgspec.json.encode(given))
+        assert {name: params[name] for name in given} == expected, (row.name, value)
+
+
 def test_the_table_has_a_row_for_every_parameter() -> None:
     """A field that is added to a body, or to those refused by name, needs a row here."""
     for path, kind in ((CHAT, ChatBody), (COMPLETIONS, CompletionBody)):
-        known = {field.encode_name for field in msgspec.structs.fields(kind)} | set(_not_supported(kind))
+        known = {field.encode_name for field in msgspec.structs.fields(kind)}
+        known |= {*unsupported_fields(kind), *hinted_fields(kind)}
         assert known - {row.name for row in ROWS if path in row.paths} == set()

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trio_llm.server.parsing.json_object import ObjectReader
-from trio_llm.server.parsing.pieces import CallArguments, CallStart, Content, Reasoning
-from trio_llm.server.parsing.reasoning import ReasoningParser
-from trio_llm.server.parsing.tools import ToolParser, tool_form
+from trio_llm.server.parsing.message import MessageParser, MessageStyle
+from trio_llm.server.parsing.pieces import CallArguments, CallStart, Content, Reasoning, merge
+from trio_llm.server.parsing.reasoning import THINK, ReasoningParser, thinking_form
+from trio_llm.server.parsing.tools import CALL_MARKERS, ToolForm, ToolParser, tool_form, tool_parser
 
 
 def parse(parser, parts: list[str]) -> tuple[str, str, list[tuple[str, str]]]:
@@ -67,6 +68,43 @@ CASES = [
         [("get_weather", ARGUMENTS), ("b", "{}")],
     ),
     ("mistral", "[TOOL_CALLS] is how it is spelled, I believe.", "[TOOL_CALLS] is how it is spelled, I believe.", []),
+    # Variations that small models write.
+    ("hermes", '<tool_call>{"name": "f", "arguments": null}</tool_call>', "", [("f", "{}")]),
+    ("hermes", '<tool_call>{"name": "f", "arguments": ""}</tool_call>', "", [("f", "{}")]),
+    ("hermes", r'<tool_call>{"name": "f", "arguments": "{\"a\": \"}\"}"}</tool_call>', "", [("f", '{"a": "}"}')]),
+    ("hermes", '<tool_call>{"name": "f", "arguments": "no object"}</tool_call>', "", [("f", '"no object"')]),
+    ("hermes", '<tool_call>{"name": "f", "arguments": [1, 2]}</tool_call>', "", [("f", "[1, 2]")]),
+    ("hermes", f"<tool_call>\n```json\n{CALL}\n```\n</tool_call> So.", " So.", [("get_weather", ARGUMENTS)]),
+    ("hermes", f"<tool_call>```{CALL}```</tool_call>", "", [("get_weather", ARGUMENTS)]),
+    ("hermes", f"<tool_call>{CALL}</tool_call>a <tool_call> b", "a <tool_call> b", [("get_weather", ARGUMENTS)]),
+    ("hermes", f"<tool_call>\n[{CALL}, {CALL}]\n</tool_call> So.", " So.", [("get_weather", ARGUMENTS)] * 2),
+    ("hermes", "<tool_call>[1, 2]</tool_call>", "<tool_call>[1, 2]</tool_call>", []),
+    (
+        "hermes",
+        '<tool_call>{"name": "f",\n"arguments": {\n"a": "x\n\ty\\\\", "\\"": "\r"}}</tool_call>',
+        "",
+        [("f", '{\n"a": "x\\n\\ty\\\\", "\\"": "\\r"}')],
+    ),
+    ("mistral", '[TOOL_CALLS]f[ARGS]{"a": "x\ny"}', "", [("f", '{"a": "x\\ny"}')]),
+    ("hermes", "<tool_call>```json\nno object", "<tool_call>```json\nno object", []),
+    ("hermes", f'<tool_call>{{"type": "function", "function": {CALL}}}</tool_call>', "", [("get_weather", ARGUMENTS)]),
+    ("llama3", f'{{"type": "function", "function": {LLAMA}}}', "", [("get_weather", ARGUMENTS)]),
+    ("llama3", '{"type": "function", "function": "f", "parameters": {"k": 1}}', "", [("f", '{"k": 1}')]),
+    ("llama3", f"[{LLAMA}, {LLAMA}]", "", [("get_weather", ARGUMENTS)] * 2),
+    ("llama3", f"<|python_tag|>[{LLAMA}]", "", [("get_weather", ARGUMENTS)]),
+    ("llama3", '[{"answer": 42}, 1]', '[{"answer": 42}, 1]', []),
+    ("llama3", " [1, 2] is a list.", " [1, 2] is a list.", []),
+    ("llama3", "[", "[", []),
+    ("mistral", f"[TOOL_CALLS]get_weather[CALL_ID]abc123def[ARGS]{ARGUMENTS}", "", [("get_weather", ARGUMENTS)]),
+    ("mistral", "[TOOL_CALLS]a[CALL_ID]b c", "[TOOL_CALLS]a[CALL_ID]b c", []),
+    ("mistral", "[TOOL_CALLS]" + "m" * 128 + "[ARGS]{}", "", [("m" * 128, "{}")]),
+]
+
+UNCLOSED = [
+    (f"I call it.\n<tool_call>\n{CALL}\n</tool_call>", "I call it.\n", [("get_weather", ARGUMENTS)]),
+    ("I might <tool_call> but never do", "I might <tool_call> but never do", []),
+    (f"<tool_call>{CALL}</tool_call> or not</think>", f"<tool_call>{CALL}</tool_call> or not", []),
+    (f"no <tool_call></think><tool_call>{CALL}", "no <tool_call>", [("get_weather", ARGUMENTS)]),
 ]
 
 
@@ -75,6 +113,14 @@ def test_every_form_is_read_whole_and_in_single_characters(form, text, content, 
     """Content and calls come out as written, whether the text comes at once or a character at a time."""
     assert parse(ToolParser(form), [text]) == ("", content, calls)
     assert parse(ToolParser(form), list(text)) == ("", content, calls)
+
+
+@pytest.mark.parametrize(("text", "reasoning", "calls"), UNCLOSED)
+def test_a_call_inside_thinking_counts_if_the_thinking_never_ends(text, reasoning, calls) -> None:
+    """A call that a model writes without closing its thinking is one; a call that it only thinks of is not."""
+    style = MessageStyle(thinks=True, thinking_begun=True, tool_form="hermes")
+    for parts in ([text], list(text), [text[:12], text[12:]]):
+        assert parse(MessageParser(style), parts) == (reasoning, "", calls)
 
 
 @settings(max_examples=200, deadline=None)
@@ -92,8 +138,8 @@ def test_where_the_text_is_cut_does_not_matter(data: st.DataObject) -> None:
     st.sampled_from(["hermes", "llama3", "mistral"]),
     st.lists(
         st.sampled_from(
-            '<tool_call>#</tool_call>#[TOOL_CALLS]#[ARGS]#<|python_tag|>#{"name": "f"#}#{#"#"arguments": #, #text#\\#\n'
-            "# #[#]#é#<#;".split("#")
+            '<tool_call>#</tool_call>#```json#[TOOL_CALLS]#[CALL_ID]#[ARGS]#<|python_tag|>#{"name": "f"#}#{#'
+            '"#"arguments": #"function": #null#, #text#\\#\n# # #[#]#é#<#;'.split("#")
         ),
         max_size=25,
     ),
@@ -123,12 +169,78 @@ def test_arguments_stream_while_they_are_written() -> None:
         ("cut off </thi", True, "cut off </thi", ""),
         ("<think></think>\n\n", False, "", ""),
         ("<think>a</think>b<think>c</think>", False, "a", "b<think>c</think>"),
+        ("let me see</think>\n\nfour", False, "", "let me see\n\nfour"),
+        ("a</think>b</think>", False, "", "ab</think>"),
     ],
 )
 def test_reasoning_is_split_from_the_answer(text, inside, reasoning, content) -> None:
     """Thinking and answer come apart the same way whole and in single characters."""
     assert parse(ReasoningParser(inside=inside), [text])[:2] == (reasoning, content)
     assert parse(ReasoningParser(inside=inside), list(text))[:2] == (reasoning, content)
+
+
+@pytest.mark.parametrize(
+    ("text", "reasoning", "content"),
+    [
+        ("<|channel>thought\nhmm\n<channel|>Paris.", "hmm\n", "Paris."),
+        ("<|channel>thought\n<channel|>Paris.", "", "Paris."),
+        ("<|channel>a<channel|>b<|channel>thought\nc<channel|>d", "ac", "bd"),
+        ("thought<channel|>Paris.", "", "Paris."),
+        ("thoughtful", "", "thoughtful"),
+        ("Paris.<channel|> Rome.", "", "Paris. Rome."),
+        ("<|channel>thought", "", ""),
+    ],
+)
+def test_channels_are_split_from_the_answer(text: str, reasoning: str, content: str) -> None:
+    """Gemma 4's thoughts and their label come apart from the answer, whole and in single characters."""
+    form = thinking_form("<channel|>")
+    assert form is not None
+    for parts in ([text], list(text)):
+        pieces = parse(ReasoningParser(form), parts)
+        assert pieces[:2] == (reasoning, content)
+
+
+def test_thinking_is_known_from_template_and_tokens() -> None:
+    """A template names how thinking ends; channels are known from their control tokens too, other markers are not."""
+    assert thinking_form("...</think>...") == THINK
+    assert thinking_form("", {"</think>", "[/THINK]"}) is None
+    by_token, by_template = thinking_form("", {"<channel|>"}), thinking_form("<channel|>")
+    assert by_token == by_template is not None
+
+
+GEMMA_CALL = '<|tool_call>call:f{city:<|"|>Par{,}is "x"<|"|>,n:-1.5,ok:true,l:[1,<|"|>b<|"|>],o:{k:None}}<tool_call|>'
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "arguments"),
+    [
+        (
+            "a " + GEMMA_CALL,
+            "a ",
+            '{"city": "Par{,}is \\"x\\"", "n": -1.5, "ok": true, "l": [1, "b"], "o": {"k": null}}',
+        ),
+        (GEMMA_CALL[:30], "", '{"city": "P'),
+        (GEMMA_CALL[:60], "", '{"city": "Par{,}is \\"x\\"", "n": -1.5, "ok": "tru'),
+        ("<|tool_call>call:f{}<tool_call|><|tool_response>", "", "{}"),
+        (
+            '<|tool_call>call:f{"a": "x, \\"y\\"}",\n"b" :"p\nq", c: "\\q", d: say "hi", e: "}<tool_call|>',
+            "",
+            '{"a": "x, \\"y\\"}", "b": "p\\nq", "c": "\\\\q", "d": "say \\"hi\\"", "e": "\\""}',
+        ),
+        ("<|tool_call>call:f{}<tool_call|>\n \nIt is: \n\n5 <", "\n \nIt is: \n\n5 <", "{}"),
+        ("<|tool_call>call:f{}<tool_call|>\n \n", "", "{}"),
+        ("<|tool_call>no call", "<|tool_call>no call", None),
+        ("<|tool_call>{}", "<|tool_call>{}", None),
+    ],
+)
+def test_gemma_calls_become_json(text: str, content: str, arguments: str | None) -> None:
+    """Gemma 4's own way to write calls becomes JSON; where it is cut, the JSON is. Whole and in single characters."""
+    for parts in ([text], list(text)):
+        parser = tool_parser("gemma4")
+        pieces = merge([piece for part in parts for piece in parser.feed(part)] + parser.finish())
+        assert "".join(piece.text for piece in pieces if isinstance(piece, Content)) == content
+        assert [piece.name for piece in pieces if isinstance(piece, CallStart)] == ["f"] * (arguments is not None)
+        assert "".join(piece.text for piece in pieces if isinstance(piece, CallArguments)) == (arguments or "")
 
 
 _JSON = st.recursive(
@@ -155,6 +267,36 @@ def test_the_form_is_known_from_the_template() -> None:
     assert tool_form("...[TOOL_CALLS]...") == "mistral"
     assert tool_form("...<|python_tag|>...") == "llama3"
     assert tool_form("{{ messages }}") is None and tool_form(None) is None
+
+
+@pytest.mark.parametrize("form", ["hermes", "llama3", "mistral", "gemma4"])
+def test_nothing_of_a_call_that_is_cut_before_its_name_is_content(form: ToolForm) -> None:
+    """Wherever a limit ends the text of a call, its marker and what follows are not the answer's text."""
+    texts = {
+        "hermes": '<tool_call>\n{"name": "f", "arguments": {}}',
+        "llama3": '<|python_tag|>{"name": "f", "parameters": {}}',
+        "mistral": '[TOOL_CALLS] [{"name": "f", "arguments": {}}]',
+        "gemma4": "<|tool_call>call:f{}",
+    }
+    text = texts[form]
+    for end in range(len(CALL_MARKERS[form]), len(text) + 1):
+        parser = tool_parser(form)
+        pieces = parser.feed("Well. " * (form != "llama3") + text[:end]) + parser.finish()
+        assert "".join(piece.text for piece in pieces if isinstance(piece, Content)).strip() in ("Well.", "")
+
+
+@pytest.mark.parametrize("form", ["hermes", "llama3", "mistral", "gemma4"])
+@pytest.mark.parametrize("behind_marker", [False, True])
+def test_white_space_is_copied_once(form: ToolForm, behind_marker: bool) -> None:
+    """What may be a part of a call is kept in pieces, however long it is: joining at each would take quadratic time."""
+    parser = MessageParser(MessageStyle(thinks=True, tool_form=form))
+    pieces = parser.feed(CALL_MARKERS[form] * behind_marker)
+    for _ in range(3000):
+        pieces += parser.feed(" ")
+        held = [*vars(parser._reasoning).values(), *vars(parser._tools).values()]
+        assert all(len(text) < 1000 for text in held if isinstance(text, str))
+    pieces = merge([*pieces, *parser.feed("?"), *parser.finish()])
+    assert isinstance(pieces[-1], Content) and pieces[-1].text.endswith(" " * 3000 + "?")
 
 
 def test_parsing_takes_time_in_proportion_to_the_text() -> None:

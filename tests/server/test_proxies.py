@@ -12,9 +12,9 @@ from tests.server.stub import open_stub
 from trio_llm.config import AuthConfig, Config, LimitsConfig, ServerConfig
 from trio_llm.engine import Engine
 from trio_llm.errors import ConfigError
-from trio_llm.server import serve as serve_module
 from trio_llm.server.app import create_app
-from trio_llm.server.proxies import TrustedProxies
+from trio_llm.server.http import serve as serve_module
+from trio_llm.server.http.proxies import TrustedProxies
 
 PROXY = ("10.0.0.1", 1234)
 STRANGER = ("192.0.2.7", 1234)
@@ -115,7 +115,7 @@ async def shutdown(engine: Engine, client: str, headers: dict[str, str], proxies
         ("127.0.0.1", {FOR: "127.0.0.1, 198.51.100.1"}, OURS, 403),
         ("192.0.2.7", {FOR: "127.0.0.1"}, OURS, 403),
         ("127.0.0.1", {"Via": "1.1 somebody"}, OURS, 403),
-        ("127.0.0.1", {FOR: "127.0.0.1"}, OURS, 202),
+        ("127.0.0.1", {FOR: "127.0.0.1"}, OURS, 403),
         ("127.0.0.1", {}, OURS, 202),
     ],
 )

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trio_llm.server import rate_limit
-from trio_llm.server.rate_limit import RateLimiter
+from trio_llm.server.access import token_buckets as rate_limit
+from trio_llm.server.access.token_buckets import RateLimiter
 
 
 class Clock:

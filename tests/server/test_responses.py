@@ -249,9 +249,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"max_tool_calls": 1}, "max_tool_calls"),
     ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options"),
     ({"include": ["message.output_text.logprobs"]}, "include"),
-    ({"text": {"verbosity": "low"}}, "text.verbosity"),
-    ({"reasoning": {"summary": "detailed"}}, "reasoning.summary"),
-    ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+    ({"reasoning": {"effort": "extreme"}}, "reasoning.effort"),
+    ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "tool_choice"),
+    ({"tools": [{"type": "web_search"}], "tool_choice": {"type": "web_search"}}, "tool_choice.type"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"temperature": 3}, "temperature"),
     ({"max_output_tokens": 4096}, "max_output_tokens"),
@@ -266,8 +266,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"input": [{"content": "x"}]}, "input[0].role"),
     ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
     ({"input": [{"type": "function_call_output", "call_id": "x", "output": ""}]}, "input[0].call_id"),
-    ({"input": [{"type": "function_call", "call_id": "x", "name": "f", "arguments": "["}]}, "input[0].arguments"),
-    ({"input": [{"type": "reasoning", "id": "r", "encrypted_content": "x"}]}, "input[0].encrypted_content"),
     ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "nope"}}}}, "text.format.schema"),
     ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text.format.name"),
 ]
@@ -304,14 +302,14 @@ async def test_errors_have_their_classes(server: Running) -> None:
         await use_client(server, lambda client: client.responses.create(model=MODEL, input="hi"), "wrong")
 
 
-async def test_effort_is_refused_where_thinking_cannot_be_adjusted() -> None:
-    """A model whose template knows no thinking refuses to think harder, and is not asked to by "none"."""
+async def test_effort_is_a_hint() -> None:
+    """A model whose template knows no thinking answers as it does, with a Warning; "none" asks for nothing."""
     async with serving(ScriptedRunner("Yes."), PLAIN_TEMPLATE) as server:
-        with pytest.raises(openai.BadRequestError) as caught:
-            await create(server, reasoning={"effort": "high"})
-        assert caught.value.param == "reasoning.effort"
-        assert "'reasoning.effort'" in caught.value.message or "reasoning.effort =" in caught.value.message
-        assert (await create(server, reasoning={"effort": "none"})).output_text == "Yes."
+        for effort, warning in (("high", '299 trio-llm "Ignored hints: reasoning.effort'), ("none", "")):
+            given: Any = {"model": MODEL, "input": "hi", "reasoning": {"effort": effort}}
+            raw = await use_client(server, lambda c, given=given: c.responses.with_raw_response.create(**given), KEY)
+            assert raw.parse().output_text == "Yes."
+            assert raw.headers.get("warning", "")[: len(warning) or None] == warning
 
 
 async def test_a_failure_after_the_first_token_is_an_event() -> None:

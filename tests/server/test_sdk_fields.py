@@ -16,9 +16,12 @@ from openai.types import chat, completion_create_params, embedding_create_params
 from openai.types.chat import completion_create_params as chat_params
 from openai.types.responses import response_create_params, response_input_param
 
-from trio_llm.server import messages_body, requests, responses_body
-from trio_llm.server.embeddings import EmbeddingBody
-from trio_llm.server.requests import _not_supported
+from trio_llm.server.anthropic import body as messages_body
+from trio_llm.server.bodies import types as requests
+from trio_llm.server.bodies.foreign_fields import hinted_fields, unsupported_fields
+from trio_llm.server.bodies.unknown_fields import hints, not_supported
+from trio_llm.server.openai import responses_body, responses_tools
+from trio_llm.server.openai.embeddings import EmbeddingBody
 
 
 def fields_of(typed: Any) -> Iterator[str]:
@@ -34,7 +37,7 @@ def decided(kind: type[msgspec.Struct]) -> set[str]:
     """Return the fields that a kind of object has, and those that it refuses by name."""
     config = kind.__struct_config__
     known = {field.encode_name for field in msgspec.structs.fields(kind)}
-    return known | {config.tag_field or "type"} | set(getattr(kind, "not_supported", {}))
+    return known | {config.tag_field or "type", *not_supported(kind), *hints(kind)}
 
 
 BODIES = [
@@ -63,7 +66,11 @@ NESTED = [
     (responses_body.InputPart, responses.ResponseInputTextParam),
     (responses_body.InputPart, responses.response_output_text_param.ResponseOutputTextParam),
     (responses_body.InputPart, responses.response_output_refusal_param.ResponseOutputRefusalParam),
-    (responses_body.FunctionTool, responses.FunctionToolParam),
+    (responses_tools.FunctionTool, responses.FunctionToolParam),
+    (responses_tools.CustomTool, responses.CustomToolParam),
+    (responses_tools.NamespaceTool, responses.NamespaceToolParam),
+    (responses_body.InputItem, responses.ResponseCustomToolCallParam),
+    (responses_body.InputItem, responses.ResponseCustomToolCallOutputParam),
     (responses_body.TextConfig, responses.ResponseTextConfigParam),
     (responses_body.TextFormat, responses.ResponseFormatTextJSONSchemaConfigParam),
     (responses_body.ReasoningConfig, shared_params.Reasoning),
@@ -85,7 +92,8 @@ def test_every_field_of_a_request_is_decided_on(kind: type[msgspec.Struct], type
     """What a client's request can say at its top level is known, or refused by name."""
     sent = set(fields_of(typed))
     assert sent
-    assert sent - {field.name for field in msgspec.structs.fields(kind)} - set(_not_supported(kind)) == set()
+    known = {field.name for field in msgspec.structs.fields(kind)}
+    assert sent - known - {*unsupported_fields(kind), *hinted_fields(kind)} == set()
 
 
 @pytest.mark.parametrize(("kind", "typed"), NESTED, ids=lambda value: getattr(value, "__name__", ""))

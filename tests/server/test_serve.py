@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import socket
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, cast
 
 import pytest
 import trio
@@ -17,10 +19,12 @@ from trio.testing import wait_all_tasks_blocked
 
 from tests.server.helpers import exchange, http, read_response, read_to_end, running
 from trio_llm.config import LimitsConfig
-from trio_llm.server import connection as connection_module
-from trio_llm.server import serve as serve_module
-from trio_llm.server.connection import _detect_dead_peers
-from trio_llm.server.edge import LIFETIME, Edge
+from trio_llm.server.http import connection as connection_module
+from trio_llm.server.http import serve as serve_module
+from trio_llm.server.http.accept import Acceptor, accept_connections
+from trio_llm.server.http.connection import Connection, Starts
+from trio_llm.server.http.edge import LIFETIME, Edge
+from trio_llm.server.http.tcp import detect_dead_peers, queued_bytes
 
 CHUNK = b"x" * 10_000
 
@@ -57,7 +61,7 @@ class Probe:
                     yield CHUNK
                     await trio.lowlevel.checkpoint()
 
-        return self.app.response_class(chunks(), mimetype="text/event-stream")
+        return self.app.response_class(cast(Any, chunks()), mimetype="text/event-stream")
 
     async def wait(self) -> str:
         with self._watch():
@@ -309,7 +313,7 @@ async def test_early_responses_leave_the_connection_usable(probe: Probe) -> None
 
 async def test_a_body_that_never_comes_ends_the_connection(probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
     """L6: a client that promises a body and stalls gets its refusal after the grace, and Connection: close."""
-    monkeypatch.setattr("trio_llm.server.edge._BODY_GRACE_S", 0.05)
+    monkeypatch.setattr("trio_llm.server.http.edge._BODY_GRACE_S", 0.05)
     async with running(probe.edge) as server:
         stream = await server.connect()
         await stream.send_all(b"POST /early HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
@@ -370,14 +374,14 @@ async def test_peers_that_vanish_are_looked_for(probe: Probe) -> None:
     """A peer that disappears without a word is given up by the kernel: keep-alive probes and a limit on unread data."""
     listener = (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0]
     async with listener, await trio.testing.open_stream_to_socket_listener(listener) as stream:
-        _detect_dead_peers(stream.socket, 30.0)
+        detect_dead_peers(stream.socket, 30.0)
         assert stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         assert stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
 
 
 async def test_a_client_that_does_not_read_is_dropped(probe: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
     """L2: a stream nobody reads ends after the write timeout, also where the kernel knows none; hypercorn waits on."""
-    monkeypatch.setattr("trio_llm.server.connection._detect_dead_peers", lambda sock, timeout_s: None)
+    monkeypatch.setattr("trio_llm.server.http.connection.detect_dead_peers", lambda sock, timeout_s: None)
     async with running(probe.edge, limits=LimitsConfig(write_timeout_s=0.1)) as server:
         stream = await server.connect(receive_buffer_bytes=4096)
         await stream.send_all(http("POST", "/endless", b"{}"))
@@ -565,3 +569,136 @@ async def test_an_app_that_cannot_start_is_never_announced() -> None:
     with pytest.RaisesGroup(pytest.RaisesExc(LifespanFailureError, match="the disk is full"), flatten_subgroups=True):
         async with running(app):
             raise AssertionError("it was announced")
+
+
+async def test_a_burst_of_connections_is_accepted_in_few_passes() -> None:
+    """Connections that wait together are accepted together, not one in each pass of the event loop."""
+    accepted: list[trio.SocketStream] = []
+
+    async def handle(stream: trio.SocketStream) -> None:
+        accepted.append(stream)
+
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1", backlog=64)
+    address = listener.socket.getsockname()
+    with ExitStack() as stack:
+        for _ in range(40):
+            stack.enter_context(socket.create_connection(address))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(accept_connections, listener, handle, nursery)
+            for _ in range(6):
+                await trio.lowlevel.checkpoint()
+            assert len(accepted) == 40
+            nursery.cancel_scope.cancel()
+    for stream in accepted:
+        await stream.aclose()
+    assert listener.socket.fileno() == -1
+
+
+async def test_accepting_goes_on_after_files_ran_out(
+    autojump_clock: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a free file descriptor accepting waits and goes on; a connection that broke before it is skipped.
+
+    The log has one line a minute of it, not one for each of 1,200 attempts.
+    """
+    errors = [OSError(errno.EMFILE, "too many files") for _ in range(1200)] + [OSError(errno.ECONNABORTED, "gone")]
+    connections: list[socket.socket] = []
+    accepted: list[trio.SocketStream] = []
+    done = trio.Event()
+
+    class Sock:
+        def accept(self) -> Any:
+            if errors:
+                raise errors.pop(0)
+            if connections:
+                return connections.pop(), None
+            raise BlockingIOError
+
+    async def readable(sock: object) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def handle(stream: trio.SocketStream) -> None:
+        accepted.append(stream)
+        done.set()
+
+    monkeypatch.setattr(trio.lowlevel, "wait_readable", readable)
+    left, right = socket.socketpair()
+    connections.append(left)
+    with right:
+        async with trio.open_nursery() as nursery:
+            began = trio.current_time()
+            acceptor = Acceptor(cast("socket.socket", Sock()), handle, nursery, lambda _head, _peer: None)
+            nursery.start_soon(acceptor.accept)
+            nursery.start_soon(acceptor.start_accepted)
+            await done.wait()
+            assert trio.current_time() - began == pytest.approx(120)
+            nursery.cancel_scope.cancel()
+        assert len(caplog.records) == 2
+        await accepted[0].aclose()
+
+
+async def test_probes_do_not_wait_for_a_burst() -> None:
+    """Few requests begin in a pass of the event loop; /health is never among those that wait."""
+    starts, begun = Starts(), []
+
+    async def begin(head: bytes) -> None:
+        await starts.turn(head)
+        begun.append(head)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(100):
+            nursery.start_soon(begin, b"POST /v1/completions HTTP/1.1")
+        nursery.start_soon(begin, b"GET /health HTTP/1.1")
+        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint()
+        assert begun.count(b"GET /health HTTP/1.1") == 1
+        assert len(begun) < 20
+    assert len(begun) == 101
+
+
+async def test_a_burst_costs_no_client_its_time_for_headers(autojump_clock: Any) -> None:
+    """A client that has sent its request is not dropped because the server begins it late."""
+
+    class Late(Starts):
+        async def turn(self, head: bytes) -> None:
+            await trio.sleep(60)
+
+    none: Any = None
+    connection = Connection(none, none, none, none, LimitsConfig(header_timeout_s=5), Late())
+    with connection._reading as reading:
+        reading.deadline = trio.current_time() + 5
+        await trio.sleep(2)
+        await connection._wait_for_turn(b"GET / HTTP/1.1")
+        await trio.sleep(2)
+    assert not reading.cancelled_caught
+    assert reading.deadline == trio.current_time() + 1
+
+
+async def test_a_slow_reader_is_not_dropped_and_a_stalled_one_is(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: Any
+) -> None:
+    """The write timeout counts time in which the client reads nothing, however long a whole chunk takes."""
+    left, right = socket.socketpair()
+    # What the kernel holds: at first, after the first bytes, and then after each timeout.
+    held = iter([0, 100, 90, 80, 80])
+    monkeypatch.setattr(connection_module, "queued_bytes", lambda _: next(held))
+    with right:
+        async with trio.SocketStream(trio.socket.from_stdlib_socket(left)) as stream:
+            none: Any = None
+            connection = Connection(stream, none, none, none, LimitsConfig(write_timeout_s=30))
+            began = trio.current_time()
+            assert not await connection._send_steadily(memoryview(bytes(2**24)))
+            assert trio.current_time() - began == 90
+
+
+async def test_the_kernel_says_what_a_client_has_not_read() -> None:
+    """What the client's buffer has no room for counts, and what it reads no longer does."""
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(listening.getsockname())
+        async with trio.SocketStream(trio.socket.from_stdlib_socket(listening.accept()[0])) as stream:
+            size = await stream.socket.send(bytes(200_000))
+            before = queued_bytes(stream.socket)
+            assert 0 < before < size
+            client.recv(size, socket.MSG_WAITALL)
+            assert queued_bytes(stream.socket) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import attrs
@@ -86,6 +87,43 @@ async def test_a_slow_reader_gets_more_at_a_time(bench: Bench, nursery: trio.Nur
     texts = [event["choices"][0]["text"] for event in events[:-1]]
     assert "".join(texts) == continuation("hello", 50)
     assert len(texts) < 10
+
+
+class TaskSteps(trio.abc.Instrument):
+    """Counts how often a task runs."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self.count += 1
+
+
+async def test_a_step_wakes_a_request_once(bench: Bench, nursery: trio.Nursery) -> None:
+    """A step of the model makes as many tasks run for four samples as for one, and their chunks are one write."""
+    counts: list[int] = []
+    for body, samples in (BODY, 1), (MANY, 4):
+        call = start(bench, nursery, body=body)
+        bench.worker.let(8)
+        await call.chunks.receive()
+        await trio.testing.wait_all_tasks_blocked()
+        with suppress(trio.WouldBlock):
+            while True:
+                call.chunks.receive_nowait()
+                await trio.testing.wait_all_tasks_blocked()
+        steps = TaskSteps()
+        trio.lowlevel.add_instrument(steps)
+        bench.worker.let(1)
+        await trio.testing.wait_all_tasks_blocked()
+        trio.lowlevel.remove_instrument(steps)
+        counts.append(steps.count)
+        events = Answer(200, {}, call.chunks.receive_nowait()).events()
+        indices = [event["choices"][0]["index"] for event in events]
+        assert indices == list(range(samples))
+        call.disconnect()
+        bench.worker.let(8)
+        await trio.testing.wait_all_tasks_blocked()
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("body", [BODY, MANY], ids=["one", "many"])

@@ -11,9 +11,9 @@ from trio.testing import MockClock
 from tests.server.helpers import ask, running
 from tests.server.stub import GatedWorker, open_stub
 from trio_llm.config import Config, ServerConfig
-from trio_llm.messages import SamplingParams
+from trio_llm.params import SamplingParams, Submission
 from trio_llm.server.app import create_app
-from trio_llm.server.stats_log import StatsLog
+from trio_llm.server.observability.stats_log import StatsLog
 
 JSON = {"content-type": "application/json"}
 
@@ -42,14 +42,14 @@ async def test_it_is_logged_while_there_is_work(
     mock_clock: MockClock, caplog: pytest.LogCaptureFixture, interval_s: float, lines: int
 ) -> None:
     """A line comes every so many seconds while requests run, and none while nothing does; 0 switches it off."""
-    caplog.set_level(logging.INFO, "trio_llm.server.stats_log")
+    caplog.set_level(logging.INFO, "trio_llm.server.observability.stats_log")
     worker = GatedWorker()
     async with open_stub(worker=worker) as engine:
         app = create_app(engine, Config(server=ServerConfig(log_stats_interval_s=interval_s)))
         async with running(app):
             await pass_time(mock_clock)
             assert not caplog.records
-            async with engine.open_stream([3], SamplingParams(max_tokens=5)) as stream:
+            async with engine.open_stream(Submission([3], SamplingParams(max_tokens=5))) as stream:
                 worker.let(1)
                 await stream.__anext__()
                 await pass_time(mock_clock)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from trio_llm.errors import ConfigError
-from trio_llm.server.storage.batches import BatchStore, LineError, LineRecord, PendingLine, read_line
-from trio_llm.server.storage.database import Database, is_id, new_id
-from trio_llm.server.storage.files import FileStore
+from trio_llm.server.batches.batch_store import BatchStore, LineError, LineRecord, PendingLine, read_line
+from trio_llm.server.batches.database import Database, is_id, new_id
+from trio_llm.server.batches.disk import Disk
+from trio_llm.server.batches.file_store import FileStore, Quotas
+from trio_llm.server.errors import HttpError
 
 NUM_LINES = 7
 
@@ -93,7 +97,7 @@ def test_a_file_reads_back_what_was_written(files: FileStore) -> None:
     stored = files.get(file_id)
     assert stored is not None and stored.bytes == 3_000_000 and stored.purpose == "batch"
     assert contents(files, file_id) == b"x" * 3_000_000
-    assert stored.to_openai()["object"] == "file" and "owner" not in stored.to_openai()
+    assert stored.to_openai().object == "file" and not hasattr(stored.to_openai(), "owner")
 
 
 def test_a_file_not_committed_never_was(files: FileStore, database: Database) -> None:
@@ -104,13 +108,27 @@ def test_a_file_not_committed_never_was(files: FileStore, database: Database) ->
     assert list(database.files.iterdir()) == []
 
 
-def test_bytes_without_a_row_are_swept_at_start(tmp_path: Path) -> None:
-    """What a crash left in the directory is gone after the next start; what was committed is not."""
+def test_what_a_crash_left_is_removed_at_the_next_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A file that was being written, or deleted, is gone after the next start, which says so; no other file is."""
     with Database(tmp_path) as database:
-        kept = put(FileStore(database, Clock()))
-        (database.files / new_id("file")).write_bytes(b"torn")
+        files = FileStore(database, Clock())
+        kept, deleted = put(files), put(files)
+        torn = files.create("a", "batch")
+        torn.write(b"half")
+        files.path(deleted).unlink()
+        files.path(deleted).mkdir()  # unlink fails
+        with pytest.raises(OSError, match="directory"):
+            files.delete(deleted)
+        files.path(deleted).rmdir()
+        files.path(deleted).write_bytes(b"still there")
+        strangers = ["thesis.tex", new_id("file")]
+        for name in strangers:
+            (database.files / name).write_bytes(b"the only copy")
     with Database(tmp_path) as database:
-        assert [path.name for path in database.files.iterdir()] == [kept]
+        assert {path.name for path in database.files.iterdir()} == {kept, *strangers}
+        assert database.connection.execute("SELECT count(*) FROM leftovers").fetchone()[0] == 0
+    assert torn.id in caplog.text and deleted in caplog.text
+    torn.close()
 
 
 def test_owners_do_not_see_each_other(files: FileStore, batches: BatchStore) -> None:
@@ -271,9 +289,10 @@ def test_a_line_is_read_from_where_it_stands(files: FileStore) -> None:
 WORKER = """
 import json, os, signal, sys
 from pathlib import Path
-from trio_llm.server.storage.batches import BatchStore, LineRecord, PendingLine
-from trio_llm.server.storage.database import Database
-from trio_llm.server.storage.files import FileStore
+from trio_llm.server.batches.batch_store import BatchStore, LineRecord, PendingLine
+from trio_llm.server.batches.database import Database
+from trio_llm.server.batches.file_store import FileStore, Quotas
+from trio_llm.server.errors import HttpError
 
 directory, die_at = Path(sys.argv[1]), int(sys.argv[2])
 calls = 0
@@ -289,7 +308,7 @@ def mortal(function):
 
 # Everything a process can be killed between: syncs and transaction boundaries.
 os.fsync = mortal(os.fsync)
-import trio_llm.server.storage.database as module
+import trio_llm.server.batches.database as module
 module.Transaction.__enter__ = mortal(module.Transaction.__enter__)
 real_exit = module.Transaction.__exit__
 chance = mortal(lambda: None)
@@ -363,3 +382,193 @@ def test_a_commit_that_fails_leaves_no_transaction_open(database: Database) -> N
         connection.execute("INSERT INTO b VALUES (1)")
     with database.transaction():
         assert connection.execute("SELECT count(*) FROM b").fetchone()[0] == 0
+
+
+# --- whose directory it is ------------------------------------------------------------------------------------------
+
+
+def tree(directory: Path) -> dict[str, bytes | None]:
+    """Return every path in a directory, and the bytes of files."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None for path in directory.rglob("*")
+    }
+
+
+def write(directory: Path, *names: str) -> None:
+    """Make files, and the directories they are in."""
+    for name in names:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(b"the only copy")
+
+
+@pytest.mark.parametrize(
+    ("names", "named"),
+    [
+        (("thesis.tex",), "'thesis.tex'"),
+        (("files/thesis.tex",), "'files/thesis.tex'"),
+        (("files/file-" + "0" * 32, "lock"), "'files/file-000"),
+        (("files/file-" + "0" * 32, "trio-llm.sqlite3-wal"), "'files/file-000"),
+    ],
+)
+def test_a_directory_of_somebody_else_is_refused_as_it_is(tmp_path: Path, names: tuple[str, ...], named: str) -> None:
+    """Without a database of ours nothing in a directory is ours: it is refused by the name of a file, and unchanged."""
+    write(tmp_path, *names)
+    before = tree(tmp_path)
+    for empty in (False, True):
+        if empty:  # A database that was lost: nothing is left in it.
+            (tmp_path / "trio-llm.sqlite3").touch()
+            before["trio-llm.sqlite3"] = b""
+        with pytest.raises(ConfigError, match=re.escape(named)):
+            Database(tmp_path)
+        assert tree(tmp_path) == before
+
+
+def test_a_fresh_file_system_is_empty_enough(tmp_path: Path) -> None:
+    """A new volume has lost+found, and dot files are nobody's data: such a directory is taken, and they stay."""
+    (tmp_path / "lost+found").mkdir()
+    write(tmp_path, ".DS_Store")
+    for _ in range(2):
+        Database(tmp_path).close()
+    assert {"lost+found", ".DS_Store"} <= tree(tmp_path).keys()
+
+
+def spoil_header(path: Path) -> None:
+    """Overwrite all of it."""
+    path.write_bytes(b"garbage" * 1000)
+
+
+def spoil_pages(path: Path) -> None:
+    """Leave the first page alone."""
+    data = bytearray(path.read_bytes())
+    data[4096:] = b"\xff" * (len(data) - 4096)
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    """Lose the second half."""
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def grow(path: Path) -> None:
+    """Make it 4 TiB of nothing."""
+    path.write_bytes(b"")
+    os.truncate(path, 1 << 42)
+
+
+def of_another_program(path: Path) -> None:
+    """Make another database."""
+    path.unlink()
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE bookmarks (url)")
+
+
+def of_the_future(path: Path) -> None:
+    """Make it newer than this program."""
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA user_version = 1000")
+
+
+def loop(path: Path) -> None:
+    """Link it to itself."""
+    path.unlink()
+    path.symlink_to(path)
+
+
+def pipe(path: Path) -> None:
+    """Make a pipe of it."""
+    path.unlink()
+    os.mkfifo(path)
+
+
+def directory(path: Path) -> None:
+    """Make a directory of it."""
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    "spoil", [spoil_header, spoil_pages, cut, grow, of_another_program, of_the_future, loop, pipe, directory]
+)
+def test_a_spoilt_database_is_one_line(tmp_path: Path, spoil) -> None:
+    """Whatever stands where the database should be, it is a ConfigError of one line, and files stay."""
+    with Database(tmp_path) as database:
+        files = FileStore(database, Clock())
+        file_id = put(files)
+        new_batch(BatchStore(database, files, Clock()), file_id)
+    spoil(tmp_path / "trio-llm.sqlite3")
+    with pytest.raises(ConfigError) as caught:
+        Database(tmp_path)
+    assert "\n" not in str(caught.value) and "server.data_dir" in str(caught.value)
+    assert (tmp_path / "files" / file_id).exists()
+
+
+@pytest.mark.parametrize("name", ["lock", "trio-llm.sqlite3-wal", "files"])
+@pytest.mark.parametrize("spoil", [loop, pipe])
+def test_whatever_stands_in_the_directory_is_one_line(tmp_path: Path, name: str, spoil) -> None:
+    """Links in a circle and pipes in place of our files are refused at once; nobody waits for them."""
+    Database(tmp_path).close()
+    if name == "files":
+        (tmp_path / name).rmdir()
+    (tmp_path / name).touch()
+    spoil(tmp_path / name)
+    with pytest.raises(ConfigError) as caught:
+        Database(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["loop", "file", "file/below", "x" * 300, "nul\0"])
+def test_what_is_no_directory_is_one_line(tmp_path: Path, path: str) -> None:
+    """A link in a circle, a file, a name that no file system takes."""
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError) as caught:
+        Database(tmp_path / path)
+    assert "\n" not in str(caught.value) and "None" not in str(caught.value)
+
+
+def test_nobody_else_can_read_what_is_stored(tmp_path: Path) -> None:
+    """Files and database are their owner's alone, also in a directory that others can enter."""
+    tmp_path.chmod(0o755)
+    with Database(tmp_path) as database:
+        put(FileStore(database, Clock()))
+        modes = {path.name: path.stat().st_mode & 0o77 for path in tmp_path.rglob("*")}
+    assert set(modes.values()) == {0}, modes
+
+
+def test_quotas(database: Database, clock: Clock) -> None:
+    """Bytes count from the first one written until the file is deleted, expired or given up, for each owner and all."""
+    files = FileStore(database, clock, Quotas(in_all=100, per_owner=60))
+    put(files, b"x" * 60, owner="a", expires_after_s=10)
+    with pytest.raises(HttpError, match="--max-stored-bytes-per-key") as caught:
+        put(files, b"x", owner="a")
+    assert (caught.value.status, caught.value.code) == (413, "storage_quota_exceeded")
+    with files.create("spool", "batch", owner="b") as spool:
+        spool.write(b"x" * 40)
+        with pytest.raises(HttpError, match=r"--max-stored-bytes\)"):
+            put(files, b"x", owner="c")
+    kept = put(files, b"x" * 40, owner="c")
+    with files.create("out", "batch_output", owner="a") as results:
+        results.write(b"x" * 1000)  # What exists is never refused.
+    for again in (files, FileStore(database, clock, Quotas(in_all=100, per_owner=60))):  # Counted anew at a start.
+        with pytest.raises(HttpError):
+            put(again, b"x", owner="b")
+    clock.now += 10
+    assert files.delete_expired() == 1
+    put(files, b"x" * 60, owner="a")
+    assert files.delete(kept, "c")
+    put(files, b"x" * 40, owner="b")
+
+
+def test_each_port_has_a_default_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two servers of one user both store files; one that finds its directory in use says so, and names the flag."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    servers = [Disk(None, port) for port in (8000, 8001, 8000)]
+    for disk in servers:
+        disk.open()
+    assert [disk.is_open for disk in servers] == [True, True, False]
+    assert f"{tmp_path}/trio-llm/8000 must not be in use by another server" in caplog.text
+    assert "--data-dir" in caplog.text
+    for disk in servers:
+        disk.close()

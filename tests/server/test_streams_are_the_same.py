@@ -117,7 +117,13 @@ async def test_chats(app: ServerApp) -> None:
 async def test_responses(app: ServerApp) -> None:
     """A stream's last event holds the whole response, and its deltas are that response's texts and arguments."""
     for case in RESPONSES:
-        body = {"input": QUESTION[0]["content"], "max_output_tokens": 60, "temperature": 0, **case}
+        body = {
+            "model": "trio-llm-demo",
+            "input": QUESTION[0]["content"],
+            "max_output_tokens": 60,
+            "temperature": 0,
+            **case,
+        }
         whole, stream = await both(app, "/v1/responses", body)
         events = typed_events(stream)
         outputs = [[_shown(item) for item in said["output"]] for said in (whole, events[-1]["response"])]

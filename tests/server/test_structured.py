@@ -161,12 +161,13 @@ async def test_bombs_are_answered_or_refused(app: ServerApp, form: dict[str, Any
     assert (await chat(app, max_tokens=1))["usage"]["completion_tokens"] == 1
 
 
-async def test_the_cache_of_grammars_is_bounded(app: ServerApp) -> None:
+async def test_the_cache_of_grammars_is_bounded(app: ServerApp, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many forms as clients like cost bounded memory; an equal form is compiled once."""
-    for number in range(140):
+    monkeypatch.setattr(app.services.grammars, "_max_bytes", 20 * 67_000)
+    for number in range(40):
         await chat(app, structured_outputs={"choice": [str(number)]}, max_tokens=4)
-    await chat(app, structured_outputs={"choice": ["139"]}, max_tokens=4)
-    assert len(app.services.grammars) == 128
+    await chat(app, structured_outputs={"choice": ["39"]}, max_tokens=4)
+    assert len(app.services.grammars) == 20
 
 
 async def test_the_form_is_compiled_off_the_loop(app: ServerApp, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,9 @@ from tests.server.helpers import ask
 from tests.server.joined import streamed, whole
 from tests.server.stub import StubRunner, open_stub, stub_tokenizer
 from trio_llm.config import Config
-from trio_llm.messages import Grammar
+from trio_llm.params import Grammar
 from trio_llm.server.app import create_app
-from trio_llm.server.thinking_budget import ThinkingBudget
+from trio_llm.server.constraints.thinking_budget import ThinkingBudget
 
 TURNS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"

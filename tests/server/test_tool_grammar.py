@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import random
+from typing import Any
 
 import numpy as np
 import pytest
 import tokenizers
 
 from trio_llm.errors import InvalidRequestError
-from trio_llm.grammar import GrammarCompiler, GrammarSource
+from trio_llm.grammar import Grammar, GrammarCompiler, GrammarSource
+from trio_llm.server.constraints.tool_grammar import Mode, Tool, tool_grammar
 from trio_llm.server.parsing.pieces import CallArguments, CallStart, Content
 from trio_llm.server.parsing.tools import ToolForm, ToolParser
-from trio_llm.server.tool_grammar import Tool, tool_grammar
 
 EOS = 0
 TOOLS = [
@@ -25,8 +26,15 @@ TOOLS = [
 MARKERS = ["<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]"]
 
 
-def make_tokenizer(special: list[str]) -> tokenizers.Tokenizer:
-    """Return a byte-level tokenizer in which `special` are control tokens."""
+KINDS = pytest.mark.parametrize(
+    ("special", "unmarked"),
+    [([], False), (MARKERS[:4], False), (MARKERS, False), (MARKERS[:4], True), (MARKERS, True)],
+    ids=["plain", "control", "named", "unmarked", "unmarked-named"],
+)
+
+
+def make_tokenizer(special: list[str], *, unmarked: bool = False) -> tokenizers.Tokenizer:
+    """Return a byte-level tokenizer in which `special` are control tokens, or `unmarked` as Qwen's <tool_call> is."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -34,11 +42,13 @@ def make_tokenizer(special: list[str]) -> tokenizers.Tokenizer:
         [],
         tokenizers.trainers.BpeTrainer(
             vocab_size=400,
-            special_tokens=["<|end|>", *special],
+            special_tokens=["<|end|>", *([] if unmarked else special)],
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         ),
     )
+    if unmarked:
+        tokenizer.add_tokens(special)
     return tokenizer
 
 
@@ -83,14 +93,16 @@ def check(calls: list[tuple[str, dict[str, object]]]) -> None:
             assert name == "get_weather" and arguments["city"] in ("Paris", "Zürich")
 
 
-@pytest.mark.parametrize("special", [[], MARKERS[:4], MARKERS], ids=["plain", "control", "named"])
+@KINDS
 @pytest.mark.parametrize("form", ["hermes", "llama3", "mistral"])
 @pytest.mark.parametrize("parallel", [False, True])
-def test_required_means_calls_and_nothing_else(form: ToolForm, special: list[str], parallel: bool) -> None:
+def test_required_means_calls_and_nothing_else(
+    form: ToolForm, special: list[str], unmarked: bool, parallel: bool
+) -> None:
     """Every answer is at least one good call without any text, exactly one unless several are allowed."""
-    tokenizer = make_tokenizer(special)
+    tokenizer = make_tokenizer(special, unmarked=unmarked)
     ids = {literal: tokenizer.token_to_id(literal) for literal in special}
-    source = tool_grammar(form, TOOLS, mode="required", parallel=parallel, special_tokens=ids)
+    source = tool_grammar(form, TOOLS, mode="required", parallel=parallel, added_tokens=ids)
     dice = random.Random(7)
     for _ in range(6):
         content, calls = calls_of(form, write(source, tokenizer, dice))
@@ -105,13 +117,13 @@ OPENINGS = {
 }
 
 
-@pytest.mark.parametrize("special", [[], MARKERS[:4], MARKERS], ids=["plain", "control", "named"])
+@KINDS
 @pytest.mark.parametrize("form", ["hermes", "llama3", "mistral"])
-def test_auto_leaves_text_free_and_binds_calls(form: ToolForm, special: list[str]) -> None:
+def test_auto_leaves_text_free_and_binds_calls(form: ToolForm, special: list[str], unmarked: bool) -> None:
     """An answer may be any text; once the model opens a call, it is a good one."""
-    tokenizer = make_tokenizer(special)
+    tokenizer = make_tokenizer(special, unmarked=unmarked)
     ids = {literal: tokenizer.token_to_id(literal) for literal in special}
-    source = tool_grammar(form, TOOLS, mode="auto", parallel=True, special_tokens=ids)
+    source = tool_grammar(form, TOOLS, mode="auto", parallel=True, added_tokens=ids)
     dice = random.Random(3)
     assert write(source, tokenizer, dice, prefer="Just text [1] <b>.") == "Just text [1] <b>."
     for _ in range(4):
@@ -120,10 +132,42 @@ def test_auto_leaves_text_free_and_binds_calls(form: ToolForm, special: list[str
         assert calls
 
 
+CALL = '{"name": "get_weather", "%s": {"city": "Paris"}}'
+# Form -> the answer's beginning, a call, what stands between two calls, and the end.
+SPELLED = {
+    "hermes": ("", "<tool_call>\n" + CALL % "arguments" + "\n</tool_call>", "\n", ""),
+    "llama3": ("", CALL % "parameters", "; ", ""),
+    "mistral": ("[TOOL_CALLS][", CALL % "arguments", ", ", "]"),
+    "named": ("", '[TOOL_CALLS]get_weather[ARGS]{"city": "Paris"}', "", ""),
+    "gemma4": ("", '<|tool_call>call:get_weather{city:<|"|>Paris<|"|>}<tool_call|>', "", ""),
+}
+
+
+@pytest.mark.parametrize("mode", ["required", "alongside"])
+@pytest.mark.parametrize("form", SPELLED)
+def test_an_answer_has_a_bounded_number_of_calls(form: Any, mode: Mode) -> None:
+    """A weak model repeats its call until the context is full: 32 calls are allowed, or one unless parallel."""
+    begin, call, between, end = SPELLED[form]
+    special = ["[TOOL_CALLS]", "[ARGS]"] if form == "named" else []
+    tokenizer = make_tokenizer(special)
+    ids = {literal: tokenizer.token_to_id(literal) for literal in special}
+    for parallel, most in ((True, 32), (False, 1)):
+        options: Any = {"mode": mode, "parallel": parallel, "added_tokens": ids}
+        source = tool_grammar("mistral" if special else form, TOOLS, **options)
+        compiler = GrammarCompiler(tokenizer.to_str(), vocab_size=tokenizer.get_vocab_size(), eos_token_ids=[EOS])
+        compiled = compiler.compile(source)
+
+        def is_allowed(num_calls: int, compiled: Grammar = compiled) -> bool:
+            tokens = tokenizer.encode(begin + between.join([call] * num_calls) + end).ids
+            return compiled.matcher().consume(tokens) == len(tokens)
+
+        assert is_allowed(most) and not is_allowed(most + 1)
+
+
 def test_a_tool_with_an_impossible_schema_is_the_clients_error() -> None:
     """A schema that cannot be used is refused by name before anything runs."""
     tokenizer = make_tokenizer([])
-    source = tool_grammar("hermes", [Tool("f", {"type": "strin"})], mode="required", parallel=False, special_tokens={})
+    source = tool_grammar("hermes", [Tool("f", {"type": "strin"})], mode="required", parallel=False, added_tokens={})
     with pytest.raises(InvalidRequestError) as caught:
         GrammarCompiler(tokenizer.to_str(), vocab_size=300, eos_token_ids=[EOS]).compile(source)
     assert caught.value.param == "tools"

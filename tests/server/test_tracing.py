@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
@@ -24,7 +25,7 @@ from trio_llm.engine import Engine
 from trio_llm.errors import ConfigError
 from trio_llm.messages import StepPlan
 from trio_llm.server.app import ServerApp, create_app
-from trio_llm.server.tracing import Tracing
+from trio_llm.server.observability.tracing import Tracing
 
 JSON = {"content-type": "application/json"}
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -59,17 +60,24 @@ def fail_on_z(plan: StepPlan) -> None:
         raise ZeroDivisionError
 
 
-@pytest.fixture
-async def traced() -> AsyncIterator[Traced]:
+@asynccontextmanager
+async def traced_app(runner: StubRunner, **settings: Any) -> AsyncIterator[Traced]:
     """Open an app whose spans stay here."""
-    async with open_stub(StubRunner(hook=fail_on_z)) as engine:
+    async with open_stub(runner, **settings) as engine:
         app = create_app(engine, Config())
         exporter = InMemorySpanExporter()
         provider = TracerProvider()
         provider.add_span_processor(SimpleSpanProcessor(exporter))
-        app.services.tracing = Tracing(provider, engine, "stub")
+        app.services.tracing = Tracing(provider, engine, "stub", app.services.background)
         app.services.tracing.register(app)
         yield Traced(app, engine, exporter)
+
+
+@pytest.fixture
+async def traced() -> AsyncIterator[Traced]:
+    """Open an app whose model fails on one token."""
+    async with traced_app(StubRunner(hook=fail_on_z)) as opened:
+        yield opened
 
 
 async def test_a_request_is_a_span_with_its_phases(traced: Traced) -> None:
@@ -164,7 +172,7 @@ async def test_what_is_not_sampled_costs_nothing(traced: Traced) -> None:
 
 async def test_a_long_request_has_a_bounded_number_of_links(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
     """Links to the first steps are kept; of the others there is the count, and the spans of the steps themselves."""
-    monkeypatch.setattr("trio_llm.server.tracing._LINKED_STEPS", 3)
+    monkeypatch.setattr("trio_llm.server.observability.tracing._LINKED_STEPS", 3)
     await traced.complete(max_tokens=9)
     spans = await traced.spans()
     (request,) = spans["llm_request"]
@@ -187,6 +195,15 @@ async def test_embeddings_and_lines_of_batches_are_traced(traced: Traced) -> Non
     assert len(vector.links) == 1
     assert [(line.attributes or {})["gen_ai.operation.name"] for line in lines] == ["chat", "chat"]
     assert all(len(line.links) == 2 and line.parent is None for line in lines)
+
+
+async def test_a_prompt_in_several_steps_links_to_each() -> None:
+    """Where a step has no room for a whole prompt, the request has a link to every step of its prefill."""
+    async with traced_app(StubRunner(), max_num_batched_tokens=32) as traced, trio.open_nursery() as nursery:
+        for letter in "ab":
+            nursery.start_soon(lambda letter=letter: traced.complete(prompt=letter * 20, max_tokens=2))
+    first, second = (await traced.spans())["llm_request"]
+    assert (len(first.links), len(second.links)) == (2, 3)
 
 
 async def test_a_failed_request_is_an_error(traced: Traced) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trio_llm.core.speculate import TOKENS_PER_CALL, LookupSizes, PromptLookup
+from trio_llm.core.prompt_lookup import TOKENS_PER_CALL, LookupSizes, PromptLookup
 
 
 def searched(tokens: Sequence[int], sizes: LookupSizes, most: int) -> tuple[int, ...]:

@@ -7,9 +7,10 @@ import pytest
 from tests.core.hash_model import next_token
 from tests.core.loop import FULL, SLIDING, VOCAB, Loop, prompt_of
 from trio_llm.core.block_manager import BlockManager
-from trio_llm.core.speculate import LookupSizes
-from trio_llm.core.speculator import Speculation
-from trio_llm.messages import Admit, BlockAsk, BlockGrant, Finished, SamplingParams, Tokens
+from trio_llm.core.prompt_lookup import LookupSizes
+from trio_llm.core.speculation import Speculation
+from trio_llm.messages import Admit, BlockAsk, BlockGrant, Finished, Tokens
+from trio_llm.params import SamplingParams
 
 LONG = SamplingParams(max_tokens=40, ignore_eos=True)
 
@@ -30,6 +31,7 @@ def decode(
     blocks: BlockManager,
     rows: tuple[tuple[int, int, int, int], ...],
     *,
+    step: int = 2,
     budget: int = 100,
     waiting: tuple[tuple[int, int], ...] = (),
 ) -> BlockGrant:
@@ -41,7 +43,7 @@ def decode(
     none = (0,) * len(others)
     news = ((7,),) * len(ids)
     wishes = (drafts + none, rooms + none)
-    ask = BlockAsk(2, (), (), admits, ids, computed, computed, ends, news, ids, others, budget, 100, *wishes)
+    ask = BlockAsk(step, (), (), admits, ids, computed, computed, ends, news, ids, others, budget, 100, *wishes)
     return blocks.reserve(ask)
 
 
@@ -96,7 +98,7 @@ def test_drafts_leave_promised_blocks_alone() -> None:
     blocks = manager(7)
     admitted(blocks, 4)
     blocks.reserve(BlockAsk(2, (), (), (Admit(9, tuple(range(16))),), (), (), (), (), (), (), (9,), 4, 4))
-    grant = decode(blocks, ((1, 4, 6, 12),))
+    grant = decode(blocks, ((1, 4, 6, 12),), step=3)
     assert grant.capacities == (8,)
 
 
@@ -137,7 +139,7 @@ def test_nothing_is_drafted_beyond_the_last_token() -> None:
     loop.submit(prompt_of(4), SamplingParams(max_tokens=5, ignore_eos=True))
     loop.run()
     assert [plan.drafts for plan in loop.plans] == [(0,), (3,)]
-    assert [plan.reaches for plan in loop.plans] == [(7,), (7,)]
+    assert [plan.draft_limits for plan in loop.plans] == [(7,), (7,)]
 
 
 def test_an_end_among_the_drafts_ends_the_output_there() -> None:

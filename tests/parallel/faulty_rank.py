@@ -1,0 +1,49 @@
+"""A rank that dies, stops or raises where a test wants it: FAULT, PHASE and TRIGGER, then what a rank is called with.
+
+In the phase `step` it does so in the first forward pass that finds the file TRIGGER.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+FAULT, PHASE, TRIGGER = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+
+
+def fail() -> None:
+    """Do what the test wants."""
+    if FAULT == "raise":
+        raise ArithmeticError("a fault of the test")
+    os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[FAULT])
+
+
+def main() -> int:
+    """Be a rank with a fault."""
+    if PHASE == "start":
+        fail()
+    from trio_llm.model import rank
+
+    load, forward = rank.load_model, rank.Follower._forward
+
+    def faulty_load(*args: Any) -> Any:
+        fail()
+        return load(*args)
+
+    def faulty_forward(self: rank.Follower, command: Any) -> None:
+        if TRIGGER.exists():
+            fail()
+        forward(self, command)
+
+    if PHASE == "load":
+        rank.load_model = faulty_load
+    elif PHASE == "step":
+        rank.Follower._forward = faulty_forward
+    return rank.main(int(sys.argv[4]), int(sys.argv[5]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
