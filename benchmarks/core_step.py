@@ -8,7 +8,9 @@ from itertools import pairwise
 
 from trio_llm.core.block_manager import BlockManager
 from trio_llm.core.scheduler import Scheduler
-from trio_llm.messages import KVGroup, SamplingParams, StepResult
+from trio_llm.messages import StepResult
+from trio_llm.model_info import KVGroup
+from trio_llm.params import SamplingParams, Submission
 
 PROMPT_TOKENS, OUTPUT_TOKENS, BUDGET = 100, 300, 2048
 FULL = (KVGroup((0,), 16),)
@@ -24,11 +26,13 @@ def measure(num_rows: int, groups: tuple[KVGroup, ...]) -> list[float]:
     for row in range(num_rows):
         # Different lengths, so that rows do not all need a block in the same step.
         prompt = range(1000 * row, 1000 * row + PROMPT_TOKENS + row % 16)
-        scheduler.submit(row, prompt, SamplingParams(max_tokens=OUTPUT_TOKENS))
+        scheduler.submit(row, Submission(prompt, SamplingParams(max_tokens=OUTPUT_TOKENS)))
     steps: list[list[float]] = []
-    while scheduler.has_work:
+    while True:
         times = [time.perf_counter()]
         ask = scheduler.ask()
+        if ask is None:
+            break
         times.append(time.perf_counter())
         grant = blocks.reserve(ask)
         times.append(time.perf_counter())

@@ -115,7 +115,7 @@ def masks(compiled: grammar.Grammar, vocab_size: int) -> tuple[float, str]:
 
 
 def main() -> None:
-    """Print the README's table."""
+    """Print the table of docs/serving.md."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", type=int, default=151_000)
     num_tokens = parser.parse_args().tokens

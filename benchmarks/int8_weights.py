@@ -15,8 +15,9 @@ from contextlib import ExitStack
 
 from models import loaded, machine, resident_bytes, spread
 
-from trio_llm.messages import Admission, SamplingParams, StepPlan
+from trio_llm.messages import Admission, StepPlan
 from trio_llm.model.runner import Runner
+from trio_llm.params import SamplingParams
 
 BATCH_SIZES = (1, 8, 32)
 PROMPT_TOKENS, STEPS, BLOCK = 8, 8, 16

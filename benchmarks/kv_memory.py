@@ -17,8 +17,8 @@ from models import loaded, machine, resident_bytes
 
 from trio_llm.core.block_manager import BlockManager
 from trio_llm.core.scheduler import Scheduler
-from trio_llm.messages import SamplingParams
 from trio_llm.model.runner import Runner
+from trio_llm.params import SamplingParams, Submission
 
 PROMPT_TOKENS, OUTPUT_TOKENS, CHUNK = 4032, 64, 128
 SHOWN = (128, 512, 1024, 2048, 4032, 4095)
@@ -65,7 +65,7 @@ def grow(runner: Runner) -> dict[int, tuple[int, ...]]:
         max_num_batched_tokens=CHUNK, max_batch_size=1, max_model_len=info.max_model_len, eos_token_ids=()
     )
     prompt = [i * 7 % 251 for i in range(PROMPT_TOKENS)]
-    scheduler.submit(0, prompt, SamplingParams(temperature=0, max_tokens=OUTPUT_TOKENS))
+    scheduler.submit(0, Submission(prompt, SamplingParams(temperature=0, max_tokens=OUTPUT_TOKENS)))
     owned: dict[int, tuple[int, ...]] = {}
     while (ask := scheduler.ask()) is not None:
         grant = blocks.reserve(ask)

@@ -12,15 +12,16 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import trio
+from models import spread
 
 from trio_llm import Config, SamplingParams, open_engine
 from trio_llm.config import EngineConfig
 from trio_llm.demo import demo_model_path
 from trio_llm.engine import Engine
+from trio_llm.params import Submission
 
 PROMPT_TOKENS = 32
 # A Qwen3 of 101 MB in float32; its weights are random.
@@ -72,7 +73,9 @@ async def serve(engine: Engine, num_clients: int, num_tokens: int) -> tuple[floa
     async def ask(at: int) -> None:
         await trio.sleep(0.01 * at)
         asked = time.perf_counter()
-        async with engine.open_stream([5 + (at * 7 + i) % 200 for i in range(PROMPT_TOKENS)], params) as stream:
+        async with engine.open_stream(
+            Submission([5 + (at * 7 + i) % 200 for i in range(PROMPT_TOKENS)], params)
+        ) as stream:
             await stream.__anext__()
             first_s.append(time.perf_counter() - asked)
             async for _ in stream:
@@ -98,11 +101,6 @@ async def measure(model: Path, num_clients: int, num_tokens: int, rounds: int) -
     return results
 
 
-def spread(values: Sequence[float], digits: int = 0) -> str:
-    """Write a median with its range."""
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
-
-
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -118,7 +116,7 @@ def main() -> None:
         for model in given.models or [demo_model_path(), write_shape(Path(directory))]:
             for num_clients in given.clients:
                 rows = trio.run(measure, model, num_clients, given.tokens, given.rounds)
-                columns = [spread([row[which][what] for row in rows]) for what in (0, 1) for which in (0, 1)]
+                columns = [spread([row[which][what] for row in rows], 0) for what in (0, 1) for which in (0, 1)]
                 ratios = [spread([row[1][what] / row[0][what] for row in rows], 2) for what in (0, 1)]
                 name = model.name if given.models or model == demo_model_path() else "100 MB, random"
                 cells = [name, str(num_clients), *columns[:2], ratios[0], *columns[2:], ratios[1]]

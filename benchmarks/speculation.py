@@ -19,13 +19,14 @@ import attrs
 
 from trio_llm.config import EngineConfig
 from trio_llm.core.block_manager import BlockManager
+from trio_llm.core.prompt_lookup import LookupSizes
 from trio_llm.core.scheduler import Scheduler
-from trio_llm.core.speculate import LookupSizes
-from trio_llm.core.speculator import Speculation
-from trio_llm.messages import SamplingParams, Tokens
-from trio_llm.model.hub import resolve_model
+from trio_llm.core.speculation import Speculation
+from trio_llm.messages import Tokens
+from trio_llm.model.checkpoint.hub import resolve_model
 from trio_llm.model.load import load_runner
 from trio_llm.model.runner import Runner
+from trio_llm.params import SamplingParams, Submission
 from trio_llm.tokenizer import Tokenizer
 
 STORIES = ["Once upon a time", "The little owl", "A small fox lived", "There was a brave cat"] * 2
@@ -77,7 +78,7 @@ def answer(way: Way, prompts: Sequence[Sequence[int]], params: SamplingParams) -
         speculation=way.speculation,
     )
     for request_id, prompt in enumerate(prompts):
-        scheduler.submit(request_id, prompt, params)
+        scheduler.submit(request_id, Submission(prompt, params))
     answers: list[list[int]] = [[] for _ in prompts]
     rows = drafted = accepted = 0
     began_s, began_cpu_s = time.perf_counter(), time.process_time()
