@@ -1,11 +1,14 @@
 """Make the notebooks from their cells: `python notebooks/build.py` turns cells/*.py into executed *.ipynb files.
 
+With arguments, only those whose names begin so: `python notebooks/build.py 02 03`.
+
 The cells are plain Python that a review can read: `# %% [markdown]` begins a text cell, `# %%` a code cell;
 `# %magic` is a magic.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import nbformat
@@ -47,6 +50,8 @@ def execute(notebook: NotebookNode, timeout_s: int = 120) -> NotebookNode:
 
 def main() -> None:
     for path in sorted((HERE / "cells").glob("*.py")):
+        if not path.stem.startswith(tuple(sys.argv[1:] or [""])):
+            continue
         notebook = execute(read_cells(path))
         nbformat.write(notebook, HERE / f"{path.stem}.ipynb")
         print(f"{path.stem}.ipynb: {len(notebook.cells)} cells")

@@ -1,30 +1,48 @@
 # %% [markdown]
 # # First tokens
 #
-# `LLM` runs a model inside this process: no server, no network. Without a model's name it takes the demo model that
-# ships with trio-llm, a toy of a million parameters that knows capitals, small sums and short stories.
+# `LLM` runs a model inside this process: no server, no network. This is the demo model, which ships with trio-llm. It has 1.5
+# million parameters and knows capitals, small sums and short stories.
 
 # %%
-from trio_llm import LLM, SamplingParams
+import math
 
-llm = LLM(num_kv_blocks=256)
+from trio_llm import LLM, SamplingParams
+from trio_llm.demo import demo_model_path
+from trio_llm.notebook.charts import new_chart, picture
+from trio_llm.notebook.tokens import draw_tokens
+from trio_llm.tokenizer import Tokenizer
+
+llm = LLM(str(demo_model_path()), num_kv_blocks=256)
+tokenizer = Tokenizer.from_directory(demo_model_path())
+
+
+def text_of(token_ids) -> str:
+    """Return the text of tokens, with the marks that are not shown to a reader."""
+    return tokenizer.decode(token_ids, skip_special_tokens=False)
+
+
 llm.info
 
 # %% [markdown]
-# ## Completing a text
+# ## A text is a list of tokens
 #
-# A language model continues a text. `temperature=0` takes the likeliest token each time, so the answer is always the
-# same one.
+# A language model continues a text. It reads and writes **tokens**: pieces of text, each with a number. `temperature=0` takes the
+# most likely next one each time, so the answer is always the same.
 
 # %%
-greedy = SamplingParams(temperature=0, max_tokens=60)
-[result] = llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=3), use_tqdm=False)
-print(result.prompt + result.outputs[0].text)
+prompt = "The capital of France is"
+[result] = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=3), use_tqdm=False)
+read, written = result.prompt_token_ids, result.outputs[0].token_ids
+print(prompt + result.outputs[0].text)
+marks = ["read"] * len(read) + ["written"] * len(written)
+draw_tokens([*read, *written], text_of, "Each box: the text of a token, and its number", marks=marks)
 
 # %% [markdown]
-# ## Asking a question
+# ## A question is a text too
 #
-# A chat is a text too, with marks that say who speaks. (The server does this for you, with the model's chat template.)
+# In a chat, marks say who is speaking. `llm.chat` and the server write them for you, with the model's chat template. Here we write
+# them ourselves, to see them.
 
 
 # %%
@@ -33,82 +51,93 @@ def chat(question: str) -> str:
     return f"{system}<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
+greedy = SamplingParams(temperature=0, max_tokens=60)
+[result] = llm.generate(chat("What is the capital of Japan?"), greedy, use_tqdm=False)
+output = result.outputs[0]
+marks = ["read"] * len(result.prompt_token_ids) + ["written"] * len(output.token_ids)
+draw_tokens([*result.prompt_token_ids, *output.token_ids], text_of, "A question and its answer", marks=marks)
+
+# %% [markdown]
+# The model wrote the mark `<|im_end|>` itself: this is how it says that it is done.
+
+# %%
+print("text         ", output.text)
+print("ended because", output.finish_reason)
+assert output.text == "The capital of Japan is Tokyo." and text_of(output.token_ids[-1:]) == "<|im_end|>"
+
+# %% [markdown]
+# ## Many questions at once
+#
+# All five run together: each step of the engine computes one token for each of them, in one pass through the model.
+
+# %%
 questions = [
-    "What is the capital of Japan?",
+    "What is the capital of Peru?",
     "What is 7 + 8?",
     "Repeat these words: map fox hill drum.",
     "Make JSON for an owl named Zoe, age 7.",
     "Who are you?",
 ]
-for question, result in zip(
-    questions, llm.generate([chat(question) for question in questions], greedy, use_tqdm=False)
-):
-    print(f"{question:45} {result.outputs[0].text}")
+for question, one in zip(questions, llm.generate([chat(question) for question in questions], greedy, use_tqdm=False)):
+    cached = one.num_cached_tokens
+    print(f"{question:40} {one.outputs[0].text:60} ({cached} of {len(one.prompt_token_ids)} prompt tokens were cached)")
 
 # %% [markdown]
-# All five ran together: each step of the engine computes one token for each of them, in one forward pass.
+# The last column: a prompt that begins with the same 16 tokens as an earlier one (here up to `What is`) finds them computed
+# already. `03_prefix_caching` shows how.
 #
-# ## What came back
+# ## Random choice
 #
-# A result holds the text, the token ids, why it ended, and how much of the prompt was found in the prefix cache. Ask
-# again, and all full blocks of 16 tokens are found.
-
-# %%
-[result] = llm.generate(chat(questions[0]), greedy, use_tqdm=False)
-output = result.outputs[0]
-print("text         ", output.text)
-print("token ids    ", output.token_ids)
-print("ended because", output.finish_reason)
-print("prompt tokens", len(result.prompt_token_ids), "of which cached", result.num_cached_tokens)
-
-# %% [markdown]
-# ## Temperature: choosing by chance
-#
-# With a temperature the next token is drawn. A `seed` makes the draw repeatable, whatever else is in the batch. Three
-# samples of one prompt cost one reading of it:
+# With a temperature above 0, the next token is drawn at random, the likely ones more often. A `seed` makes the draw repeatable,
+# whatever else is in the batch. Three samples of one prompt read it only once:
 
 # %%
 story = SamplingParams(temperature=0.9, max_tokens=40, seed=7, n=3)
 [result] = llm.generate(chat("Tell me a story about a fox."), story, use_tqdm=False)
 for sample in result.outputs:
     print(f"{sample.index}: {sample.text}\n")
+[again] = llm.generate(chat("Tell me a story about a fox."), story, use_tqdm=False)
+assert [one.text for one in again.outputs] == [one.text for one in result.outputs]
 
 # %% [markdown]
 # ## How sure is it?
 #
-# `logprobs` gives the likeliest candidates at each position. The model is sure of facts it was taught. About a word
-# that it is free to choose it is not:
+# `logprobs` returns the most likely tokens at each position. A chart of the first ten tokens of two answers: one bar for each, as
+# high as the probability of the token that was written, and above it the runner-up.
+
 
 # %%
-import math
+def sureness(prompt: str) -> tuple[list[str], list[float], list[float]]:
+    """Return the tokens of an answer, their probabilities, and those of the second choice."""
+    [result] = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=10, logprobs=2), use_tqdm=False)
+    entries = result.outputs[0].logprobs or ()
+    labels = [f"{text_of([one.token_id])!r} {one.token_id}" for one in entries]
+    return labels, [math.exp(one.logprob) for one in entries], [math.exp(one.top[1][1]) for one in entries]
 
-from trio_llm.demo import demo_model_path
-from trio_llm.tokenizer import Tokenizer
 
-tokenizer = Tokenizer.from_directory(demo_model_path())
-for prompt in (chat(questions[0]), chat("Tell me a story about a fox.")):
-    [result] = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=10, logprobs=3), use_tqdm=False)
-    sample = result.outputs[0]
-    print(sample.text)
-    for entry in sample.logprobs:
-        likeliest = [
-            (tokenizer.decode([token_id], skip_special_tokens=False), logprob) for token_id, logprob in entry.top
-        ]
-        print("   ", "  ".join(f"{text!r:14} {math.exp(logprob):6.1%}" for text, logprob in likeliest))
+fact, fiction = sureness(chat("What is the capital of Japan?")), sureness(chat("Tell me a story about a fox."))
+axes = new_chart("A fact: no doubt", "A story: free to choose", y="probability", size=(8.6, 3.4))
+for one, (labels, chosen, second) in zip(axes, (fact, fiction), strict=True):
+    one.bar(range(len(labels)), chosen, label="the token that was written")
+    one.bar(range(len(labels)), second, bottom=chosen, label="the second choice", alpha=0.5)
+    one.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=8)
+    one.set_ylim(0, 1.3)
+    one.legend(loc="upper right", fontsize=8, ncols=2)
+picture(axes)
+
+# %%
+print(f"the fact:  at least {min(fact[1]):.0%} sure of each token")
+print(f"the story: at least {min(fiction[1]):.0%} sure of each token")
+assert min(fact[1]) > 0.9 > 0.5 > min(fiction[1])
 
 # %% [markdown]
-# ## Many at once
+# The model was trained on facts that never vary and on stories that do. Where the name of the fox is chosen, it is not sure at
+# all, and a temperature above 0 makes it another fox each time.
 #
-# The bar shows tokens per second, read and written. The engine takes prompts in as there is room.
-
-# %%
-countries = ["France", "Italy", "Spain", "Egypt", "Peru", "Chile", "Norway", "Sweden", "Poland", "Greece"]
-results = llm.generate([chat(f"What is the capital of {country}?") for country in countries], greedy)
-print(*[result.outputs[0].text for result in results], sep="\n")
-
-# %% [markdown]
-# `close` ends the engine and frees its memory; another one may follow in the same kernel. As a `with LLM() as llm:`
-# block it happens by itself.
+# ## What next
+#
+# `close` ends the engine and frees its memory; a `with LLM() as llm:` block does it for you. The next notebook, `02_paged_kv`,
+# looks inside a step.
 
 # %%
 llm.close()
