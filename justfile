@@ -18,6 +18,10 @@ format:
     ruff check --fix .
     ruff format .
 
+# The documentation on port 8001; needs the docs extra.
+docs:
+    mkdocs serve --strict --dev-addr localhost:8001
+
 # Everything that CI does, in a fresh virtual environment.
 ci:
     .ci/run
