@@ -50,8 +50,8 @@ CONTRAST = """() => {
 }"""
 
 
-# Per file, not per session: Playwright keeps an asyncio loop running in this thread until it stops, in which other tests'
-# asyncio.run fails.
+# Per file, not per session: until it stops, Playwright keeps an asyncio loop running in this thread, and asyncio.run of
+# other tests fails in it.
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """Start Chromium, with a fresh profile."""

@@ -92,3 +92,23 @@ def test_the_log_says_why_blocks_are_widened(
     expected = f"{said}Q4_1 ({stored:.0f} MB); all weights take {taken:.0f} MB in memory"
     assert expected in caplog.text
     assert "computed as stored" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [
+        ("auto", "draft model model.gguf: computed as stored: Q4_1 ("),
+        ("reference", "draft model model.gguf: computed in bfloat16, not as stored, with TRIO_LLM_KERNELS=reference: "),
+    ],
+)
+def test_the_log_says_the_same_of_a_draft_model(
+    file: Path, mode: str, said: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has a line of its own, and the model keeps its."""
+    caplog.set_level("INFO")
+    monkeypatch.setenv("TRIO_LLM_KERNELS", mode)
+    drafts: dict[str, Any] = {"spec_method": "draft_model", "spec_model": str(file), "dtype": "bfloat16"}
+    load_runner(EngineConfig(model=str(file), device="cpu", num_kv_blocks=4, **drafts)).close()
+    lines = [record.getMessage() for record in caplog.records]
+    assert sum(line.startswith(said) for line in lines) == 1
+    assert sum(line.startswith(said.removeprefix("draft model ")) for line in lines) == 1

@@ -167,7 +167,9 @@ def test_an_exception_of_rank_0_is_not_retried(checkpoint: Callable[[str], Path]
     """In the middle of a pass the other ranks wait in a collective: the engine ends, and rank 0 is named."""
     processes = children()
     runner = load_runner(settings(checkpoint("llama")))
-    with pytest.raises(EngineDeadError, match="Rank 0 failed: ZeroDivisionError"), runner.ranks.logits(_hidden()):
+    ranks = runner.ranks
+    assert ranks is not None
+    with pytest.raises(EngineDeadError, match="Rank 0 failed: ZeroDivisionError"), ranks.logits(_hidden()):
         _ = 1 / 0
     runner.close()
     assert children() == processes

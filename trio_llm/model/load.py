@@ -20,7 +20,7 @@ from trio_llm.model.checkpoint.hub import model_name
 from trio_llm.model.checkpoint.tensors import FLOATS
 from trio_llm.model.device.device import Cpu, Device, Gpu
 from trio_llm.model.loading.cpu_threads import has_bfloat16_arithmetic, usable_cores
-from trio_llm.model.loading.draft_model import inspect_draft
+from trio_llm.model.loading.draft_model import DraftPlan, inspect_draft
 from trio_llm.model.loading.loader import ModelPlan, inspect_model, load_model
 from trio_llm.model.loading.memory_budget import MemoryBudget, available_bytes, make_budget
 from trio_llm.model.loading.pool_size import size_pool, usable_bytes
@@ -72,7 +72,7 @@ def load_runner(
     budget = _budget(plan, config, device, draft and draft.plan)
     info = _info(plan, config, budget, device)
     set_threads(config, device, dispatch.kernels, plan.weight_bytes)
-    _log_what_changes(plan, _why_widened(plan, device, dispatch, as_stored))
+    _log_what_changes(plan, draft, lambda model: _why_widened(model, device, dispatch, as_stored))
     with device.working(), dispatching(dispatch), _other_ranks(plan, config, device) as ranks:
         loaded = load_model(plan, device.torch_device, report)
         drafter = draft and draft.load(device.torch_device, report)
@@ -134,19 +134,25 @@ def _connect(ranks: Ranks | None, info: ModelInfo, report: Callable[[Progress], 
     )
 
 
-def _log_what_changes(plan: ModelPlan, why_widened: str) -> None:
-    """Log the tensors that are left out, and what stored formats are computed in."""
+def _log_what_changes(plan: ModelPlan, draft: DraftPlan | None, why_widened: Callable[[ModelPlan], str]) -> None:
+    """Log the tensors that are left out, and what stored formats are computed in, of the model and its draft model."""
+    _log_model(plan.path.name, plan, why_widened(plan))
+    if draft:
+        _log_model(f"draft model {draft.plan.path.name}", draft.plan, why_widened(draft.plan))
+
+
+def _log_model(name: str, plan: ModelPlan, why_widened: str) -> None:
     for tower, count in plan.skipped.items():
-        _log.info("%s: left out %d tensors of %s: only the language model is served", plan.path.name, count, tower)
+        _log.info("%s: left out %d tensors of %s: only the language model is served", name, count, tower)
     if plan.kept_formats:
-        _log.info("%s: computed as stored: %s", plan.path.name, _megabytes(plan.kept_formats))
+        _log.info("%s: computed as stored: %s", name, _megabytes(plan.kept_formats))
     blocks = {name: nbytes for name, nbytes in plan.stored_formats.items() if name not in FLOATS}
     widened = {name: nbytes - plan.kept_formats.get(name, 0) for name, nbytes in blocks.items()}
     if any(widened.values()):
         stored = _megabytes({name: nbytes for name, nbytes in widened.items() if nbytes})
         _log.warning(
             "%s: computed in %s, not as stored, %s: %s; all weights take %.0f MB in memory",
-            plan.path.name, plan.weight_format, why_widened, stored, plan.weight_bytes / 1e6,
+            name, plan.weight_format, why_widened, stored, plan.weight_bytes / 1e6,
         )  # fmt: skip
 
 

@@ -71,9 +71,9 @@ class OutputItems:
             case "reasoning":
                 done = TextEvent(type="response.reasoning_text.done", text=text, content_index=0, **place)
             case "call" if self._is_custom(part):
-                said = self._input(part)
-                delta = TextEvent(type="response.custom_tool_call_input.delta", delta=said, **place)
-                return [delta, TextEvent(type="response.custom_tool_call_input.done", input=said, **place), item_done]
+                delta = TextEvent(type="response.custom_tool_call_input.delta", delta=item.input, **place)
+                done = TextEvent(type="response.custom_tool_call_input.done", input=item.input, **place)
+                return [delta, done, item_done]
             case "call":
                 kind = "response.function_call_arguments.done"
                 return [TextEvent(type=kind, name=self._name(part), arguments=text, **place), item_done]
