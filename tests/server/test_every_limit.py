@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import attrs
@@ -14,6 +15,7 @@ from trio.testing import wait_all_tasks_blocked
 from tests.server.helpers import ask, exchange, http, read_response, read_to_end, running
 from tests.server.stub import GatedWorker, StubRunner, open_stub, stub_tokenizer
 from trio_llm.config import Config, LimitsConfig, ServerConfig
+from trio_llm.grammar import Grammar, GrammarCompiler, GrammarSource
 from trio_llm.server.app import create_app
 from trio_llm.server.bodies.size_limits import flag_of
 from trio_llm.server.http import serve as serve_module
@@ -23,8 +25,6 @@ TURN = {"role": "user", "content": "x"}
 # A rendering that takes some milliseconds, and whose text is some thousand characters.
 # It outlasts a few ticks of the clock that counts CPU time, on a fast processor too.
 SLOW_TEMPLATE = "{% for n in range(20000) %}{{ n % 7 }}{% for _ in range(30) %}{% endfor %}{% endfor %}"
-# One that takes some milliseconds to compile.
-SLOW_SCHEMA = {"type": "object", "properties": {f"field{number}": {"type": "string"} for number in range(100)}}
 
 
 @attrs.frozen
@@ -67,18 +67,35 @@ REQUESTS: dict[str, Row] = {
     "max_headers": Row(9, 10, COMPLETION, headers={f"x-{number}": "" for number in range(8)}),
     "max_template_chars": Row(100, 100_000, CHAT, "/v1/chat/completions"),
     "template_timeout_s": Row(0.001, 60.0, CHAT, "/v1/chat/completions"),
-    "grammar_timeout_s": Row(0.001, 60.0, completion(structured_outputs={"json": SLOW_SCHEMA})),
+    "grammar_timeout_s": Row(1.0, 60.0, completion(structured_outputs={"regex": "[ab]"})),
 }
 
 
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Return what compilations wait for. A slow grammar instead might end before, or be begun after, a low limit."""
+    gate, compile_source = threading.Event(), GrammarCompiler.compile
+
+    def wait(self: GrammarCompiler, source: GrammarSource) -> Grammar:
+        gate.wait()
+        return compile_source(self, source)
+
+    monkeypatch.setattr(GrammarCompiler, "compile", wait)
+    gate.set()
+    yield gate
+    gate.set()
+
+
 @pytest.mark.parametrize("name", REQUESTS)
-async def test_a_request_is_held_to_a_limit_that_moves(name: str) -> None:
+async def test_a_request_is_held_to_a_limit_that_moves(name: str, gate: threading.Event) -> None:
     """The same request is refused with number and flag under a low limit, and not for it under a higher one."""
     row = REQUESTS[name]
     tokenizer = stub_tokenizer(SLOW_TEMPLATE if "template" in name else "x")
     async with open_stub(StubRunner(), tokenizer) as engine:
-        for value in (row.high, row.low):  # In this order: a grammar that was given up on is still being compiled.
+        for value in (row.high, row.low):
             app = create_app(engine, Config(limits=LimitsConfig(**{name: value})))
+            if name == "grammar_timeout_s" and value == row.low:
+                gate.clear()
             answer = await ask(app, "POST", row.path, row.body, headers=row.headers)
             told = answer.body.decode()
             if value == row.low:
