@@ -1,5 +1,6 @@
-"""Decode and prefill on a CPU, ours beside every installed peer: `python benchmarks/cpu.py DIR [--gguf FILE]`.
+"""Decode and prefill on a CPU, ours beside every installed peer: `python benchmarks/cpu.py [DIR] [--gguf FILE]`.
 
+A checkpoint is measured with transformers too, a GGUF file with llama.cpp, each on the very same weights.
 Each engine runs in a process of its own with the same number of threads; rounds are interleaved, so what else the
 machine does meets all alike. Figures are medians with their range over the rounds, beside the read bandwidth and the
 arithmetic that were measured in the same run. A machine that is busy gives figures that mean nothing: they are refused
@@ -27,6 +28,7 @@ DECODES = 24
 CONTEXT = 40
 BUSY = 0.25  # load per core above which a machine is called busy (a guess)
 OURS = {"fp32": ("float32", None), "bf16": ("bfloat16", None), "int8": ("bfloat16", "int8")}
+GGUF_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # by the end of a file's name; others: auto
 BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 SEQUENCES = max(ROWS)
 STARTED = time.time()
@@ -40,7 +42,8 @@ def measure_ours(model: str, kind: str, threads: int) -> dict[str, Any]:
     from trio_llm.params import SamplingParams
 
     began = time.perf_counter()
-    dtype, quantization = OURS[kind]
+    of_file = GGUF_DTYPES.get(Path(model).stem.rpartition(".")[2], "auto")
+    dtype, quantization = OURS.get(kind, (of_file, None))
     settings: Any = {"quantization": quantization} if quantization else {}
     runner = load_runner(
         EngineConfig(
@@ -54,7 +57,8 @@ def measure_ours(model: str, kind: str, threads: int) -> dict[str, Any]:
         )
     )
     found: dict[str, Any] = {"load s": time.perf_counter() - began, "bytes": runner.budget.weight_bytes}
-    found["products"] = found["bytes"] / BYTES[kind] - runner.info.vocab_size * runner.info.hidden_size
+    count = found["bytes"] / BYTES[kind] if kind in BYTES else _count_parameters(model)
+    found["products"] = count - runner.info.vocab_size * runner.info.hidden_size
     params, block = SamplingParams(temperature=0), runner.info.kv_groups[0].block_size
     step = 0
 
@@ -81,6 +85,13 @@ def measure_ours(model: str, kind: str, threads: int) -> dict[str, Any]:
         times = [run(rows, CONTEXT + i, 1, first=False) for i in range(DECODES)]
         found[f"decode {rows}"] = rows / statistics.median(times[2:])
     return found
+
+
+def _count_parameters(file: str) -> int:
+    """Return how many numbers the tensors of a GGUF file stand for."""
+    from gguf import GGUFReader
+
+    return sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors)
 
 
 def measure_transformers(model: str, kind: str, threads: int) -> dict[str, Any]:
@@ -204,10 +215,12 @@ def in_process(engine: str, model: str, kind: str, args: argparse.Namespace) -> 
 
 def engines(args: argparse.Namespace) -> list[tuple[str, str, str]]:
     """Return engine, model and kind of everything to measure."""
-    wanted = [("ours", args.model, kind) for kind in OURS]
-    if importlib.util.find_spec("transformers"):
+    wanted: list[tuple[str, str, str]] = []
+    if args.model:
+        wanted += [("ours", args.model, kind) for kind in OURS]
+    if args.model and importlib.util.find_spec("transformers"):
         wanted += [("transformers", args.model, kind) for kind in ("fp32", "bf16")]
-    wanted += [("llama.cpp", path, Path(path).stem) for path in args.gguf or ()]
+    wanted += [(engine, path, Path(path).stem) for path in args.gguf or () for engine in ("ours", "llama.cpp")]
     return [one for one in wanted if not args.engine or one[0] in args.engine]
 
 
@@ -241,8 +254,8 @@ def _cell(values: Sequence[float]) -> str:
 def main() -> None:
     """Measure everything in turns, or be the process of one measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="directory of a checkpoint")
-    parser.add_argument("--gguf", action="append", help="the same weights for llama.cpp; may be repeated")
+    parser.add_argument("model", nargs="?", help="directory of a checkpoint")
+    parser.add_argument("--gguf", action="append", help="a GGUF file; may be repeated")
     parser.add_argument("--llama-python", default=sys.executable, help="Python that has llama-cpp-python")
     parser.add_argument("--engine", action="append", choices=list(ENGINES), help="only these; may be repeated")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -265,7 +278,7 @@ def main() -> None:
     if args.results and args.results.exists():
         lines = [json.loads(line) for line in args.results.read_text().splitlines()]
     for _ in range(args.rounds):
-        for engine, model, kind in (("machine", args.model, ""), *engines(args)):
+        for engine, model, kind in (("machine", "", ""), *engines(args)):
             found = in_process(engine, model, kind, args)
             lines.append(found if engine == "machine" else {"engine": engine, "kind": kind, **found})
             if args.results:
