@@ -138,6 +138,7 @@ def test_every_library_is_declared() -> None:
         "matplotlib",
         "opentelemetry",
         "playwright",
+        "ray",
         "zmq",
     }  # Imported inside functions, and missed in plain words.
     spelled = {"pyyaml": "yaml"}

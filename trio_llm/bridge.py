@@ -97,6 +97,30 @@ class Bridge(Generic[T]):
         finally:
             self._cancel(call)
 
+    def start(self, function: Callable[[*Ts], Awaitable[R]], *args: *Ts) -> Future[R]:
+        """Start an async function in the bridge's thread and return the future of its result, for other event loops.
+
+        The future's own `cancel` does nothing; `abandon` cancels the function.
+        """
+        call = _Call[R]()
+        call.set_running_or_notify_cancel()
+        self._start(call, partial(function, *args))
+        return call
+
+    def abandon(self, started: Future[Any]) -> None:
+        """Cancel a function that was started, unless it has ended. Does not wait for its end."""
+        assert isinstance(started, _Call)
+        self.post(self._abandon, started)
+
+    def post(self, function: Callable[[*Ts], object], *args: *Ts) -> None:
+        """Run a synchronous function in the bridge's thread, soon and in order. It must not raise."""
+        with suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(function, *args)
+
+    def when_ended(self, function: Callable[[], object]) -> None:
+        """Call a function in the bridge's thread when the context has ended, closed or by itself."""
+        self._ended.add_done_callback(lambda _: function())
+
     def close(self) -> None:
         """Leave the context and end the thread. Raises what the context raised; doing it again does nothing."""
         if self._closed:
@@ -125,8 +149,7 @@ class Bridge(Generic[T]):
     def _cancel(self, call: _Call[Any]) -> None:
         """Cancel a call whose caller has stopped waiting, and wait until it has cleaned up."""
         if call in self._calls and not call.done():
-            with suppress(trio.RunFinishedError):
-                self._token.run_sync_soon(self._abandon, call)
+            self.post(self._abandon, call)
             wait((call,))
 
     def _dead(self) -> EngineDeadError:
@@ -165,7 +188,7 @@ class Bridge(Generic[T]):
 
     def _abandon(self, call: _Call[Any]) -> None:
         call.scope.cancel()
-        if not call.spawned:  # The interrupt came before it was sent here.
+        if not call.spawned and not call.done():  # The interrupt came before it was sent here.
             call.set_exception(CancelledError())
 
     async def _perform(self, call: _Call[R], function: Callable[[], Awaitable[R]]) -> None:

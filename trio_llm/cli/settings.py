@@ -100,9 +100,18 @@ def _from_file(path: Path | None) -> dict[str, Given]:
     if path is None and not DEFAULT_FILE.is_file():
         return {}
     source = str(path or DEFAULT_FILE)
+    return given_in(_read_yaml(Path(source)), source)
+
+
+def given_in(document: Mapping[Any, Any], source: str) -> dict[str, Given]:
+    """Return the raw values of a mapping of sections, such as config.yaml.
+
+    Raises:
+        ConfigError: A section or a setting is unknown.
+    """
     known = [key for key, _ in fields()]
     given: dict[str, Given] = {}
-    for section, entries in _read_yaml(Path(source)).items():
+    for section, entries in document.items():
         if section not in SECTIONS:
             names = list(entries) if isinstance(entries, dict) else entries
             allowed = f"unknown section; there are {', '.join(SECTIONS)}"

@@ -82,6 +82,7 @@ def create_app(
     config: Config,
     *,
     shutdown: Callable[[], None] | None = None,
+    no_batches: str | None = None,
     clock: Callable[[], float] = trio.current_time,
 ) -> ServerApp:
     """Make the app that serves `engine`, ready for `serve` or any ASGI server on Trio.
@@ -90,6 +91,7 @@ def create_app(
         engine: Must stay open while the app serves.
         config: Its sections server and auth are used here.
         shutdown: Begins a graceful shutdown of the process, for GET /shutdown.
+        no_batches: Why there are no files and batches, for clients; None if there are.
         clock: Seconds, for the rate limit.
 
     Raises:
@@ -119,7 +121,7 @@ def create_app(
     admin.register(app, app.services, metrics.registry)
     for endpoints in (models, requests, completions, chat, render, responses, messages, embeddings, tokenization):
         endpoints.register(app, app.services)
-    batch_service.register(app, app.services, limits)
+    batch_service.register(app, app.services, limits, refusal=no_batches)
     app.services.tracing = tracing.register(app, app.services.background, engine, config, app.services.names[0])
     stats_log.register(app, app.services.background, engine.registry, config.server.log_stats_interval_s)
     openapi.register(app, config.limits, app.services.names[0])

@@ -32,19 +32,25 @@ class Disk:
             server runs without files and batches.
         port: Distinguishes the default directories of a user's servers.
         quotas: Limits of stored bytes.
+        refusal: Why this server has no files and batches, for its clients. None if it has them.
     """
 
-    def __init__(self, directory: str | None, port: int = 0, quotas: Quotas | None = None) -> None:
+    def __init__(
+        self, directory: str | None, port: int = 0, quotas: Quotas | None = None, refusal: str | None = None
+    ) -> None:
         self._given = directory
         self._port = port
         self._quotas = quotas or Quotas()
         self._database: Database | None = None
         self._stores: tuple[FileStore, BatchStore] | None = None
+        self._refusal = refusal
         self._why_closed = "the server is not serving yet"
         self._limiter = trio.CapacityLimiter(1)
 
     def open(self) -> None:
         """Open the directory. Raises ConfigError if an explicit one cannot be used."""
+        if self._refusal is not None:
+            return
         path = Path(self._given) if self._given is not None else default_directory(self._port)
         try:
             self._database = Database(path)
@@ -76,6 +82,8 @@ class Disk:
         return self._open_stores()[1]
 
     def _open_stores(self) -> tuple[FileStore, BatchStore]:
+        if self._refusal is not None:
+            raise HttpError(501, self._refusal)
         if self._stores is None:
             raise HttpError(503, f"Files and batches are not available: the data directory {self._why_closed}.")
         return self._stores

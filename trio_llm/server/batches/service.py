@@ -40,11 +40,14 @@ logger = logging.getLogger(__name__)
 _EXPIRY_INTERVAL_S = 300.0
 
 
-def register(app: QuartTrio, services: Services, limits: RateLimits) -> None:
-    """Add the endpoints, and run batches while the app serves. Tokens of lines are charged to their owner."""
+def register(app: QuartTrio, services: Services, limits: RateLimits, *, refusal: str | None) -> None:
+    """Add the endpoints, and run batches while the app serves. Tokens of lines are charged to their owner.
+
+    With a `refusal`, there are no files and batches, and the endpoints answer 501 with it.
+    """
     config = services.config
     quotas = Quotas(in_all=config.limits.max_stored_bytes, per_owner=config.limits.max_stored_bytes_per_key)
-    disk = Disk(config.server.data_dir, config.server.port, quotas)
+    disk = Disk(config.server.data_dir, config.server.port, quotas, refusal)
 
     async def execute(endpoint: str, text: bytes, owner: str) -> Mapping[str, Any]:
         return await execute_line(services, endpoint, text, owner, limits)

@@ -1,0 +1,69 @@
+"""The application for Ray Serve: `serve run trio_llm.ray_serve.app:build config=config.yaml num_replicas=2`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+try:
+    from ray import serve
+except ImportError:
+    raise ImportError("replicas on Ray Serve need Ray: pip install 'trio-llm[ray]'") from None
+
+from trio_llm.assemble import open_engine
+from trio_llm.cli.serve import UNWIND_S
+from trio_llm.config import Config
+from trio_llm.ray_serve.options import Options
+from trio_llm.ray_serve.replica import OpenEngine, Replica
+from trio_llm.server.app import check_settings
+
+NAME = "trio-llm"
+
+
+@serve.ingress()
+class Deployment:
+    """Ray's names for what a replica does."""
+
+    async def __init__(self, config: Config, is_alone: bool, open_engine: OpenEngine) -> None:
+        name = serve.get_replica_context().replica_id.unique_id
+        self._replica = Replica(config, name=name, is_alone=is_alone, open_engine=open_engine)
+        await self._replica.open()
+
+    def __serve_build_asgi_app__(self) -> Replica:
+        return self._replica
+
+    async def check_health(self) -> None:
+        await self._replica.check_health()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        return await self._replica.load()
+
+
+def build(arguments: Mapping[str, Any], *, open_engine: OpenEngine = open_engine) -> serve.Application:
+    """Check the arguments and return the application.
+
+    Args:
+        arguments: See `Options`.
+        open_engine: Opens the engine of a replica.
+
+    Raises:
+        ConfigError: An argument or a setting is not allowed.
+    """
+    options = Options.parse(arguments, os.environ)
+    check_settings(options.config)
+    deployment = serve.deployment(
+        name=NAME,
+        # The router skips a replica that is full, and refuses what would wait for too long.
+        max_ongoing_requests=options.num_places,
+        max_queued_requests=options.num_places,
+        ray_actor_options={"num_cpus": options.num_cpus, "num_gpus": options.num_gpus},
+        graceful_shutdown_wait_loop_s=1.0,
+        graceful_shutdown_timeout_s=options.config.server.shutdown_timeout_s + UNWIND_S,
+        **_replicas(options),
+    )(Deployment)
+    return deployment.bind(options.config, options.is_alone, open_engine)  # What changes these restarts all replicas.
+
+
+def _replicas(options: Options) -> dict[str, Any]:
+    return {"num_replicas": options.num_replicas}
