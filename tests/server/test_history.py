@@ -14,9 +14,10 @@ from tests.server.stub import StubRunner, open_stub, stub_tokenizer
 from trio_llm.config import Config, LimitsConfig
 from trio_llm.errors import InvalidRequestError
 from trio_llm.server.app import create_app
-from trio_llm.server.bodies.types import CalledFunction, Message, ToolCall
+from trio_llm.server.bodies.tools import CalledFunction, ToolCall
+from trio_llm.server.bodies.types import Message
 from trio_llm.server.generation.history import history, new_call_id
-from trio_llm.server.generation.readable_json import readable_object
+from trio_llm.server.parsing.readable_json import readable_object
 
 LIMITS = LimitsConfig()
 LEAF = st.none() | st.booleans() | st.integers(-99, 99) | st.text(max_size=5)

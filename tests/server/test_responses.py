@@ -244,7 +244,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"background": True}, "background"),
     ({"previous_response_id": "resp_1"}, "previous_response_id"),
     ({"conversation": "conv_1"}, "conversation"),
-    ({"truncation": "auto"}, "truncation"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"max_tool_calls": 1}, "max_tool_calls"),
     ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options"),

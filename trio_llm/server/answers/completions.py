@@ -151,6 +151,18 @@ class MadeFunction(Answer, kw_only=True):
     arguments: str
 
 
+class MadeInput(Answer, kw_only=True):
+    """A custom tool that the model calls.
+
+    Attributes:
+        name: Name of the tool; in a stream only in the first part of a call.
+        input: The text for it; a stream sends it whole, when it is complete.
+    """
+
+    name: str | UnsetType = UNSET
+    input: str
+
+
 class MadeCall(Answer, kw_only=True):
     """A call that the model asks for, or in a stream a part of one.
 
@@ -158,13 +170,15 @@ class MadeCall(Answer, kw_only=True):
         index: In a stream, which call of the message a part belongs to.
         id: Name of the call, to give back as `tool_call_id` with its result.
         type: Kind of the tool.
-        function: What is called with which arguments.
+        function: Which function is called with which arguments, for type "function".
+        custom: Which custom tool is called with which text, for type "custom".
     """
 
     index: int | UnsetType = UNSET
     id: str | UnsetType = UNSET
-    type: Literal["function"] | UnsetType = UNSET
-    function: MadeFunction
+    type: Literal["function", "custom"] | UnsetType = UNSET
+    function: MadeFunction | UnsetType = UNSET
+    custom: MadeInput | UnsetType = UNSET
 
 
 class AssistantMessage(Answer, kw_only=True):

@@ -155,7 +155,7 @@ class ModelResponse(Answer, kw_only=True):
         tools: The tools that were offered to the model.
         top_logprobs: Always 0.
         top_p: The value that was used.
-        truncation: Always "disabled".
+        truncation: As the request says.
         usage: Tokens of the response; null until it is complete.
         user: As the request says.
     """
@@ -189,7 +189,7 @@ class ModelResponse(Answer, kw_only=True):
     tools: list[dict[str, Any]]
     top_logprobs: Literal[0] = 0
     top_p: float
-    truncation: Literal["disabled"] = "disabled"
+    truncation: Literal["auto", "disabled"]
     usage: ResponseUsage | None
     user: str | None
 

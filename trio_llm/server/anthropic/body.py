@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from msgspec import Meta, Struct
 
 from trio_llm.errors import InvalidRequestError
-from trio_llm.server.bodies.types import MAX_TOOLS, CalledFunction, ContentPart, Message, ToolCall, ToolName
+from trio_llm.server.bodies.tools import MAX_TOOLS, CalledFunction, ToolCall, ToolName
+from trio_llm.server.bodies.types import ContentPart, Message
 from trio_llm.server.bodies.unknown_fields import Neutral
 
 T = TypeVar("T")
@@ -22,7 +23,7 @@ class TextBlock(Struct, kw_only=True, tag_field="type", tag="text"):
         cache_control: Without effect: every prompt is cached.
     """
 
-    not_supported: ClassVar[Neutral] = {"citations": ([],)}
+    hints: ClassVar[Neutral] = {"citations": ([],)}  # Of an earlier answer: they were for its reader.
 
     text: str
     cache_control: dict[str, Any] | None = None
@@ -44,6 +45,18 @@ class RedactedThinkingBlock(Struct, kw_only=True, tag_field="type", tag="redacte
     """Encrypted thinking of another server, from an earlier turn: the model goes on without it."""
 
     hints: ClassVar[Neutral] = {"data": ()}
+
+
+class ServerToolUseBlock(Struct, kw_only=True, tag_field="type", tag="server_tool_use"):
+    """A call that another server ran itself: the model goes on without it."""
+
+    hints: ClassVar[Neutral] = {"id": (), "name": (), "input": (), "caller": (), "cache_control": ()}
+
+
+class WebSearchBlock(Struct, kw_only=True, tag_field="type", tag="web_search_tool_result"):
+    """What another server found, encrypted: the model goes on without it."""
+
+    hints: ClassVar[Neutral] = {"tool_use_id": (), "content": (), "caller": (), "cache_control": ()}
 
 
 class ToolUseBlock(Struct, kw_only=True, tag_field="type", tag="tool_use"):
@@ -94,7 +107,8 @@ class ToolResultBlock(Struct, kw_only=True, tag_field="type", tag="tool_result")
     cache_control: dict[str, Any] | None = None
 
 
-Block = TextBlock | ThinkingBlock | RedactedThinkingBlock | ToolUseBlock | ToolResultBlock
+Unread = RedactedThinkingBlock | ServerToolUseBlock | WebSearchBlock
+Block = TextBlock | ThinkingBlock | Unread | ToolUseBlock | ToolResultBlock
 
 
 class Turn(Struct, kw_only=True):
@@ -293,7 +307,7 @@ class _Turns:
                 turn.content = _grown(turn.content, _texts(block.text))
             case ThinkingBlock() if role == "assistant":
                 self._thoughts.setdefault(id(self.last(role)), (self.last(role), []))[1].append(block.thinking)
-            case RedactedThinkingBlock() if role == "assistant":
+            case RedactedThinkingBlock() | ServerToolUseBlock() | WebSearchBlock() if role == "assistant":
                 self.last(role)
             case ToolUseBlock() if role == "assistant":
                 turn = self.last(role)

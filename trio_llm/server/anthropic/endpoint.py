@@ -12,10 +12,11 @@ from trio_llm.errors import InvalidRequestError
 from trio_llm.server.answers.messages import TokenCount
 from trio_llm.server.anthropic.body import CountTokensBody, MessagesBody, OutputConfig, ToolChoice, conversation
 from trio_llm.server.anthropic.format import MessagesFormat
-from trio_llm.server.bodies import types as requests
+from trio_llm.server.bodies import tools as requests
 from trio_llm.server.bodies.error_fields import fields_renamed, new_id
 from trio_llm.server.bodies.request_body import read_body
-from trio_llm.server.bodies.types import ChatBody, JsonSchemaFormat, NamedToolChoice, ResponseFormat, ToolDefinition
+from trio_llm.server.bodies.tools import NamedToolChoice, ToolDefinition
+from trio_llm.server.bodies.types import ChatBody, JsonSchemaFormat, ResponseFormat
 from trio_llm.server.constraints.tool_choice import tool_use
 from trio_llm.server.generation.chat_prompt import chat_prompt
 from trio_llm.server.generation.respond import Caller, Head, answer
@@ -98,7 +99,7 @@ def _tool_choice(choice: ToolChoice) -> Any:
         return _CHOICES[choice.type]
     if choice.name is None:
         raise InvalidRequestError("Missing required parameter: 'tool_choice.name'.", param="tool_choice.name")
-    return NamedToolChoice(function=requests.FunctionName(name=choice.name))
+    return NamedToolChoice(function=requests.ToolReference(name=choice.name))
 
 
 def _response_format(config: OutputConfig) -> ResponseFormat | None:

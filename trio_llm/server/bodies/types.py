@@ -6,13 +6,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta, Struct
 
+from trio_llm.server.bodies.tools import MAX_TOOLS, RUNNABLE_TOOLS, NamedToolChoice, ToolCall, ToolDefinition
 from trio_llm.server.bodies.unknown_fields import Neutral
 
 Metadata = dict[str, str]
 CallersName = Annotated[str, Meta(max_length=512)]
 RequestId = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
-ToolName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
-MAX_TOOLS = 512
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 CacheSalt = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^@/\\\x00-\x1f\x7f-\uffff]+$")]
 
@@ -229,32 +228,6 @@ class ContentPart(Struct, kw_only=True):
     prompt_cache_breakpoint: dict[str, Any] | None = None
 
 
-class CalledFunction(Struct, kw_only=True):
-    """What an earlier turn called; `arguments` is JSON text.
-
-    Attributes:
-        name: Name of the function.
-        arguments: Text of a JSON object, or the object.
-    """
-
-    name: str
-    arguments: str | dict[str, Any] = "{}"
-
-
-class ToolCall(Struct, kw_only=True):
-    """A call in an earlier turn of the assistant.
-
-    Attributes:
-        function: What was called with which arguments.
-        id: Id of the call, as in the answer that made it.
-        type: Kind of the tool.
-    """
-
-    function: CalledFunction
-    id: str | None = None
-    type: Literal["function"] = "function"
-
-
 class Message(Struct, kw_only=True, omit_defaults=True):
     """One turn of a conversation.
 
@@ -281,56 +254,6 @@ class Message(Struct, kw_only=True, omit_defaults=True):
     tool_calls: Annotated[list[ToolCall], Meta(max_length=128)] | None = None
 
 
-class Function(Struct, kw_only=True, omit_defaults=True):
-    """A function the model may call; `parameters` is the JSON schema of its arguments.
-
-    Attributes:
-        name: Name of the function.
-        description: What it does, for the model.
-        parameters: JSON schema of its arguments.
-        strict: Hold the arguments to the schema.
-    """
-
-    name: ToolName
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class ToolDefinition(Struct, kw_only=True):
-    """One of `tools`.
-
-    Attributes:
-        function: The function.
-        type: Kind of the tool; other kinds than "function" are dropped with a Warning.
-    """
-
-    function: Function
-    type: Literal["function"] = "function"
-
-
-class FunctionName(Struct, kw_only=True):
-    """The function of a named tool_choice.
-
-    Attributes:
-        name: Name of the function.
-    """
-
-    name: str
-
-
-class NamedToolChoice(Struct, kw_only=True):
-    """tool_choice by name.
-
-    Attributes:
-        function: The function that must be called.
-        type: Kind of the tool.
-    """
-
-    function: FunctionName
-    type: Literal["function"] = "function"
-
-
 class ChatBody(GenerationBody, kw_only=True):
     """POST /v1/chat/completions.
 
@@ -342,8 +265,8 @@ class ChatBody(GenerationBody, kw_only=True):
         add_generation_prompt: End the prompt with the beginning of the assistant's turn; true by default.
         continue_final_message: The last message is the beginning of the answer.
         chat_template_kwargs: Further variables of the chat template.
-        tools: Functions that the model may call.
-        tool_choice: "none", "auto", "required", or the function that must be called.
+        tools: Functions that the model may call, and custom tools, which take a text.
+        tool_choice: "none", "auto", "required", the tool that must be called, or the only ones that may be.
         parallel_tool_calls: Whether there may be more than one call; true by default.
         reasoning_effort: How much the model thinks, for templates that have a switch for it.
         include_reasoning: Report what the model thinks; true by default.
@@ -351,7 +274,7 @@ class ChatBody(GenerationBody, kw_only=True):
         documents: Documents that the chat template shows to the model.
     """
 
-    runnable_tools: ClassVar[frozenset[str]] = frozenset({"function"})
+    runnable_tools: ClassVar[frozenset[str]] = RUNNABLE_TOOLS
 
     messages: Annotated[list[Message], Meta(min_length=1)]
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None

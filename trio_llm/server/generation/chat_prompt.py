@@ -10,7 +10,7 @@ import attrs
 from trio_llm.errors import InvalidRequestError
 from trio_llm.server.bodies.types import ChatBody, Message
 from trio_llm.server.constraints.answer_grammar import Thinking
-from trio_llm.server.generation.history import History, history
+from trio_llm.server.generation.history import History, as_function, history
 from trio_llm.server.generation.prompts import LONG_CHARS, check_chars, fit, run
 from trio_llm.server.generation.respond import Caller
 from trio_llm.server.generation.tool_prompt import with_tools
@@ -95,7 +95,9 @@ def _num_chars(message: Message) -> int:
     """Estimate the number of characters of a message."""
     content, calls = message.content or "", message.tool_calls or ()
     texts = [content] if isinstance(content, str) else [part.text or "" for part in content]
-    texts += [call.function.arguments for call in calls if isinstance(call.function.arguments, str)]
+    for call in calls:
+        given = as_function(call).arguments
+        texts += [given] if isinstance(given, str) else [text for text in given.values() if isinstance(text, str)]
     return sum(map(len, texts))
 
 

@@ -13,8 +13,9 @@ import msgspec
 
 from trio_llm.config import LimitsConfig
 from trio_llm.errors import InvalidRequestError
-from trio_llm.server.bodies.types import Message, ToolCall
-from trio_llm.server.generation.readable_json import readable_object
+from trio_llm.server.bodies.tools import CalledFunction, ToolCall
+from trio_llm.server.bodies.types import Message
+from trio_llm.server.parsing.readable_json import readable_object
 from trio_llm.server.parsing.tools import ToolForm
 
 # Mistral's templates raise an exception for any other.
@@ -62,6 +63,14 @@ def new_call_id(form: ToolForm | None) -> str:
     return secrets.token_hex(5)[:9] if form == "mistral" else f"call_{secrets.token_hex(12)}"
 
 
+def as_function(call: ToolCall) -> CalledFunction:
+    """Return the call as one of a function: to the model a custom tool is one with the argument `input`."""
+    if call.custom is not None:
+        return CalledFunction(name=call.custom.name, arguments={"input": call.custom.input})
+    assert call.function is not None
+    return call.function
+
+
 def _flat(
     message: Message, path: str, form: ToolForm | None, limits: LimitsConfig, unreadable: list[str]
 ) -> dict[str, Any]:
@@ -72,10 +81,11 @@ def _flat(
         calls: list[dict[str, Any]] = []
         for index, call in enumerate(message.tool_calls):
             where = f"{path}.tool_calls[{index}].function.arguments"
-            arguments, is_whole = _arguments(call, where, limits)
+            called = as_function(call)
+            arguments, is_whole = _arguments(called, where, limits)
             if not is_whole:
                 unreadable.append(where)
-            function = {"name": call.function.name, "arguments": arguments}
+            function = {"name": called.name, "arguments": arguments}
             calls.append({"id": _accepted_id(call.id, form), "type": "function", "function": function})
         flat["tool_calls"] = calls
     if message.tool_call_id:
@@ -85,8 +95,8 @@ def _flat(
     return flat
 
 
-def _arguments(call: ToolCall, path: str, limits: LimitsConfig) -> tuple[dict[str, Any], bool]:
-    given = call.function.arguments
+def _arguments(called: CalledFunction, path: str, limits: LimitsConfig) -> tuple[dict[str, Any], bool]:
+    given = called.arguments
     if isinstance(given, dict):
         return given, True
     try:

@@ -18,6 +18,7 @@ from trio_llm.server.bodies.request_body import read_body
 from trio_llm.server.bodies.size_limits import check_amounts
 from trio_llm.server.bodies.types import ChatBody
 from trio_llm.server.constraints.answer_grammar import Thinking, answer_grammar
+from trio_llm.server.constraints.custom_tools import unheld_tools
 from trio_llm.server.constraints.response_format import asks_for_form, compile_grammar, output_grammar
 from trio_llm.server.constraints.thinking_budget import ThinkingBudget
 from trio_llm.server.constraints.tool_choice import ToolUse, tool_use
@@ -28,6 +29,7 @@ from trio_llm.server.generation.respond import Caller, Head, answer, submit
 from trio_llm.server.generation.sampling_params import check_max_tokens, sampling_params
 from trio_llm.server.openai.chat_format import ChatFormat
 from trio_llm.server.openai.logprobs import TokenNames
+from trio_llm.server.parsing.custom_inputs import CustomTools
 from trio_llm.server.parsing.message import MessageStyle
 from trio_llm.server.parsing.reasoning import THINK
 from trio_llm.server.parsing.response_parser import ResponseStyle
@@ -109,7 +111,15 @@ async def read_chat(services: Services, body: ChatBody, caller: Caller) -> Prepa
     )
     chat = await prepare_chat(services, body, params)
     warn_of_unreadable(caller, chat.unreadable)
+    _warn_of_grammars(caller, unheld_tools(services, body.tools or ()))
     return chat
+
+
+def _warn_of_grammars(caller: Caller, unheld: Sequence[str]) -> None:
+    """Warn of grammars of custom tools' inputs that the model only reads."""
+    if unheld:
+        more = f" and {len(unheld) - 1} more" if len(unheld) > 1 else ""
+        caller.warn(f"The model reads the format of this tool, and is not held to it: {unheld[0]}{more}")
 
 
 async def prepare_chat(services: Services, body: ChatBody, params: SamplingParams) -> PreparedChat:
@@ -124,6 +134,7 @@ async def prepare_chat(services: Services, body: ChatBody, params: SamplingParam
         parallel=body.parallel_tool_calls is not False,
         show_reasoning=body.include_reasoning is not False,
         response=_response_style(services, body, tools, prompt.answer),
+        custom=_custom_tools(services, body),
     )
     params = await _bind(services, body, tools, prompt.thinking, params)
     if style.response is not None:
@@ -135,8 +146,13 @@ def _response_style(services: Services, body: ChatBody, tools: ToolUse, prompt: 
     """Return how the model's own template reads the answer; None if it has none, or a grammar holds it to our forms."""
     if services.response_template is None or tools.grammar is not None or asks_for_form(body):
         return None
-    schemas = {tool.function.name: tool.function.parameters for tool in body.tools or ()} if tools.offered else None
+    schemas = {function.name: function.parameters for function in tools.functions} if tools.functions else None
     return ResponseStyle(services.response_template, prompt, schemas)
+
+
+def _custom_tools(services: Services, body: ChatBody) -> CustomTools | None:
+    names = frozenset(tool.name for tool in body.tools or () if tool.custom is not None)
+    return CustomTools(names, services.config.limits) if names else None
 
 
 async def _bind(

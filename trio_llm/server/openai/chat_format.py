@@ -16,6 +16,7 @@ from trio_llm.server.answers.completions import (
     ChatCompletionChunk,
     MadeCall,
     MadeFunction,
+    MadeInput,
 )
 from trio_llm.server.bodies.types import ChatBody
 from trio_llm.server.generation.history import new_call_id
@@ -50,6 +51,7 @@ class ChatFormat(AnswerFormat):
         self._form: ToolForm | None = style.tool_form
         self._parsers = [MessageParser(style) for _ in streams]
         self._begun = [False] * len(streams)
+        self._is_custom = [False] * len(streams)  # Whether the last call of a stream is a custom tool's.
         self._counter = UsageCounter(streams, len(streams))
         self._usage = StreamUsage(body, self._counter)
 
@@ -83,7 +85,7 @@ class ChatFormat(AnswerFormat):
         pieces = parser.feed(delta.text)
         if delta.finish_reason is not None:
             pieces += parser.finish()
-        parts = [_delta(piece, self._form) for piece in pieces]
+        parts = [self._delta(index, piece) for piece in pieces]
         if not parts and (delta.finish_reason or self._body.logprobs or self._body.return_token_ids):
             parts.append(AssistantMessage())
         # Log-probabilities, ids and the finish reason go in the last chunk: they belong to the whole delta.
@@ -98,6 +100,23 @@ class ChatFormat(AnswerFormat):
 
     def _chunk(self, choice: ChatChunkChoice, **prompt: Any) -> ChatCompletionChunk:
         return ChatCompletionChunk(**self._head.fields, choices=[choice], **prompt)
+
+    def _delta(self, index: int, piece: Piece) -> AssistantMessage:
+        match piece:
+            case Content():
+                return AssistantMessage(content=piece.text)
+            case Reasoning():
+                return AssistantMessage(reasoning=piece.text, reasoning_content=piece.text)
+            case CallStart():
+                self._is_custom[index] = piece.is_custom
+                call = _call(piece, self._form)
+                call.index = piece.index
+                return AssistantMessage(tool_calls=[call])
+            case CallArguments() if self._is_custom[index]:
+                return AssistantMessage(tool_calls=[MadeCall(index=piece.index, custom=MadeInput(input=piece.text))])
+            case CallArguments():
+                part = MadeFunction(arguments=piece.text)
+                return AssistantMessage(tool_calls=[MadeCall(index=piece.index, function=part)])
 
     def _tokens(self, index: int, delta: Delta) -> dict[str, Any]:
         """Return the token fields of a choice."""
@@ -120,7 +139,11 @@ def whole_message(pieces: Sequence[Piece], echo: str = "", form: ToolForm | None
     calls = [_call(piece, form) for piece in pieces if isinstance(piece, CallStart)]
     for piece in pieces:
         if isinstance(piece, CallArguments):
-            calls[piece.index].function.arguments += piece.text
+            call = calls[piece.index]
+            if call.custom:
+                call.custom.input += piece.text
+            elif call.function:
+                call.function.arguments += piece.text
     return AssistantMessage(
         role="assistant",
         content=content if content or not calls else None,
@@ -132,22 +155,8 @@ def whole_message(pieces: Sequence[Piece], echo: str = "", form: ToolForm | None
     )
 
 
-def _delta(piece: Piece, form: ToolForm | None) -> AssistantMessage:
-    match piece:
-        case Content():
-            return AssistantMessage(content=piece.text)
-        case Reasoning():
-            return AssistantMessage(reasoning=piece.text, reasoning_content=piece.text)
-        case CallStart():
-            call = _call(piece, form)
-            call.index = piece.index
-            return AssistantMessage(tool_calls=[call])
-        case CallArguments():
-            return AssistantMessage(
-                tool_calls=[MadeCall(index=piece.index, function=MadeFunction(arguments=piece.text))]
-            )
-
-
 def _call(piece: CallStart, form: ToolForm | None) -> MadeCall:
-    function = MadeFunction(name=piece.name, arguments="")
-    return MadeCall(id=new_call_id(form), type="function", function=function)
+    call_id = new_call_id(form)
+    if piece.is_custom:
+        return MadeCall(id=call_id, type="custom", custom=MadeInput(name=piece.name, input=""))
+    return MadeCall(id=call_id, type="function", function=MadeFunction(name=piece.name, arguments=""))

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from quart import Response
 from quart_trio import QuartTrio
 
 from trio_llm.errors import InvalidRequestError
-from trio_llm.server.bodies import types as requests
+from trio_llm.server.bodies import tools as requests
 from trio_llm.server.bodies.error_fields import fields_renamed, new_id
 from trio_llm.server.bodies.request_body import read_body
-from trio_llm.server.bodies.types import MAX_TOOLS, ChatBody, JsonSchemaFormat, NamedToolChoice, ResponseFormat
+from trio_llm.server.bodies.tools import MAX_TOOLS, AllowedTool, NamedToolChoice, ToolReference
+from trio_llm.server.bodies.types import ChatBody, JsonSchemaFormat, ResponseFormat
 from trio_llm.server.generation.chat_prompt import warn_of_effort
 from trio_llm.server.generation.respond import Caller, Head, answer
 from trio_llm.server.openai.chat import open_chat
-from trio_llm.server.openai.responses_body import FunctionChoice, ResponsesBody, TextFormat, conversation
+from trio_llm.server.openai.responses_body import (
+    AllowedChoice,
+    CustomChoice,
+    FunctionChoice,
+    ResponsesBody,
+    TextFormat,
+    ToolChoice,
+    conversation,
+)
 from trio_llm.server.openai.responses_format import ResponsesFormat
 from trio_llm.server.openai.responses_items import OutputItems
 from trio_llm.server.openai.responses_tools import OfferedTool, offered_tools
+from trio_llm.server.openai.truncation import shortened
 from trio_llm.server.services import Services
 
 _FIELDS = {
@@ -49,13 +60,13 @@ async def respond(services: Services, body: ResponsesBody, caller: Caller) -> Re
     tools = list(offered_tools(body.tools or ()))
     if len(tools) > MAX_TOOLS:
         raise InvalidRequestError(f"{len(tools)} tools are too many: at most {MAX_TOOLS}.", param="tools")
-    # Of Gemma 4's calls, and of those in a form of a model's own, no grammar can hold a text to an expression.
-    binds = services.tool_form not in (None, "gemma4")
-    _warn_of_grammars(caller, tools, binds=binds)
     with fields_renamed(_FIELDS):
-        opened = await open_chat(services, _as_chat(body, tools, binds=binds), caller, head.id)
+        chat = _as_chat(body, tools)
+        if body.truncation == "auto":
+            chat = await shortened(services, chat, caller)
+        opened = await open_chat(services, chat, caller, head.id)
     (stream,) = opened.streams
-    items = OutputItems(tools, services.config.limits)
+    items = OutputItems(tools)
     form = ResponsesFormat(head, body, opened.params, stream, opened.style, services.tokenizer, items)
     return await answer(services, caller, opened.streams, form, streamed=body.stream is True)
 
@@ -69,19 +80,8 @@ def _check_include(body: ResponsesBody, caller: Caller) -> None:
             raise InvalidRequestError(f"include {name[:64]!r} is not supported by this server.", param="include")
 
 
-def _warn_of_grammars(caller: Caller, tools: Sequence[OfferedTool], *, binds: bool) -> None:
-    """Warn of grammars of custom tools' inputs that the model only reads."""
-    free = [tool.name for tool in tools if tool.syntax == "lark" or (tool.syntax == "regex" and not binds)]
-    if free:
-        more = f" and {len(free) - 1} more" if len(free) > 1 else ""
-        caller.warn(f"The model reads the format of this tool, and is not held to it: {free[0]}{more}")
-
-
-def _as_chat(body: ResponsesBody, tools: Sequence[OfferedTool], *, binds: bool) -> ChatBody:
-    choice = body.tool_choice
-    if isinstance(choice, FunctionChoice):
-        name = next((tool.name for tool in tools if choice.name in (tool.name, tool.tool.name)), choice.name)
-        choice = NamedToolChoice(function=requests.FunctionName(name=name))
+def _as_chat(body: ResponsesBody, tools: Sequence[OfferedTool]) -> ChatBody:
+    choice = _tool_choice(body.tool_choice, tools)
     return ChatBody(
         messages=conversation(body),
         max_completion_tokens=body.max_output_tokens,
@@ -89,12 +89,29 @@ def _as_chat(body: ResponsesBody, tools: Sequence[OfferedTool], *, binds: bool) 
         top_p=body.top_p,
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,
-        tools=[tool.definition(binds=binds) for tool in tools] or None,
+        tools=[tool.definition() for tool in tools] or None,
         tool_choice=choice if tools or choice != "auto" else None,
         parallel_tool_calls=body.parallel_tool_calls,
         response_format=_response_format(body.text.format) if body.text and body.text.format else None,
         reasoning_effort=body.reasoning.effort if body.reasoning else None,
     )
+
+
+def _tool_choice(choice: ToolChoice, tools: Sequence[OfferedTool]) -> Any:
+    """Return a chat's tool_choice, with tools by the names that the model knows."""
+    if isinstance(choice, FunctionChoice | CustomChoice):
+        return NamedToolChoice(function=_reference(choice, tools))
+    if isinstance(choice, AllowedChoice):
+        allowed = [AllowedTool(function=_reference(tool, tools)) for tool in choice.tools]
+        return NamedToolChoice(
+            type="allowed_tools", allowed_tools=requests.AllowedTools(mode=choice.mode, tools=allowed)
+        )
+    return choice
+
+
+def _reference(choice: FunctionChoice | CustomChoice, tools: Sequence[OfferedTool]) -> ToolReference:
+    name = choice.name
+    return ToolReference(name=next((tool.name for tool in tools if name in (tool.name, tool.tool.name)), name))
 
 
 def _response_format(form: TextFormat) -> ResponseFormat:

@@ -8,17 +8,11 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from msgspec import Meta, Struct
 
 from trio_llm.errors import InvalidRequestError
-from trio_llm.server.bodies.types import (
-    MAX_TOOLS,
-    CalledFunction,
-    ContentPart,
-    Effort,
-    Message,
-    Metadata,
-    ToolCall,
-)
+from trio_llm.server.bodies.tools import MAX_TOOLS, CalledFunction, ToolCall
+from trio_llm.server.bodies.types import ContentPart, Effort, Message, Metadata
 from trio_llm.server.bodies.unknown_fields import Neutral
-from trio_llm.server.openai.responses_tools import Tool, full_name, input_arguments
+from trio_llm.server.openai.responses_tools import Tool, full_name
+from trio_llm.server.parsing.custom_inputs import input_arguments
 
 T = TypeVar("T")
 
@@ -55,7 +49,8 @@ class InputItem(Struct, kw_only=True):
     """A turn of the conversation, or a part of one; which fields it has depends on its type.
 
     `id` and `status` come back with items of an earlier answer; nothing here is found by them. Encrypted reasoning is
-    another server's: the model goes on without it.
+    another server's, and so are web searches and lists of tools, which say nothing that the next turns do not: the
+    model goes on without them.
 
     Attributes:
         type: What the item is.
@@ -72,15 +67,18 @@ class InputItem(Struct, kw_only=True):
         status: Status in an earlier answer; without effect.
     """
 
-    hints: ClassVar[Neutral] = {"phase": ("final_answer",), "encrypted_content": ()}
+    hints: ClassVar[Neutral] = {
+        "phase": ("final_answer",), "encrypted_content": (), "action": (), "server_label": (), "tools": (), "error": ()
+    }  # fmt: skip
     not_supported: ClassVar[Neutral] = {
         "caller": ({"type": "direct"},),
         "async": (False,),
     }
 
     type: Literal[
-        "message", "function_call", "function_call_output", "custom_tool_call", "custom_tool_call_output", "reasoning"
-    ] = "message"
+        "message", "function_call", "function_call_output", "custom_tool_call", "custom_tool_call_output", "reasoning",
+        "web_search_call", "mcp_list_tools",
+    ] = "message"  # fmt: skip
     role: Role | None = None
     content: str | list[InputPart] | None = None
     call_id: str | None = None
@@ -94,16 +92,39 @@ class InputItem(Struct, kw_only=True):
     status: str | None = None
 
 
-class FunctionChoice(Struct, kw_only=True):
-    """tool_choice by name.
+class FunctionChoice(Struct, kw_only=True, tag_field="type", tag="function"):
+    """tool_choice of the function that must be called.
 
     Attributes:
-        type: Kind of the tool.
+        name: Name of the function.
+    """
+
+    name: str
+
+
+class CustomChoice(Struct, kw_only=True, tag_field="type", tag="custom"):
+    """tool_choice of the custom tool that must be called.
+
+    Attributes:
         name: Name of the tool.
     """
 
-    type: Literal["function", "custom"]
     name: str
+
+
+class AllowedChoice(Struct, kw_only=True, tag_field="type", tag="allowed_tools"):
+    """tool_choice of the only tools that may be called; the model is offered no others.
+
+    Attributes:
+        mode: "auto": as the model likes; "required": one of them must be called.
+        tools: The tools, by name.
+    """
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[FunctionChoice | CustomChoice], Meta(min_length=1, max_length=MAX_TOOLS)]
+
+
+ToolChoice = Literal["none", "auto", "required"] | FunctionChoice | CustomChoice | AllowedChoice | None
 
 
 class TextFormat(Struct, kw_only=True, omit_defaults=True, rename={"schema_": "schema"}):
@@ -162,8 +183,9 @@ class ResponsesBody(Struct, kw_only=True):
         presence_penalty: Lower the logit of every token that the answer already has.
         frequency_penalty: Lower the logit of a token for each time that the answer has it.
         tools: Functions and custom tools that the model may call, also in namespaces.
-        tool_choice: "none", "auto", "required", or the tool that must be called.
+        tool_choice: "none", "auto", "required", the tool that must be called, or the only ones that may be.
         parallel_tool_calls: Whether there may be more than one call; true by default.
+        truncation: "auto" leaves the oldest turns out of a conversation that is too long; "disabled" refuses it.
         text: What the answer's text is like.
         reasoning: How much the model thinks.
         stream: Send the answer as server-sent events while it is generated.
@@ -191,7 +213,6 @@ class ResponsesBody(Struct, kw_only=True):
         "store": (False,),
         "stream_options": ({}, {"include_obfuscation": False}),
         "top_logprobs": (0,),
-        "truncation": ("disabled",),
     }
 
     input: str | Annotated[list[InputItem], Meta(min_length=1)]
@@ -203,8 +224,9 @@ class ResponsesBody(Struct, kw_only=True):
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
+    tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = None
+    truncation: Literal["auto", "disabled"] | None = None
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
     stream: bool | None = None
@@ -266,6 +288,8 @@ class _Turns:
                 output = _texts(_needed(item.output, f"{path}.output"), f"{path}.output")
                 turn = Message(role="tool", content=output, tool_call_id=call_id, name=self._names[call_id])
                 self.messages.append(turn)
+            case "web_search_call" | "mcp_list_tools":
+                pass
 
     def _think(self, item: InputItem, path: str) -> None:
         field = "content" if item.content else "summary"

@@ -125,6 +125,7 @@ class ResponsesFormat(AnswerFormat):
             tool_choice=_echo(body.tool_choice or "auto"),
             tools=_echo(body.tools or []),
             top_p=params.top_p,
+            truncation=body.truncation or "disabled",
             usage=None if self._status in ("in_progress", "failed") else self._usage(),
             user=body.user,
         )

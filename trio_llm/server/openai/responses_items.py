@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from trio_llm.config import LimitsConfig
-from trio_llm.errors import InvalidRequestError
 from trio_llm.server.answers.responses import Event, ItemEvent, ItemStatus, OutputItem, OutputPart, PartEvent, TextEvent
 from trio_llm.server.bodies.error_fields import new_id
 from trio_llm.server.generation.parts import Part
-from trio_llm.server.generation.readable_json import readable_object
 from trio_llm.server.openai.responses_tools import OfferedTool
 
 _PREFIXES = {"text": "msg", "reasoning": "rs", "call": "fc"}
@@ -21,15 +18,13 @@ class OutputItems:
 
     Args:
         tools: What the model could call.
-        limits: Of the arguments that are read here.
 
     Attributes:
         done: The complete items.
     """
 
-    def __init__(self, tools: Sequence[OfferedTool], limits: LimitsConfig) -> None:
+    def __init__(self, tools: Sequence[OfferedTool]) -> None:
         self._tools = {tool.name: tool for tool in tools}
-        self._limits = limits
         self.done: list[OutputItem] = []
         self._id = self._call_id = ""
 
@@ -54,7 +49,7 @@ class OutputItems:
                     type="response.reasoning_text.delta", delta=text, content_index=0, **self._place(part)
                 )
             case "call" if self._is_custom(part):
-                return []  # A part of the arguments; the text is in them.
+                grown = TextEvent(type="response.custom_tool_call_input.delta", delta=text, **self._place(part))
             case "call":
                 grown = TextEvent(type="response.function_call_arguments.delta", delta=text, **self._place(part))
         return [grown]
@@ -71,9 +66,7 @@ class OutputItems:
             case "reasoning":
                 done = TextEvent(type="response.reasoning_text.done", text=text, content_index=0, **place)
             case "call" if self._is_custom(part):
-                delta = TextEvent(type="response.custom_tool_call_input.delta", delta=item.input, **place)
-                done = TextEvent(type="response.custom_tool_call_input.done", input=item.input, **place)
-                return [delta, done, item_done]
+                return [TextEvent(type="response.custom_tool_call_input.done", input=text, **place), item_done]
             case "call":
                 kind = "response.function_call_arguments.done"
                 return [TextEvent(type=kind, name=self._name(part), arguments=text, **place), item_done]
@@ -98,7 +91,7 @@ class OutputItems:
         if tool is not None and tool.namespace is not None:
             item.namespace = tool.namespace
         if self._is_custom(part):
-            item.type, item.input = "custom_tool_call", self._input(part)
+            item.type, item.input = "custom_tool_call", part.text
         else:
             item.arguments = part.text
         return item
@@ -110,14 +103,6 @@ class OutputItems:
     def _name(self, part: Part) -> str:
         tool = self._tools.get(part.name)
         return part.name if tool is None else tool.tool.name
-
-    def _input(self, part: Part) -> str:
-        """Return the text for a custom tool; what the model wrote as its arguments, if that is not in the form."""
-        try:
-            said = readable_object(part.text, self._limits)[0].get("input", "" if not part.text else None)
-        except InvalidRequestError:
-            said = None
-        return said if isinstance(said, str) else part.text
 
     def _place(self, part: Part) -> dict[str, Any]:
         return {"item_id": self._id, "output_index": part.index}

@@ -6,14 +6,14 @@ namespace before its name; calls are told apart again when they are answered.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import attrs
 from msgspec import Struct
 
-from trio_llm.server.bodies.types import Function, ToolDefinition, ToolName
+from trio_llm.server.bodies import tools
+from trio_llm.server.bodies.tools import Function, Grammar, TextInput, ToolDefinition, ToolName
 from trio_llm.server.bodies.unknown_fields import Neutral
 
 _SEPARATOR = "__"
@@ -36,10 +36,6 @@ class FunctionTool(Struct, kw_only=True, tag_field="type", tag="function"):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
-
-
-class TextInput(Struct, kw_only=True, tag_field="type", tag="text"):
-    """Input of any text."""
 
 
 class GrammarInput(Struct, kw_only=True, tag_field="type", tag="grammar"):
@@ -108,36 +104,22 @@ class OfferedTool:
     def is_custom(self) -> bool:
         return isinstance(self.tool, CustomTool)
 
-    @property
-    def syntax(self) -> Literal["lark", "regex"] | None:
-        """Of the grammar of a custom tool's input, None without one."""
-        form = self.tool.format if isinstance(self.tool, CustomTool) else None
-        return form.syntax if isinstance(form, GrammarInput) else None
-
-    def definition(self, *, binds: bool) -> ToolDefinition:
-        """Return the function that the model is offered; `binds` if a regular expression can be enforced."""
+    def definition(self) -> ToolDefinition:
+        """Return the tool of a chat that the model is offered."""
         tool = self.tool
         described = "\n".join(filter(None, (self.about, tool.description))) or None
         if isinstance(tool, FunctionTool):
             function = Function(name=self.name, description=described, parameters=tool.parameters, strict=tool.strict)
             return ToolDefinition(function=function)
-        schema: dict[str, Any] = {"type": "string"}
-        strict = None
-        if isinstance(form := tool.format, GrammarInput):
-            described = f"{described or ''}\nThe input follows this {form.syntax} grammar:\n{form.definition}".strip()
-            if form.syntax == "regex" and binds:
-                schema["pattern"], strict = f"^(?:{form.definition})$", True
-        parameters = {
-            "type": "object", "properties": {"input": schema}, "required": ["input"], "additionalProperties": False
-        }  # fmt: skip
-        return ToolDefinition(
-            function=Function(name=self.name, description=described, parameters=parameters, strict=strict)
-        )
+        form = tool.format
+        if isinstance(form, GrammarInput):
+            form = tools.GrammarFormat(grammar=Grammar(syntax=form.syntax, definition=form.definition))
+        return ToolDefinition(type="custom", custom=tools.Custom(name=self.name, description=described, format=form))
 
 
-def offered_tools(tools: Sequence[Tool]) -> Iterator[OfferedTool]:
+def offered_tools(given: Sequence[Tool]) -> Iterator[OfferedTool]:
     """Yield the tools of a request, those of namespaces one by one."""
-    for tool in tools:
+    for tool in given:
         if not isinstance(tool, NamespaceTool):
             yield OfferedTool(tool.name, tool, None)
             continue
@@ -148,8 +130,3 @@ def offered_tools(tools: Sequence[Tool]) -> Iterator[OfferedTool]:
 def full_name(name: str, namespace: str | None) -> str:
     """Return the name by which the model knows a tool."""
     return name if namespace is None else f"{namespace}{_SEPARATOR}{name}"
-
-
-def input_arguments(text: str) -> str:
-    """Return the arguments, as JSON, of the function that a custom tool is to the model."""
-    return json.dumps({"input": text}, ensure_ascii=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar
 
-import msgspec
 from msgspec import Meta, Struct
 from quart import Response
 from quart_trio import QuartTrio
@@ -12,7 +11,9 @@ from quart_trio import QuartTrio
 from trio_llm.errors import InvalidRequestError
 from trio_llm.server.answers.models import Detokenized, Tokenized
 from trio_llm.server.bodies.request_body import read_body
-from trio_llm.server.bodies.types import MAX_TOOLS, ChatBody, Message, ToolDefinition
+from trio_llm.server.bodies.tools import MAX_TOOLS, RUNNABLE_TOOLS, ToolDefinition
+from trio_llm.server.bodies.types import ChatBody, Message
+from trio_llm.server.constraints.custom_tools import as_functions, offered
 from trio_llm.server.generation.chat_prompt import chat_prompt
 from trio_llm.server.generation.prompts import run
 from trio_llm.server.http.json_response import json_response
@@ -30,11 +31,11 @@ class TokenizeBody(Struct, kw_only=True):
         add_generation_prompt: End a conversation with the beginning of the assistant's turn; true by default.
         continue_final_message: The last message is the beginning of the answer.
         chat_template_kwargs: Further variables of the chat template.
-        tools: Functions that the model may call.
+        tools: Functions and custom tools that the model may call.
         return_token_strs: Also report how the vocabulary spells the tokens.
     """
 
-    runnable_tools: ClassVar[frozenset[str]] = frozenset({"function"})
+    runnable_tools: ClassVar[frozenset[str]] = RUNNABLE_TOOLS
 
     prompt: str | None = None
     messages: Annotated[list[Message], Meta(min_length=1)] | None = None
@@ -109,7 +110,7 @@ async def _tokenize(services: Services, body: TokenizeBody) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError("Give one of 'prompt' and 'messages'.", param="prompt")
     if body.messages is not None:
-        tools: list[dict[str, Any]] | None = msgspec.to_builtins(body.tools) if body.tools else None
+        tools = offered(as_functions(services, body.tools)) if body.tools else None
         prompt = await chat_prompt(
             services,
             ChatBody(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import attrs
 
+from trio_llm.server.parsing.custom_inputs import CustomInputs, CustomTools
 from trio_llm.server.parsing.pieces import CallArguments, CallStart, Content, Piece, Reasoning
 from trio_llm.server.parsing.reasoning import THINK, ReasoningParser, ThinkingForm
 from trio_llm.server.parsing.response_parser import ResponseParser, ResponseStyle
@@ -22,6 +23,7 @@ class MessageStyle:
         parallel: Return all calls, not only the first.
         show_reasoning: Return reasoning instead of dropping it.
         response: Read the answer with the model's own template instead of these forms.
+        custom: The tools whose calls have a text; None if there are none.
     """
 
     thinks: bool = False
@@ -31,6 +33,7 @@ class MessageStyle:
     parallel: bool = True
     show_reasoning: bool = True
     response: ResponseStyle | None = None
+    custom: CustomTools | None = None
 
 
 class MessageParser:
@@ -43,6 +46,7 @@ class MessageParser:
         self._reasoning = ReasoningParser(style.thinking, inside=inside, marker=marker) if style.thinks else None
         self._tools = tool_parser(style.tool_form) if style.tool_form is not None else None
         self._response = ResponseParser(style.response) if style.response is not None else None
+        self._inputs = CustomInputs(style.custom) if style.custom is not None else None
 
     @property
     def num_calls(self) -> int:
@@ -51,14 +55,22 @@ class MessageParser:
 
     def feed(self, text: str) -> list[Piece]:
         """Add text and return the pieces that are certain."""
+        pieces = self._feed(text)
+        return pieces if self._inputs is None else self._inputs.replace(pieces)
+
+    def finish(self) -> list[Piece]:
+        """Return the rest at the end of the text."""
+        pieces = self._finish()
+        return pieces if self._inputs is None else self._inputs.replace(pieces) + self._inputs.finish()
+
+    def _feed(self, text: str) -> list[Piece]:
         if self._response is not None:
             return self._kept(self._response.feed(text))
         if self._reasoning is not None:
             return self._split(self._reasoning.feed(text))
         return self._split([Content(text)] if text else [])
 
-    def finish(self) -> list[Piece]:
-        """Return the rest at the end of the text."""
+    def _finish(self) -> list[Piece]:
         if self._response is not None:
             return self._kept(self._response.finish())
         pieces = self._split(self._reasoning.finish() if self._reasoning is not None else [])

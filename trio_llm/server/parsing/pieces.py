@@ -24,15 +24,20 @@ class Reasoning:
 
 @attrs.frozen
 class CallStart:
-    """A tool call begins: its index among the calls of this message and the function's name."""
+    """A tool call begins: its index among the calls of this message and the tool's name.
+
+    Attributes:
+        is_custom: It is a custom tool's: what follows is the text for it, no JSON.
+    """
 
     index: int
     name: str
+    is_custom: bool = False
 
 
 @attrs.frozen
 class CallArguments:
-    """The next part of a call's arguments, as the model's JSON text."""
+    """The next part of a call's arguments, as the model's JSON text, or of the text for a custom tool."""
 
     index: int
     text: str
