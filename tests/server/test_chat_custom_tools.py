@@ -51,17 +51,20 @@ async def test_a_custom_tool_is_called_with_a_text() -> None:
         whole = await use_client(server, lambda client: client.chat.completions.create(**body), KEY)
         chunks = await use_client(server, lambda client: list(client.chat.completions.create(**body, stream=True)), KEY)
     assert isinstance(whole, ChatCompletion)
-    search, patch = whole.choices[0].message.tool_calls or ()
-    assert isinstance(patch, ChatCompletionMessageCustomToolCall)
-    assert (search.type, patch.custom.name, patch.custom.input) == ("function", "apply_patch", PATCH)
+    calls: Any = whole.choices[0].message.tool_calls
+    assert isinstance(calls[1], ChatCompletionMessageCustomToolCall)
+    assert (calls[0].type, calls[1].custom.name, calls[1].custom.input) == ("function", "apply_patch", PATCH)
     assert whole.choices[0].finish_reason == "tool_calls"
     for text in ("apply_patch", "Edits files.", "lark grammar", "*** Begin Patch", '"input"'):
         assert text in runner.prompts[0]
-    parts = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
-    of_patch = [part.to_dict() for part in parts if part.index == 1]
-    assert (of_patch[0]["type"], of_patch[0]["custom"]) == ("custom", {"name": "apply_patch", "input": ""})
-    assert "".join(part["custom"]["input"] for part in of_patch) == PATCH
-    assert json.loads("".join(part.function.arguments for part in parts if part.index == 0)) == {"q": "x"}
+    parts: list[Any] = [
+        call.to_dict() for chunk in chunks for choice in chunk.choices for call in choice.delta.tool_calls or ()
+    ]
+    patch = [part for part in parts if part["index"] == 1]
+    assert (patch[0]["type"], patch[0]["custom"]) == ("custom", {"name": "apply_patch", "input": ""})
+    assert "".join(part["custom"]["input"] for part in patch) == PATCH
+    arguments = "".join(part["function"]["arguments"] for part in parts if part["index"] == 0)
+    assert json.loads(arguments) == {"q": "x"}
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from openai.types.chat import completion_create_params as chat_params
 from openai.types.responses import response_create_params, response_input_param
 
 from trio_llm.server.anthropic import body as messages_body
+from trio_llm.server.bodies import tools
 from trio_llm.server.bodies import types as requests
 from trio_llm.server.bodies.foreign_fields import hinted_fields, unsupported_fields
 from trio_llm.server.bodies.unknown_fields import hints, not_supported
@@ -51,10 +52,13 @@ BODIES = [
 NESTED = [
     (requests.Message, chat.ChatCompletionMessageParam),
     (requests.ContentPart, chat.ChatCompletionContentPartTextParam),
-    (requests.ToolCall, chat.ChatCompletionMessageFunctionToolCallParam),
-    (requests.ToolDefinition, chat.ChatCompletionFunctionToolParam),
-    (requests.Function, shared_params.FunctionDefinition),
-    (requests.NamedToolChoice, chat.ChatCompletionNamedToolChoiceParam),
+    (tools.ToolCall, chat.ChatCompletionMessageToolCallUnionParam),
+    (tools.ToolDefinition, chat.ChatCompletionToolUnionParam),
+    (tools.Function, shared_params.FunctionDefinition),
+    (tools.Custom, chat.chat_completion_custom_tool_param.Custom),
+    (tools.Grammar, chat.chat_completion_custom_tool_param.CustomFormatGrammarGrammar),
+    (tools.NamedToolChoice, chat.ChatCompletionToolChoiceOptionParam),
+    (tools.AllowedTools, chat.ChatCompletionAllowedToolsParam),
     (requests.StreamOptions, chat.ChatCompletionStreamOptionsParam),
     (requests.ResponseFormat, shared_params.ResponseFormatJSONSchema),
     (requests.JsonSchemaFormat, shared_params.response_format_json_schema.JSONSchema),
@@ -70,12 +74,17 @@ NESTED = [
     (responses_tools.CustomTool, responses.CustomToolParam),
     (responses_tools.NamespaceTool, responses.NamespaceToolParam),
     (responses_body.InputItem, responses.ResponseCustomToolCallParam),
+    (responses_body.InputItem, responses.ResponseFunctionWebSearchParam),
+    (responses_body.InputItem, response_input_param.McpListTools),
+    (responses_body.AllowedChoice, responses.ToolChoiceAllowedParam),
     (responses_body.InputItem, responses.ResponseCustomToolCallOutputParam),
     (responses_body.TextConfig, responses.ResponseTextConfigParam),
     (responses_body.TextFormat, responses.ResponseFormatTextJSONSchemaConfigParam),
     (responses_body.ReasoningConfig, shared_params.Reasoning),
     (messages_body.Turn, anthropic.MessageParam),
     (messages_body.TextBlock, anthropic.TextBlockParam),
+    (messages_body.ServerToolUseBlock, anthropic.ServerToolUseBlockParam),
+    (messages_body.WebSearchBlock, anthropic.WebSearchToolResultBlockParam),
     (messages_body.ThinkingBlock, anthropic.ThinkingBlockParam),
     (messages_body.ToolUseBlock, anthropic.ToolUseBlockParam),
     (messages_body.ToolResultBlock, anthropic.ToolResultBlockParam),
