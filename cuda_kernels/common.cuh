@@ -31,13 +31,13 @@ DEV u32 pack_bf16(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
 }
-#if IO_FP16
-#define IO_TYPE "f16"
 DEV float half_to_float(u16 v) {
   float r;
   asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(v));
   return r;
 }
+#if IO_FP16
+#define IO_TYPE "f16"
 DEV float io_low(u32 pair) { return half_to_float((u16)(pair & 0xffffu)); }
 DEV float io_high(u32 pair) { return half_to_float((u16)(pair >> 16)); }
 DEV float to_float(io_t v) { return half_to_float(v.bits); }
@@ -63,6 +63,11 @@ DEV void bytes_to_floats(u32 bytes, float* out) {
   const u32 biased = bytes ^ 0x80808080u;
 #pragma unroll
   for (int i = 0; i < 4; i++) out[i] = __uint_as_float(__byte_perm(biased, 0x4b000000u, 0x7440 + i)) - 8388736.f;
+}
+DEV u32 and_or(u32 v, u32 mask, u32 bits) {  // (v & mask) | bits in one instruction
+  u32 r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(v), "r"(mask), "r"(bits));
+  return r;
 }
 DEV int round_to_int(float v) {
   int r;
@@ -188,4 +193,19 @@ DEV float block_sum(float v, float* scratch) {
 #pragma unroll
   for (int w = 0; w < WARPS; w++) total += scratch[w];
   return total;
+}
+
+// ---- work that is split among blocks
+// Take a ticket for this block's split; whoever takes the last one of a tile finds what all of them wrote.
+DEV bool is_last(int* ticket, int splits, unsigned char* shared) {
+  __threadfence();
+  __syncthreads();  // all have written, and nobody reads the tiles any more
+  int* last = reinterpret_cast<int*>(shared);
+  if (threadIdx.x == 0) {
+    *last = atomicAdd(ticket, 1) == splits - 1;
+    if (*last) *ticket = 0;  // for the next launch
+  }
+  __syncthreads();
+  __threadfence();
+  return *last;
 }

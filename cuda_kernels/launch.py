@@ -159,6 +159,10 @@ def _pointee(name: str, defines: Mapping[str, str | int]) -> tuple[torch.dtype, 
         return (torch.int8,) if defines.get("INT8") else _pointee("io_t", defines)
     if name == "kv_t":
         return (torch.int8,) if defines.get("KV_INT8") else _pointee("io_t", defines)
+    if name == "scale_t":
+        return (torch.float32 if defines.get("WIDE_SCALES") else torch.float16,)
+    if name == "offset_t":
+        return (torch.int8,) if defines.get("OFFSET") == 1 else _pointee("scale_t", defines)
     return _DTYPES[name]
 
 

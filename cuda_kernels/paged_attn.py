@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from cuda_kernels.launch import Kernel, io_define, kernel, unfit
+from cuda_kernels.tickets import take_tickets
 from cuda_kernels.tuning import BY_ARCHITECTURE, Tuning, tuning
 
 HEAD_DIMS = (64, 128, 256, 512)
 MAX_SPLITS = 64  # two for each lane of the warp that joins them
-MAX_TICKETS = 4096  # tiles of split contexts: there are fewer than blocks that fill a device
 MAX_GROUP = 64  # query heads per key head (guessed: no model has more)
 
 
@@ -30,7 +30,8 @@ SIMULATED = Device(multiprocessors=4, shared_bytes=227 * 1024)
 
 
 @functools.cache
-def _device(device: torch.device) -> Device:
+def device_of(device: torch.device) -> Device:
+    """Return what a device is; of a CPU, what is simulated."""
     if device.type != "cuda":
         return SIMULATED
     properties = torch.cuda.get_device_properties(device)
@@ -131,7 +132,7 @@ def paged_attention(
     """
     _, heads, head_dim = q.shape
     kv_heads, sequences = k_cache.shape[1], len(tables)
-    int8, device = k_scale is not None, _device(q.device)
+    int8, device = k_scale is not None, device_of(q.device)
     packed = max_q * (heads // kv_heads)
     tile = tile or choose_tile(packed, head_dim, device, int8=int8)
     tiles = -(-packed // tile.rows)
@@ -140,7 +141,7 @@ def paged_attention(
     out = torch.empty_like(q)
     partial, maxima = _partial(q, splits)
     attend = _kernel(head_dim, heads // kv_heads, tile, int8=int8, split=splits > 1, fp16=io_define(q.dtype) or 0)
-    tickets = _tickets(q.device, tiles * kv_heads * sequences) if splits > 1 else None
+    tickets = take_tickets(q.device, tiles * kv_heads * sequences) if splits > 1 else None
     attend(
         (tiles, kv_heads * splits, sequences), (tile.threads, 1, 1), tile.shared_bytes(head_dim, int8=int8),
         q, k_cache, v_cache, k_scale, v_scale, tables, context_lens, cu_q, partial, maxima, tickets, out,
@@ -156,21 +157,6 @@ def _partial(q: Tensor, splits: int) -> tuple[Tensor | None, Tensor | None]:
         return None, None
     rows, maxima = (q.new_empty(*q.shape[:2], splits, n, dtype=torch.float32) for n in (q.shape[2], 2))
     return rows, maxima
-
-
-def _tickets(device: torch.device, count: int) -> Tensor:
-    """Return counters that are 0 between launches, the same for all launches of a stream, which run one by one."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    tickets = _make_tickets(device, stream)
-    assert count <= len(tickets), "only a few blocks are worth splitting"
-    return tickets
-
-
-@functools.cache
-def _make_tickets(device: torch.device, _stream: int) -> Tensor:
-    # Not in inference mode: its tensors can only be written to there.
-    with torch.inference_mode(mode=False):
-        return torch.zeros(MAX_TICKETS, dtype=torch.int32, device=device)
 
 
 @functools.cache

@@ -66,20 +66,6 @@ DEV void store_rows(io_t* out, unsigned char* result, const float (*o)[4], const
   }
 }
 
-// Take a ticket for this block's split; whoever takes the last one of a tile finds what all of them wrote.
-DEV bool is_last(int* ticket, int splits, unsigned char* shared) {
-  __threadfence();
-  __syncthreads();  // all have written, and nobody reads the tiles any more
-  int* last = reinterpret_cast<int*>(shared);
-  if (threadIdx.x == 0) {
-    *last = atomicAdd(ticket, 1) == splits - 1;
-    if (*last) *ticket = 0;  // for the next launch
-  }
-  __syncthreads();
-  __threadfence();
-  return *last;
-}
-
 // Join the splits of a tile's rows, one warp a row. A lane holds what two splits of 64 count for.
 DEV void combine(const float* partial, const float* maxima, io_t* out, const Rows& rows, int splits) {
   const int lane = threadIdx.x % 32;

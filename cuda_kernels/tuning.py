@@ -17,6 +17,7 @@ class Tuning:
         max_splits: Most parts of a context.
         least_split_keys: Keys below which a part costs more than it brings.
         gemm_rows: Most rows of an int8 product; beyond it widening the weights for cuBLAS costs less.
+        w4_rows: The same of 4-bit weights; more rows share what one reads.
         gemm_bytes: Stages in flight of an int8 product, which has few blocks.
         expert_bytes: The same of experts, where several blocks share a multiprocessor.
         expert_rows: Tokens an expert can expect, above which its tiles have 64 rows instead of 16.
@@ -28,6 +29,7 @@ class Tuning:
     max_splits: int
     least_split_keys: int
     gemm_rows: int
+    w4_rows: int
     gemm_bytes: int
     expert_bytes: int
     expert_rows: int
@@ -35,13 +37,13 @@ class Tuning:
     prologue_bytes: int
 
 
-#                waves splits keys rows  gemm_bytes  expert_bytes  expert_rows  widened     prologue
+#                waves splits keys rows  w4  gemm_bytes  expert_bytes  expert_rows  widened     prologue
 BY_ARCHITECTURE = {
-    (8, 0): Tuning(2, 64, 256, 64, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 16 * 1024),
-    (8, 9): Tuning(2, 64, 256, 64, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 16 * 1024),
-    (9, 0): Tuning(2, 64, 256, 64, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 16 * 1024),
-    (10, 0): Tuning(2, 64, 256, 64, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 16 * 1024),
-    (12, 0): Tuning(2, 64, 256, 64, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 16 * 1024),
+    (8, 0): Tuning(2, 64, 256, 64, 256, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 16 * 1024),
+    (8, 9): Tuning(2, 64, 256, 64, 256, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 16 * 1024),
+    (9, 0): Tuning(2, 64, 256, 64, 256, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 16 * 1024),
+    (10, 0): Tuning(2, 64, 256, 64, 256, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 16 * 1024),
+    (12, 0): Tuning(2, 64, 256, 64, 256, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 16 * 1024),
 }  # fmt: skip
 _OLDEST, _SIMULATED = (8, 0), (9, 0)
 

@@ -55,7 +55,7 @@ def storages(tree: Any) -> set[int]:
 @pytest.fixture(autouse=True)
 def h200(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let contexts be split as on an H200."""
-    paged_attn._device.cache_clear()
+    paged_attn.device_of.cache_clear()
     monkeypatch.setattr(paged_attn, "SIMULATED", paged_attn.Device(132, 227 * 1024))
 
 

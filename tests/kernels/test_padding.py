@@ -8,18 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from cuda_kernels import act, gemm, gemv, moe, norm
+from cuda_kernels import act, gemm, gemm_w4, gemv, moe, norm
 from cuda_kernels.launch import using
 from tools.ptx_simulator import SimulatedLauncher
+from trio_llm.model.ops.matrices import Blocks, Tiles
 
 REAL = [0, 2, 5]
 WEIGHT = torch.randn(32, 64).bfloat16()
 BYTES = torch.randint(-127, 128, (32, 64), dtype=torch.int8)
 SCALE = (torch.rand(32) / 100).bfloat16()
+TILES = Tiles.of(Blocks(torch.randint(0, 256, (32, 32), dtype=torch.uint8), torch.rand(32, 2)))
 OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gemv": lambda x: gemv.linear(x, WEIGHT),
     "gemv, int8 and gated": lambda x: gemv.linear(x, BYTES, scale=SCALE, activation="silu"),
     "gemm": lambda x: gemm.linear(x, BYTES, SCALE),
+    "gemm_w4": lambda x: gemm_w4.linear(x, TILES.weight, TILES.scale),
     "rms_norm": lambda x: norm.rms_norm(x, WEIGHT[0], 1e-6),
     "add_rms_norm": lambda x: torch.cat(norm.add_rms_norm(x, x, WEIGHT[0], 1e-6), dim=-1),
     "act_and_mul": lambda x: act.act_and_mul(x, "gelu_tanh"),

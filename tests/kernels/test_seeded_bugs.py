@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -10,13 +11,15 @@ import torch
 from torch import Tensor
 
 from cuda_kernels import compile as compiling
-from cuda_kernels import gemm, gemv, kv_write, moe, norm, paged_attn, sample
+from cuda_kernels import gemm, gemm_w4, gemv, kv_write, moe, norm, sample, tickets
 from cuda_kernels.paged_attn import Tile
 from tests.kernels.helpers import assert_close, simulate
 from tools.kernel_lab.attention import Case, make
 from tools.kernel_lab.cases import all_checks, judge
 from tools.ptx_simulator import KernelFaultError, UnsupportedError
 from tools.ptx_simulator.machine import ORDERS
+from trio_llm.model.ops.matrices import Blocks, Tiles
+from trio_llm.model.ops.torch_reference import dequantize
 
 DECODE = Case(head_dim=64, kv_heads=2, group=7, sequences=((1, 130), (1, 17)), splits=1)
 WINDOW = Case(head_dim=64, kv_heads=1, group=7, sequences=((1, 200), (2, 90)), window=40, splits=1)
@@ -104,6 +107,26 @@ def check_gemm() -> None:
     (out,) = simulate(lambda: (gemm.linear(x, weight, scale, bias=bias, activation="silu"),))
     gate, up = (x.double() @ weight.double().T * scale.double() + bias.double()).chunk(2, dim=-1)
     assert_close(out, torch.nn.functional.silu(gate) * up, slack=2)
+
+
+def check_w4() -> None:
+    """Multiply 9 rows by gated 4-bit weights of minima, a part of the inputs by each of two blocks."""
+    x, minimum = torch.randn(9, 288).bfloat16(), torch.randn(192, 3) / 10
+    matrix = Blocks(torch.randint(0, 256, (192, 144), dtype=torch.uint8), torch.rand(192, 3) / 50, minimum=minimum)
+    bias, tiles = torch.randn(192).bfloat16(), Tiles.of(matrix)
+    run = partial(gemm_w4.linear, x, tiles.weight, tiles.scale, minima=tiles.minimum, bias=bias, splits=2)
+    (out,) = simulate(lambda: (run(activation="silu"),))
+    gate, up = (x.double() @ dequantize(matrix).double().T + bias).chunk(2, dim=-1)
+    assert_close(out, torch.nn.functional.silu(gate) * up, slack=2)
+
+
+def check_w4_zeros() -> None:
+    """Multiply one row by 4-bit weights of zero points, six stages by one block."""
+    x, zero = torch.randn(1, 736).half(), torch.randint(0, 16, (32, 23), dtype=torch.int8)
+    matrix = Blocks(torch.randint(0, 256, (32, 368), dtype=torch.uint8), (torch.rand(32, 23) / 50).half(), zero=zero)
+    tiles = Tiles.of(matrix)
+    (out,) = simulate(lambda: (gemm_w4.linear(x, tiles.weight, tiles.scale, zeros=tiles.zero, splits=1),))
+    assert_close(out, x.double() @ dequantize(matrix).double().T, slack=2)
 
 
 def check_padding() -> None:
@@ -228,6 +251,26 @@ BUGS = {
     "rows past the end": Bug("gemm.cu", ": at < num_rows ? at : -1", ": at", check_gemm),
     "columns past the end": Bug("gemm.cu", "if (column < n) *rein", "*rein", check_gemm),
     "pairs for tokens": Bug("gemm.cu", "order && GATED ? row / top_k", "false ? row / top_k", check_padding),
+    "w4: no barrier before a stage": Bug(
+        "gemm_w4.cu", "__syncthreads();  // this stage is there for all, and all have left the one before", "", check_w4
+    ),
+    "w4: a stage not waited for": Bug(
+        "gemm_w4.cu", "copies_wait<STAGES - 2>()", "copies_wait<STAGES - 1>()", check_w4_zeros
+    ),
+    "w4: the stage in use is loaded": Bug(
+        "gemm_w4.cu", "shared + (ahead - first) %", "shared + (step - first) %", check_w4_zeros
+    ),
+    "w4: numbers in another order": Bug("gemm_w4.cu", "a[p * 2 + i / 2][i % 2]", "a[p * 2 + i % 2][i / 2]", check_w4),
+    "w4: a bit too high": Bug("gemm_w4.cu", "#define BIT 3", "#define BIT 4", check_w4),
+    "w4: the neighbour's zero point": Bug("gemm_w4.cu", "(16.f + zeros[i])", "(16.f + zeros[i ^ 1])", check_w4_zeros),
+    "w4: no minimum": Bug("gemm_w4.cu", "offset[i] -= 16.f * scale[i]", "offset[i] = -16.f * scale[i]", check_w4),
+    "w4: sums of the other row": Bug("gemm_w4.cu", "sums[i % 2]", "sums[i / 2]", check_w4),
+    "w4: a group too late": Bug("gemm_w4.cu", "* of_group - tile;", "* of_group - tile + 1;", check_w4),
+    "w4: the first group for all parts": Bug("gemm_w4.cu", "at = first * TILES / of_group", "at = 0", check_w4),
+    "w4: the gate's bias for both": Bug("gemm_w4.cu", "bias[output + p * n]", "bias[output]", check_w4),
+    "w4: parts that are not joined": Bug("gemm_w4.cu", "s < splits; s++", "s < 1; s++", check_w4),
+    "w4: tickets are not given back": Bug("gemm_w4.cu", "if (*last) *ticket = 0;", "", check_w4),
+    "w4: rows past the end": Bug("gemm_w4.cu", "if (row >= rows || output >= n)", "if (output >= n)", check_w4),
     "padding counts": Bug("moe.cu", "held[j] == expert_of(warp, i)));", "held[j] <= i * 32 + warp));", check_padding),
     "no barrier before a tile": paged(TILE_BARRIER, "", DECODE),
     "copies not waited for": paged("copies_wait<0>();", "", DECODE),
@@ -272,10 +315,11 @@ BUGS = {
     "int8: even and odd swapped": paged("p[half], even);", "p[half], odd);", INT8),
     "int8: biased wrongly": paged("8388736.f", "8388735.f", INT8),
 }  # fmt: skip
-DEFAULT = [name for name, bug in BUGS.items() if bug.source not in ("paged_attn.cu", "gemm.cu")] + [
+DEFAULT = [name for name, bug in BUGS.items() if bug.source not in ("paged_attn.cu", "gemm.cu", "gemm_w4.cu")] + [
     "no barrier before probabilities", "mma: halves of b swapped", "a token sees the next",
     "tickets are not given back", "no barrier before a stage", "x in another order", "pairs for tokens",
-    "int8: queries in plain order",
+    "int8: queries in plain order", "w4: no barrier before a stage", "w4: a group too late",
+    "w4: tickets are not given back",
 ]  # fmt: skip
 
 
@@ -300,7 +344,7 @@ def test_there_are_enough_bugs() -> None:
 def own_tickets() -> Iterator[None]:
     """Leave no tickets to others that a bug did not give back."""
     yield
-    paged_attn._make_tickets.cache_clear()
+    tickets.make_tickets.cache_clear()
 
 
 @pytest.mark.parametrize("name", DEFAULT)

@@ -17,11 +17,12 @@ from trio_llm.model.checkpoint.gguf import FORMATS
 from trio_llm.model.checkpoint.gguf_blocks import CONVERTERS
 from trio_llm.model.checkpoint.safetensors import open_checkpoint
 from trio_llm.model.config import ModelConfig
+from trio_llm.model.ops import cuda
 from trio_llm.model.ops.matrices import Blocks
 
 SIDE = 256
 HEADER = ("format", "bits a weight in the file", "on a CPU", "bits in memory", "on a GPU", "error", "proof")
-WIDENED, NO_ERROR, ROUNDED = "`--dtype`", "none in float32", "activations of 8 bits"
+WIDENED, AS_ON_CPU, NO_ERROR, ROUNDED = "`--dtype`", "the same", "none in float32", "activations of 8 bits"
 GGUF_PROOF = "test_every_format_is_widened_as_the_library_does"
 KEPT_PROOF = "test_stored_numbers_compute_what_widened_weights_do"
 WIDENED_PROOF = "test_a_format_is_widened_as_its_own_package_does"
@@ -91,7 +92,8 @@ def _safetensors_rows() -> Iterator[tuple[str, ...]]:
 def _row(name: str, bits: float, stored: Blocks | None, proof: str) -> tuple[str, ...]:
     if stored is None:
         return name, f"{bits:.4g}", WIDENED, "", WIDENED, NO_ERROR, proof
-    return name, f"{bits:.4g}", _described(stored), f"{8 * stored.nbytes / SIDE**2:.4g}", WIDENED, ROUNDED, proof
+    on_gpu = AS_ON_CPU if cuda.keeps(stored, torch.bfloat16, False) else WIDENED
+    return name, f"{bits:.4g}", _described(stored), f"{8 * stored.nbytes / SIDE**2:.4g}", on_gpu, ROUNDED, proof
 
 
 def _described(stored: Blocks) -> str:

@@ -60,7 +60,7 @@ class LoggedError(Exception):
         ({"dtype": "float32"}, "reference", True, "float32, not as stored, with TRIO_LLM_KERNELS=reference: "),
         ({"dtype": "float32"}, "none", True, "float32, not as stored, without native kernels: "),
         ({"dtype": "float32"}, "auto", False, "float32, not as stored, to be compared in full precision: "),
-        ({"dtype": "float16"}, "gpu", True, "float16, not as stored, on a GPU: "),
+        ({"dtype": "float32"}, "gpu", True, "float32, not as stored, on a GPU: "),
     ],
 )
 def test_the_log_says_why_blocks_are_widened(

@@ -19,7 +19,7 @@ from tools.kernel_lab.device import Call
 from tools.kernel_lab.shapes import MODELS, SMALL
 from trio_llm.model.ops import cuda as ops_cuda
 from trio_llm.model.ops import torch_reference as ops_torch
-from trio_llm.model.ops.matrices import Dense, Int8
+from trio_llm.model.ops.matrices import Blocks, Dense, Int8, Tiles
 from trio_llm.model.paged.attention_batch import AttentionBatch
 from trio_llm.model.paged.kv_cache import AttentionSpec, plan_kv
 from trio_llm.model.paged.rope import Rope
@@ -81,6 +81,7 @@ def all_benches(*, small: bool) -> Iterator[Bench]:
     yield from _decode(small=small)
     yield from _prefill(small=small)
     yield from _linear(small=small)
+    yield from _linear_w4(small=small)
     yield from _elementwise(small=small)
     yield from _experts(small=small)
     yield _sample(small=small)
@@ -153,6 +154,33 @@ def _product(
     if gated:
         return lambda: ops_cuda.gated_linear(x, matrix, "silu"), peers.gated_linear(x, dense, quantised)
     return lambda: ops_cuda.linear(x, matrix), peers.linear(x, dense, quantised)
+
+
+def _linear_w4(*, small: bool) -> Iterator[Bench]:
+    """The layers of 4-bit weights, groups of 128 with zero points as AWQ and GPTQ store them."""
+    group = 32 if small else 128
+    for rows in (1, 16) if small else (1, 16, 64, 8):
+        for model, shape in (SMALL if small else MODELS).items():
+            for name, inputs, outputs, gated in shape.linears():
+                if outputs % 32 or inputs % group:
+                    continue
+                num_bytes = inputs * outputs // 2 + inputs // group * outputs * 3
+                build = partial(_product_w4, rows, inputs, outputs, group, gated)
+                label, flops = f"{name} of {model}, {rows} rows, 4 bits", 2 * rows * inputs * outputs
+                yield Bench("gemm_w4.cu", label, num_bytes, flops, Target("of floor", 0.5, 0.65), build)
+
+
+def _product_w4(
+    rows: int, inputs: int, outputs: int, group: int, gated: bool, device: torch.device
+) -> tuple[Call, Mapping[str, peers.Maker]]:
+    x, groups = torch.randn(rows, inputs, device=device, dtype=torch.bfloat16), (outputs, inputs // group)
+    numbers = torch.randint(256, (outputs, inputs // 2), device=device, dtype=torch.uint8)
+    zero = torch.randint(16, groups, device=device, dtype=torch.int8)
+    matrix = Blocks(numbers, (torch.rand(groups, device=device) / 64).half(), zero=zero)
+    dense, tiles = ops_torch.dequantize(matrix).to(x.dtype), Tiles.of(matrix)
+    if gated:
+        return lambda: ops_cuda.gated_linear(x, tiles, "silu"), peers.gated_linear(x, dense, None)
+    return lambda: ops_cuda.linear(x, tiles), peers.linear(x, dense, None)
 
 
 def _elementwise(*, small: bool) -> Iterator[Bench]:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Container, Generator, Iterator
+from itertools import product
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
-from cuda_kernels import act, gemm, gemv, kv_write, moe, norm, quant, sample, step
+from cuda_kernels import act, gemm, gemm_w4, gemv, kv_write, moe, norm, quant, sample, step
 from tools.kernel_lab.attention import CASES, LARGE, MATRIX, make
 from trio_llm.model.ops import torch_reference as ops_torch
-from trio_llm.model.ops.matrices import Dense, Experts
+from trio_llm.model.ops.matrices import Blocks, Dense, Experts, Tiles
 from trio_llm.model.sampling import counter_rng
 
 EPS = 1e-6
@@ -182,6 +183,25 @@ def _gemm(device: torch.device, dtype: torch.dtype, scale: int) -> Iterator[Chec
                     lambda x=x: (x.double() @ q.double().T * scales.double(),))  # fmt: skip
 
 
+def _gemm_w4(device: torch.device, dtype: torch.dtype, scale: int) -> Iterator[Check]:
+    """Zero points and float16 scales, then minima and float32 ones; each tile of rows on a GPU."""
+    groups, kinds = (64 * scale, 4), (("zero", torch.float16), ("minimum", torch.float32))
+    for rows, (offset, kept) in product((20,) if scale == 1 else (1, 16, 20, 64, 100), kinds):
+        x, numbers = _random(device, dtype, rows, 128 * scale), torch.randint(0, 256, (64 * scale, 64 * scale))
+        offsets = torch.randint(0, 16, groups, dtype=torch.int8) if offset == "zero" else torch.randn(groups).to(kept)
+        scales = (torch.rand(groups) / 10).to(kept)
+        matrix = Blocks(numbers.to(torch.uint8), scales, **{offset: offsets}).to(device)  # type: ignore[arg-type]
+        tiles = Tiles.of(matrix)
+
+        def run(x: Tensor = x, tiles: Tiles = tiles) -> tuple[Tensor]:
+            return (gemm_w4.linear(x, tiles.weight, tiles.scale, zeros=tiles.zero, minima=tiles.minimum),)
+
+        def expect(x: Tensor = x, matrix: Blocks = matrix) -> tuple[Tensor]:
+            return (x.double() @ ops_torch.dequantize(matrix).double().T,)
+
+        yield Check("gemm_w4.cu", f"{rows} rows, {offset} {dtype}", run, expect)
+
+
 def _weights(device: torch.device, dtype: torch.dtype, inputs: int, outputs: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return weights [N, K], int8 ones, and the scales of those [N]."""
     q = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8).to(device)
@@ -321,6 +341,7 @@ MAKERS: dict[str, Callable[[torch.device, int], Iterator[Check]]] = {
     "act.cu": _both_types(_act),
     "sample.cu": _sample,
     "gemm.cu": _both_types(_gemm),
+    "gemm_w4.cu": _both_types(_gemm_w4),
     "moe.cu": _both_types(_experts),
     "quant.cu": _both_types(_quant),
 }

@@ -22,6 +22,7 @@ _COPY16, _LOAD16, _LOAD16_CACHED = "cp.async.cg.shared.global", "ld.global.L1__n
 NEEDED = {
     "paged_attention": (_MMA, _LDMATRIX + ".shared", _LDMATRIX + ".trans", _COPY16, _LOAD16, "st.global.v4"),
     "grouped_linear": (_MMA, _LDMATRIX, _COPY16),
+    "gemm_w4": (_MMA, _LDMATRIX, _COPY16, "lop3"),
     "gemv": (_LOAD16, _LOAD16_CACHED),
     "rms_norm": (_LOAD16, "st.global.v4"),
     "add_rms_norm": (_LOAD16, "st.global.v4"),
@@ -32,6 +33,9 @@ NEEDED = {
 HEADS = ((64, 7), (128, 4), (128, 1), (256, 8), (512, 8))  # head size, query heads per key head
 
 
+# Rows of a tile of 4-bit weights, gated or not, and stages; then what is added to numbers and whether scales are float.
+W4 = ((8, 0, 4), (8, 1, 4), (16, 0, 4), (16, 1, 4), (32, 0, 4), (32, 1, 4), (64, 0, 4))
+W4_SCALES = ((0, 0), (1, 0), (2, 0), (2, 1))
 # Rows of a tile, int8 weights or not, and stages: of experts, then of one weight.
 GEMMS = ((16, 0, 4), (64, 0, 3), (16, 1, 8), (64, 1, 4), (16, 1, 16), (32, 1, 12), (64, 1, 8))
 
@@ -116,6 +120,21 @@ def others() -> list[Kernel]:
         *(
             kernel("gemm.cu", "grouped_linear", BM=rows, INT8=int8, GATED=gated, GELU=0, STAGES=stages, IO_FP16=fp16)
             for (rows, int8, stages), gated, fp16 in product(GEMMS, flag, flag)
+        ),
+        *(
+            kernel(
+                "gemm_w4.cu",
+                "gemm_w4",
+                BM=rows,
+                STAGES=stages,
+                GATED=gated,
+                GELU=0,
+                OFFSET=offset,
+                WIDE_SCALES=wide,
+                SPLIT=split,
+                IO_FP16=fp16,
+            )
+            for (rows, gated, stages), (offset, wide), split, fp16 in product(W4, W4_SCALES, flag, flag)
         ),
         *(kernel("primitives.cu", "primitives", IO_FP16=fp16) for fp16 in flag),
         kernel("step.cu", "prepare_step"),

@@ -18,6 +18,7 @@ from trio_llm.model.load import find_kernels, inspect_for, num_threads, open_dev
 from trio_llm.model.loading.draft_model import inspect_draft
 from trio_llm.model.loading.loader import ModelPlan, inspect_model
 from trio_llm.model.loading.memory_budget import MemoryBudget, add_up, make_budget
+from trio_llm.model.ops import cuda
 from trio_llm.model.ops.dispatch import mode_from_environment
 
 # Settings that take less memory, and what each costs.
@@ -119,7 +120,7 @@ def _found(config: EngineConfig, demand: Demand) -> Iterator[Choice]:
 def _inspected(config: EngineConfig, demand: Demand) -> _Inspected:
     config = attrs.evolve(config, max_model_len=demand.context)
     if config.device == "cuda" and demand.device_bytes is not None:
-        on_gpu, plan = True, inspect_model(config)
+        on_gpu, plan = True, inspect_model(config, as_stored=True, keeps=cuda.keeps)
         available = int(demand.device_bytes * config.gpu_memory_utilization)
     else:
         mode, device = mode_from_environment(), open_device(config)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from trio_llm.errors import CheckpointError
 from trio_llm.model.ops import seam as ops
-from trio_llm.model.ops.seam import Blocks, Dense, Int8, Matrix, SingleMatrix, Stacked
+from trio_llm.model.ops.seam import Blocks, Dense, Int8, Keeps, Matrix, SingleMatrix, Stacked, keeps_all
 from trio_llm.model.ops.torch_reference import QUANTIZE_ELEMENTS
 from trio_llm.model.parallel.group import Group
 from trio_llm.model.parallel.span import Span, sizes, take, whole
@@ -70,9 +70,10 @@ class Weights:
     Attributes:
         quantize: Make matrices int8, one scale per output channel.
         exact: As in Int8.
-        as_stored: Leave quantised matrices as they are stored, unless `quantize` is set.
+        as_stored: Leave quantised matrices that kernels keep as they are stored, unless `quantize` is set.
         prefix: Put before every name.
         group: The ranks among which the model is split.
+        keeps: Whether kernels keep a matrix.
     """
 
     source: Source
@@ -84,6 +85,7 @@ class Weights:
     tally: Tally = attrs.field(factory=Tally)
     group: Group = attrs.field(factory=Group)
     exact: bool = False
+    keeps: Keeps = keeps_all
 
     def at(self, module: str) -> Weights:
         """Return the weights of a submodule."""
@@ -184,7 +186,9 @@ class Weights:
         rows, columns = list(map(whole, outputs)), whole(inputs)
         lengths = [span.length for span in rows]
         found = [
-            self._template(name, span, columns) for expert in names for name, span in zip(expert, rows, strict=True)
+            self._template(name, span, columns, is_expert=True)
+            for expert in names
+            for name, span in zip(expert, rows, strict=True)
         ]
         if found[0] is not None and found[0].order is None and all(_can_be_fused(found[0], each) for each in found):
             read = (
@@ -235,17 +239,18 @@ class Weights:
         made_of = dense.nbytes + _QUANTIZING_BYTES * min(dense.numel(), QUANTIZE_ELEMENTS)
         return Int8(self._keep(weight, made_of), self._keep(scale), exact=self.exact)
 
-    def _template(self, name: str, rows: Span, columns: Span) -> Blocks | None:
+    def _template(self, name: str, rows: Span, columns: Span, *, is_expert: bool = False) -> Blocks | None:
         if self.quantize or not self.as_stored:
             return None
-        return self.source.template(self.prefix + name, sizes((rows, columns)))
+        found = self.source.template(self.prefix + name, sizes((rows, columns)))
+        return found if found is not None and self.keeps(found, self.dtype, is_expert) else None
 
     def _read_stored(self, name: str, rows: Span, columns: Span) -> Blocks:
         matrix = self.source.read_stored(self.prefix + name, sizes((rows, columns)))
         for part in (matrix.scale, matrix.minimum, matrix.outer):
             if part is not None and part.is_floating_point():
                 self._check_finite(part, name)
-        return matrix
+        return matrix.to(self.device)
 
     def _keep_blocks(self, matrix: Blocks, parts: float = 0) -> Blocks:
         """Count a matrix; `parts` is how much it was fused from, of itself."""

@@ -58,7 +58,7 @@ def inspect_draft(config: EngineConfig, model: ModelPlan) -> DraftPlan | None:
         return None
     directory = resolve_draft(config.spec_model, model.path)
     alone = attrs.evolve(config, model=str(directory), revision=None, tensor_parallel_size=1)
-    plan = inspect_model(alone, as_stored=model.as_stored)
+    plan = inspect_model(alone, as_stored=model.as_stored, keeps=model.keeps)
 
     def refuse(reason: str) -> ConfigError:
         return ConfigError("spec_model", str(directory), "model", reason)

@@ -24,6 +24,7 @@ from trio_llm.model.checkpoint.tensors import Checkpoint, FileSource, HeaderSour
 from trio_llm.model.checkpoint.weights import RandomSource, Weights
 from trio_llm.model.config import TORCH_DTYPES, ModelConfig
 from trio_llm.model.families.registry import find_family
+from trio_llm.model.ops.matrices import Keeps, keeps_all
 from trio_llm.model.paged.attention_batch import AttentionBatch
 from trio_llm.model.paged.kv_cache import AttentionSpec, KVCache, KVLayout, plan_kv
 from trio_llm.model.paged.rope import Rope
@@ -67,6 +68,7 @@ class ModelPlan:
         weight_bytes: Bytes of the loaded weights of this rank, after quantisation.
         loading_bytes: The most that the host needs beside them while they are read and packed.
         as_stored: Whether quantised weights are computed as stored where the kernels can.
+        keeps: Which ones these are.
         stored_formats: Format -> bytes that this rank will read from files.
         kept_formats: Of these, format -> bytes of what is computed as stored.
         max_model_len: The model's own limit, from config.json.
@@ -85,6 +87,7 @@ class ModelPlan:
     weight_bytes: int
     loading_bytes: int
     as_stored: bool
+    keeps: Keeps
     stored_formats: Mapping[str, int]
     kept_formats: Mapping[str, int]
     max_model_len: int
@@ -131,13 +134,20 @@ def load_model(plan: ModelPlan, device: torch.device, report: Callable[[Progress
         weights = Weights(RandomSource(plan.engine.seed), plan.dtype, device, quantize, exact=exact, group=plan.group)
         return LoadedModel(model=family(plan.config.text, weights), plan=plan)
     with FileSource(plan.checkpoint, plan.stored_bytes, report) as source:
-        weights = Weights(source, plan.dtype, device, quantize, plan.as_stored, exact=exact, group=plan.group)
+        weights = Weights(
+            source, plan.dtype, device, quantize, plan.as_stored, exact=exact, group=plan.group, keeps=plan.keeps
+        )
         model = family(plan.config.text, weights)
     return LoadedModel(model=model, plan=plan)
 
 
 def inspect_model(
-    engine: EngineConfig, dtype: torch.dtype | None = None, *, as_stored: bool = False, rank: int = 0
+    engine: EngineConfig,
+    dtype: torch.dtype | None = None,
+    *,
+    as_stored: bool = False,
+    keeps: Keeps = keeps_all,
+    rank: int = 0,
 ) -> ModelPlan:
     """Check a checkpoint's config and headers without reading weights.
 
@@ -146,7 +156,7 @@ def inspect_model(
             tensor_parallel_size.
         rank: Whose part of the model to plan.
         dtype: Overrides engine.dtype. None means engine.dtype, or the checkpoint's if that is auto.
-        as_stored: As in ModelPlan.
+        as_stored, keeps: As in ModelPlan.
     Raises:
         CheckpointError: The files do not fit together; lists every mismatch.
         UnsupportedError: A family, rope type or quantisation that is not supported; names it.
@@ -162,7 +172,7 @@ def inspect_model(
     headers = HeaderSource(checkpoint)
     group = Group(rank, engine.tensor_parallel_size)
     as_stored = as_stored and group.size == 1
-    weights = Weights(headers, dtype, torch.device("meta"), _int8_of(engine)[0], as_stored, group=group)
+    weights = Weights(headers, dtype, torch.device("meta"), _int8_of(engine)[0], as_stored, group=group, keeps=keeps)
     model = family(config.text, weights)
     headers.check(path, model.is_ignored)
     return ModelPlan(
@@ -179,6 +189,7 @@ def inspect_model(
         weight_bytes=weights.tally.nbytes,
         loading_bytes=weights.tally.made_of + headers.scratch_bytes,
         as_stored=as_stored,
+        keeps=keeps,
         stored_formats=headers.stored_bytes,
         kept_formats=headers.kept_bytes,
         max_model_len=max_model_len(config.text),

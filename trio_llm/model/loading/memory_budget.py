@@ -244,7 +244,8 @@ def _fitting_flags(budget: MemoryBudget, plan: ModelPlan, config: EngineConfig) 
         if fewer_bytes and config.load_format == "dummy":
             continue
         if fewer_bytes:
-            plan = inspect_model(attrs.evolve(config, quantization=quantization), plan.dtype, as_stored=plan.as_stored)
+            smaller_config = attrs.evolve(config, quantization=quantization)
+            plan = inspect_model(smaller_config, plan.dtype, as_stored=plan.as_stored, keeps=plan.keeps)
         loading = _loading_bytes(plan, None) if budget.loading_bytes else 0
         if plan.weight_bytes + budget.draft_weight_bytes + loading > budget.available_bytes:
             continue

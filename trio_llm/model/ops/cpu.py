@@ -14,7 +14,7 @@ from cpu_kernels import mask as masking
 from cpu_kernels import moe as experts_on_cpu
 from cpu_kernels.blocks import pack_blocks
 from trio_llm.model.ops import torch_reference as ops_torch
-from trio_llm.model.ops.matrices import Activation, Blocks, Dense, Experts, Matrix, Panels, Stacked
+from trio_llm.model.ops.matrices import Activation, Blocks, Dense, Experts, Int8, Matrix, Panels, keeps_all
 from trio_llm.model.paged.attention_batch import AttentionBatch
 from trio_llm.model.paged.kv_cache import AttentionSpec, LayerKV
 from trio_llm.model.paged.rope import Rope
@@ -25,12 +25,12 @@ UNPACKED = "a table that is not packed"
 LIBRARIES = {UNPACKED: "torch"}
 
 prepare = library.load
+keeps = keeps_all
 set_num_threads = library.set_num_threads
 
 
-def pack(matrix: Matrix) -> Panels:
+def pack(matrix: Dense | Int8 | Blocks) -> Panels:
     """Pack a matrix for the kernels, once; the caller drops the original."""
-    assert not isinstance(matrix, Panels | Stacked)
     bias = None if matrix.bias is None else matrix.bias.float()
     if isinstance(matrix, Blocks):
         packed, kind = pack_blocks(

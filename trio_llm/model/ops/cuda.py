@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cuda_kernels import act, gemm, gemv, kv_write, norm, paged_attn, quant, step
+from cuda_kernels import act, gemm, gemm_w4, gemv, kv_write, norm, paged_attn, quant, step
 from cuda_kernels import moe as experts_on_gpu
 from cuda_kernels import sample as choosing
 from cuda_kernels.tuning import tuning
 from trio_llm.model.ops import torch_reference as ops_torch
 from trio_llm.model.ops.logit_edits import LogitEdits
-from trio_llm.model.ops.matrices import Activation, Dense, Experts, Int8
+from trio_llm.model.ops.matrices import Activation, Blocks, Dense, Experts, Int8, SingleMatrix, Tiles
 from trio_llm.model.ops.torch_reference import rope_angles
 from trio_llm.model.paged.attention_batch import AttentionBatch
 from trio_llm.model.paged.kv_cache import AttentionSpec, KVLayout, LayerKV
@@ -25,14 +25,27 @@ NAME = "cuda"
 # The reason for calling a library instead of a kernel.
 FOR_CUBLAS = "many rows"
 LIBRARIES = {FOR_CUBLAS: "cublas"}
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def prepare(_: Callable[[int, int], None]) -> None:
     """Do nothing: kernels are compiled at their first call, for its shapes."""
 
 
-def linear(x: Tensor, matrix: Dense | Int8) -> Tensor:
+def keeps(matrix: Blocks, dtype: torch.dtype, is_expert: bool) -> bool:
+    """Return whether kernels multiply activations of this type by a matrix as it is stored."""
+    return dtype in HALVES and not is_expert and Tiles.can_hold(matrix)
+
+
+def pack(matrix: Dense | Int8 | Blocks) -> SingleMatrix:
+    """Return a matrix in the kernels' layout; only blocks have one of their own."""
+    return Tiles.of(matrix) if isinstance(matrix, Blocks) else matrix
+
+
+def linear(x: Tensor, matrix: Dense | Int8 | Tiles) -> Tensor:
     """See `ops_torch.linear`."""
+    if isinstance(matrix, Tiles):
+        return _tiles_linear(x, matrix)
     if len(x) <= gemv.MAX_ROWS:
         scale = matrix.scale if isinstance(matrix, Int8) else None
         return gemv.linear(x, matrix.weight, scale=scale, bias=matrix.bias)
@@ -43,9 +56,12 @@ def linear(x: Tensor, matrix: Dense | Int8) -> Tensor:
     return _widened_linear(x, matrix)
 
 
-def gated_linear(x: Tensor, gate_up: Dense | Int8, kind: Activation) -> Tensor:
+def gated_linear(x: Tensor, gate_up: Dense | Int8 | Tiles, kind: Activation) -> Tensor:
     """See `seam.gated_linear`."""
-    if len(x) <= gemv.MAX_ROWS:
+    if isinstance(gate_up, Tiles):
+        if gemm_w4.supports_gated(x, gate_up.shape[0]) is None:
+            return _tiles_product(x, gate_up, kind)
+    elif len(x) <= gemv.MAX_ROWS:
         scale = gate_up.scale if isinstance(gate_up, Int8) else None
         return gemv.linear(x, gate_up.weight, scale=scale, bias=gate_up.bias, activation=kind)
     if isinstance(gate_up, Int8) and _tiled(x, gate_up):
@@ -61,6 +77,20 @@ def normed_linear(
     """Return the product, gated if there is a kind, of rms_norm(x + residual), and the sum: see `seam.AddNorm`."""
     scale = matrix.scale if isinstance(matrix, Int8) else None
     return gemv.normed_linear(x, residual, norm, eps, matrix.weight, scale=scale, bias=matrix.bias, activation=kind)
+
+
+def _tiles_linear(x: Tensor, matrix: Tiles) -> Tensor:
+    if gemm_w4.supports(x) is None:
+        return _tiles_product(x, matrix, None)
+    out = ops_torch.widened_linear(x, matrix)
+    return out if matrix.bias is None else out.add_(matrix.bias)
+
+
+def _tiles_product(x: Tensor, matrix: Tiles, kind: Activation | None) -> Tensor:
+    x = x if matrix.order is None else x.index_select(1, matrix.order)
+    return gemm_w4.linear(
+        x, matrix.weight, matrix.scale, zeros=matrix.zero, minima=matrix.minimum, bias=matrix.bias, activation=kind
+    )
 
 
 def _tiled(x: Tensor, matrix: Int8) -> bool:
@@ -176,10 +206,16 @@ def _block_size(batch: AttentionBatch, kv: LayerKV) -> int:
     return batch.layout.groups[kv.group].block_size
 
 
-def _linear(x: Tensor, matrix: Dense | Int8) -> str | None:
+def _linear(x: Tensor, matrix: Dense | Int8 | Tiles) -> str | None:
+    if isinstance(matrix, Tiles):
+        return None if gemm_w4.supports(x) is None else FOR_CUBLAS
     if len(x) <= gemv.MAX_ROWS:
         return gemv.supports(x, matrix.weight)
     return None if isinstance(matrix, Int8) and _tiled(x, matrix) else FOR_CUBLAS
+
+
+def _normed_linear(x: Tensor, residual: Tensor | None, weight: Tensor, matrix: Dense | Int8 | Tiles) -> str | None:
+    return "4-bit weights" if isinstance(matrix, Tiles) else gemv.supports_norm(x, residual, weight, matrix.weight)
 
 
 def _moe(x: Tensor, experts: Experts) -> str | None:
@@ -188,9 +224,10 @@ def _moe(x: Tensor, experts: Experts) -> str | None:
 
 # Operation -> why its kernel cannot take these arguments; None if it can.
 WHY_NOT: Mapping[str, Callable[..., str | None]] = {
+    "pack": lambda _: None,
     "linear": _linear,
     "gated_linear": _linear,
-    "normed_linear": lambda x, residual, norm, matrix: gemv.supports_norm(x, residual, norm, matrix.weight),
+    "normed_linear": _normed_linear,
     "rms_norm": norm.supports,
     "add_rms_norm": norm.supports,
     "act_and_mul": act.supports,

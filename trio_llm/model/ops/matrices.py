@@ -5,7 +5,8 @@ Letters: N outputs, K inputs, E experts, I expert width, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 from typing import Any, Literal
 
 import attrs
@@ -81,6 +82,12 @@ class Blocks:
         """What is stored for each output."""
         found = {name: getattr(self, name) for name in ("weight", "scale", "zero", "minimum", "outer")}
         return {name: part for name, part in found.items() if part is not None}
+
+    def to(self, device: torch.device) -> Blocks:
+        """Return the blocks on a device."""
+        own = {name: part.to(device) for name, part in self._parts.items()}
+        order, bias = (None if part is None else part.to(device) for part in (self.order, self.bias))
+        return Blocks(**own, order=order, bias=bias)
 
     def rows(self, index: slice | Tensor) -> Blocks:
         """Return some of the outputs; the bias is left out. Of experts, return some of these."""
@@ -173,13 +180,80 @@ class Panels:
 
 
 @attrs.frozen(eq=False)
+class Tiles:
+    """4-bit blocks in the layout of the CUDA kernels: tiles of 32 outputs by 32 inputs, see gemm_w4.cu.
+
+    Attributes:
+        weight: [N / 32, K / 32, 32, 4] int32.
+        scale: [N / 32, G, 8, 4] for G groups. zero, minimum: the same, as in Blocks.
+        order, bias: As in Blocks.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+    minimum: Tensor | None = None
+    order: Tensor | None = None
+    bias: Tensor | None = None
+
+    @staticmethod
+    def can_hold(matrix: Blocks) -> bool:
+        """Return whether a matrix has 4 bits, whole tiles, and groups of whole tiles without outer scales."""
+        size = matrix.inputs // matrix.scale.shape[-1]
+        return matrix.weight.dtype == torch.uint8 and len(matrix.weight) % 32 == size % 32 == 0 and matrix.outer is None
+
+    @classmethod
+    def of(cls, matrix: Blocks) -> Tiles:
+        """Lay out a matrix [N, K] that can be held."""
+        # Output 32 T + 16 i + 8 r + g. Byte 8 h + 2 t + e of 16 has these inputs of a tile, and those 16 further on.
+        stored = matrix.weight.view(-1, 2, 2, 8, matrix.inputs // 32, 2, 4, 2)  # [T, i, r, g, tile, h, t, e]
+        weight = stored.new_zeros(len(stored), stored.shape[4], 8, 4, 2, 2, dtype=torch.int32)
+        for r, h, e in product(range(2), repeat=3):
+            both = stored[:, :, r, :, :, h, :, e].permute(0, 3, 2, 4, 1)  # [T, tile, g, t, i]
+            weight[..., 0] |= (both & 0xF).int() << 4 * (r + 2 * h + 4 * e)
+            weight[..., 1] |= (both >> 4).int() << 4 * (r + 2 * h + 4 * e)
+        scale, zero, minimum = (_tiled(part) for part in (matrix.scale, matrix.zero, matrix.minimum))
+        assert scale is not None
+        weight = weight.flatten(2).unflatten(2, (32, 4))
+        return cls(weight, scale, zero=zero, minimum=minimum, order=matrix.order, bias=matrix.bias)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N and K."""
+        return 32 * self.weight.shape[0], 32 * self.weight.shape[1]
+
+    def rows(self, index: slice | Tensor) -> Blocks:
+        """Return some of the outputs as blocks; the bias is left out."""
+        if isinstance(index, slice):
+            index = torch.arange(*index.indices(self.shape[0]), device=self.weight.device)
+        tile, j, g = index // 32, index // 8 % 4, index % 8
+        words = self.weight.unflatten(2, (8, 4)).unflatten(4, (2, 2)).permute(0, 2, 4, 1, 3, 5)[tile, g, j // 2]
+        # [..., tile, t, s] to [..., tile, h, t, e, s]
+        places = torch.tensor([[0, 16], [8, 24]], device=index.device)[:, None, :, None]
+        shifts = 4 * (j % 2)[(..., *[None] * 5)] + places
+        numbers = words[..., None, :, None, :] >> shifts.int() & 0xF
+        weight = (numbers[..., 0] | numbers[..., 1] << 4).to(torch.uint8).flatten(-4)
+        scale, zero, minimum = (
+            None if part is None else part.permute(0, 2, 3, 1)[tile, g, j]
+            for part in (self.scale, self.zero, self.minimum)
+        )
+        assert scale is not None
+        return Blocks(weight, scale, zero=zero, minimum=minimum, order=self.order)
+
+
+def _tiled(part: Tensor | None) -> Tensor | None:
+    """Return what groups have [N, G] in the layout of Tiles."""
+    return None if part is None else part.view(-1, 4, 8, part.shape[1]).permute(0, 3, 2, 1).contiguous()
+
+
+@attrs.frozen(eq=False)
 class Stacked:
     """Matrices of the same inputs, one's outputs after the other's, where they are too different to be fused."""
 
     parts: tuple[SingleMatrix, ...]
 
 
-SingleMatrix = Dense | Int8 | Blocks | Panels
+SingleMatrix = Dense | Int8 | Blocks | Panels | Tiles
 Matrix = SingleMatrix | Stacked
 
 
@@ -196,3 +270,12 @@ class Experts:
     gate_up: SingleMatrix
     down: SingleMatrix
     load: Tensor
+
+
+# Whether kernels multiply by a matrix as it is stored, given the type of activations and whether it is an expert's.
+Keeps = Callable[[Blocks, torch.dtype, bool], bool]
+
+
+def keeps_all(*_: object) -> bool:
+    """Return True."""
+    return True

@@ -15,7 +15,19 @@ from torch import Tensor
 from trio_llm.model.ops import torch_attention as attention_torch
 from trio_llm.model.ops import torch_reference as ops_torch
 from trio_llm.model.ops.dispatch import choose, choose_fused
-from trio_llm.model.ops.matrices import Activation, Blocks, Dense, Experts, Int8, Matrix, Panels, SingleMatrix, Stacked
+from trio_llm.model.ops.matrices import (
+    Activation,
+    Blocks,
+    Dense,
+    Experts,
+    Int8,
+    Keeps,
+    Matrix,
+    Panels,
+    SingleMatrix,
+    Stacked,
+    keeps_all,
+)
 from trio_llm.model.paged.attention_batch import AttentionBatch
 from trio_llm.model.paged.kv_cache import AttentionSpec, KVLayout, LayerKV
 from trio_llm.model.paged.rope import Rope
@@ -27,6 +39,7 @@ __all__ = [
     "Dense",
     "Experts",
     "Int8",
+    "Keeps",
     "Matrix",
     "Panels",
     "SingleMatrix",
@@ -35,6 +48,7 @@ __all__ = [
     "add_rms_norm",
     "embedding",
     "gated_linear",
+    "keeps_all",
     "linear",
     "moe",
     "pack",

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trio_llm.model.device.host_sync import requires_host_sync
-from trio_llm.model.ops.matrices import Activation, Blocks, Dense, Experts, Int8, Matrix
+from trio_llm.model.ops.matrices import Activation, Blocks, Dense, Experts, Int8, Matrix, Tiles
 from trio_llm.model.paged.attention_batch import AttentionBatch, slots_of
 from trio_llm.model.paged.kv_cache import AttentionSpec, KVLayout, LayerKV
 from trio_llm.model.paged.rope import Rope
@@ -32,7 +32,7 @@ def linear(x: Tensor, matrix: Matrix) -> Tensor:
             out = _expanded_linear(x, matrix.weight)
             return (out if matrix.bias is None else out + matrix.bias).to(x.dtype)
         return F.linear(x, matrix.weight, matrix.bias)
-    if isinstance(matrix, Blocks):
+    if isinstance(matrix, Blocks | Tiles):
         return _blocks_linear(x, matrix)
     assert isinstance(matrix, Int8), "only the kernels that packed a matrix can read it"
     out = _int8_linear(x, matrix.weight, matrix.scale)
@@ -61,12 +61,18 @@ def _expanded_linear(x: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([F.linear(x, part.to(x.dtype)) for part in weight.split(rows)], dim=-1)
 
 
-def _blocks_linear(x: Tensor, matrix: Blocks) -> Tensor:
-    x32 = x.float() if matrix.order is None else x.float()[:, matrix.order]
-    rows = max(1, EXPAND_ELEMENTS // matrix.inputs)
-    parts = (matrix.rows(slice(first, first + rows)) for first in range(0, len(matrix.weight), rows))
-    out = torch.cat([F.linear(x32, dequantize(part)) for part in parts], dim=-1)
+def _blocks_linear(x: Tensor, matrix: Blocks | Tiles) -> Tensor:
+    out = widened_linear(x.float(), matrix)
     return (out if matrix.bias is None else out + matrix.bias.float()).to(x.dtype)
+
+
+def widened_linear(x: Tensor, matrix: Blocks | Tiles) -> Tensor:
+    """Return x [S, K] times the transpose of blocks, widened to x's type a part at a time, without the bias."""
+    x = x if matrix.order is None else x.index_select(1, matrix.order)
+    outputs = matrix.shape[0] if isinstance(matrix, Tiles) else len(matrix.weight)
+    rows = max(1, EXPAND_ELEMENTS // x.shape[1])
+    parts = (matrix.rows(slice(first, first + rows)) for first in range(0, outputs, rows))
+    return torch.cat([F.linear(x, dequantize(part).to(x.dtype)) for part in parts], dim=-1)
 
 
 def dequantize(matrix: Blocks) -> Tensor:
@@ -128,7 +134,7 @@ def _gemm_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def embedding(token_ids: Tensor, matrix: Matrix, dtype: torch.dtype) -> Tensor:
     """Return rows of the matrix in `dtype`, the model's: [..., K] for ids [...]."""
-    if isinstance(matrix, Blocks):
+    if isinstance(matrix, Blocks | Tiles):
         return dequantize(matrix.rows(token_ids)).to(dtype)
     assert isinstance(matrix, Dense | Int8)
     rows = F.embedding(token_ids, matrix.weight)
