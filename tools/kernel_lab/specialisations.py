@@ -121,23 +121,17 @@ def others() -> list[Kernel]:
             kernel("gemm.cu", "grouped_linear", BM=rows, INT8=int8, GATED=gated, GELU=0, STAGES=stages, IO_FP16=fp16)
             for (rows, int8, stages), gated, fp16 in product(GEMMS, flag, flag)
         ),
-        *(
-            kernel(
-                "gemm_w4.cu",
-                "gemm_w4",
-                BM=rows,
-                STAGES=stages,
-                GATED=gated,
-                GELU=0,
-                OFFSET=offset,
-                WIDE_SCALES=wide,
-                SPLIT=split,
-                IO_FP16=fp16,
-            )
-            for (rows, gated, stages), (offset, wide), split, fp16 in product(W4, W4_SCALES, flag, flag)
-        ),
+        *_w4(),
         *(kernel("primitives.cu", "primitives", IO_FP16=fp16) for fp16 in flag),
         kernel("step.cu", "prepare_step"),
         *(kernel("quant.cu", "quantize_rows", IO_FP16=fp16) for fp16 in flag),
         *(kernel("sample.cu", entry, THREADS=512) for entry in ("sample", "token_logprobs")),
     ]
+
+
+def _w4() -> Iterator[Kernel]:
+    for (rows, gated, stages), (offset, wide), split, fp16 in product(W4, W4_SCALES, (0, 1), (0, 1)):
+        yield kernel(
+            "gemm_w4.cu", "gemm_w4", BM=rows, STAGES=stages, GATED=gated, GELU=0, OFFSET=offset, WIDE_SCALES=wide,
+            SPLIT=split, IO_FP16=fp16,
+        )  # fmt: skip

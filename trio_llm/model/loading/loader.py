@@ -166,8 +166,7 @@ def inspect_model(
     config, generation, checkpoint = open_gguf(path) if is_gguf(path) else _open_directory(path, engine.load_format)
     architecture = _architecture(config)
     family = find_family(architecture)
-    if dtype is None:
-        dtype = config.dtype() if engine.dtype == "auto" else TORCH_DTYPES[engine.dtype]
+    dtype = dtype or (config.dtype() if engine.dtype == "auto" else TORCH_DTYPES[engine.dtype])
     checkpoint = None if engine.load_format == "dummy" else checkpoint
     headers = HeaderSource(checkpoint)
     group = Group(rank, engine.tensor_parallel_size)
@@ -183,9 +182,7 @@ def inspect_model(
         config=config,
         dtype=dtype,
         group=group,
-        kv_layout=plan_kv(
-            model.specs, block_size=engine.block_size, dtype=torch.int8 if engine.kv_quantization else dtype
-        ),
+        kv_layout=plan_kv(model.specs, block_size=engine.block_size, dtype=_kv_dtype(engine, dtype)),
         weight_bytes=weights.tally.nbytes,
         loading_bytes=weights.tally.made_of + headers.scratch_bytes,
         as_stored=as_stored,
@@ -196,6 +193,10 @@ def inspect_model(
         eos_token_ids=_eos_token_ids(generation, config),
         default_sampling=_default_sampling(generation),
     )
+
+
+def _kv_dtype(engine: EngineConfig, dtype: torch.dtype) -> torch.dtype:
+    return torch.int8 if engine.kv_quantization else dtype
 
 
 def _int8_of(engine: EngineConfig) -> tuple[bool, bool]:
