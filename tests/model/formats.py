@@ -23,6 +23,7 @@ from trio_llm.model.ops.matrices import Blocks
 SIDE = 256
 HEADER = ("format", "bits a weight in the file", "on a CPU", "bits in memory", "on a GPU", "error", "proof")
 WIDENED, AS_ON_CPU, NO_ERROR, ROUNDED = "`--dtype`", "the same", "none in float32", "activations of 8 bits"
+ON_FP8 = "FP8, or `--dtype`"
 GGUF_PROOF = "test_every_format_is_widened_as_the_library_does"
 KEPT_PROOF = "test_stored_numbers_compute_what_widened_weights_do"
 WIDENED_PROOF = "test_a_format_is_widened_as_its_own_package_does"
@@ -84,12 +85,15 @@ def _safetensors_rows() -> Iterator[tuple[str, ...]]:
             info = open_checkpoint(Path(directory), multimodal=False, quantization=quantization).tensors["a.weight"]
         stored = None if info.template is None else info.template()
         name = f"{info.dtype}, {variant}" if variant else info.dtype
-        yield _row(name, 8 * info.nbytes / SIDE**2, stored, WIDENED_PROOF if stored is None else KEPT_PROOF)
+        is_widened = stored is None or stored.is_fp8
+        yield _row(name, 8 * info.nbytes / SIDE**2, stored, WIDENED_PROOF if is_widened else KEPT_PROOF)
     experts = "experts with activation order", "", WIDENED, "", WIDENED, NO_ERROR
     yield *experts, "test_experts_with_an_order_are_widened"
 
 
 def _row(name: str, bits: float, stored: Blocks | None, proof: str) -> tuple[str, ...]:
+    if stored is not None and stored.is_fp8:
+        return name, f"{bits:.4g}", WIDENED, "", ON_FP8, NO_ERROR, proof
     if stored is None:
         return name, f"{bits:.4g}", WIDENED, "", WIDENED, NO_ERROR, proof
     on_gpu = AS_ON_CPU if cuda.keeps(stored, torch.bfloat16, False) else WIDENED

@@ -25,7 +25,7 @@ from trio_llm.model.loading.loader import ModelPlan, inspect_model, load_model
 from trio_llm.model.loading.memory_budget import MemoryBudget, available_bytes, make_budget
 from trio_llm.model.loading.pool_size import size_pool, usable_bytes
 from trio_llm.model.ops.dispatch import Dispatch, Mode, dispatching, mode_from_environment
-from trio_llm.model.ops.matrices import keeps_all
+from trio_llm.model.ops.matrices import keeps_integers
 from trio_llm.model.parallel.messages import Start
 from trio_llm.model.parallel.ranks import Ranks
 from trio_llm.model.runner import Runner
@@ -276,7 +276,7 @@ def _plan(
 def inspect_for(config: EngineConfig, device: Device, kernels: ModuleType | None, *, as_stored: bool) -> ModelPlan:
     """Inspect the model as it is computed on this device, with these kernels."""
     as_stored = as_stored and kernels is not None and mode_from_environment() != "reference"
-    plan = inspect_model(config, as_stored=as_stored, keeps=kernels.keeps if kernels else keeps_all)
+    plan = inspect_model(config, as_stored=as_stored, keeps=kernels.keeps if kernels else keeps_integers)
     if config.dtype != "auto" or isinstance(device, Gpu) or kernels is not None or plan.dtype == torch.float32:
         return plan
     if has_bfloat16_arithmetic():

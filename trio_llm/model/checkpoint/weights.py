@@ -22,12 +22,13 @@ from torch import Tensor
 
 from trio_llm.errors import CheckpointError
 from trio_llm.model.ops import seam as ops
-from trio_llm.model.ops.seam import Blocks, Dense, Int8, Keeps, Matrix, SingleMatrix, Stacked, keeps_all
+from trio_llm.model.ops.seam import Blocks, Dense, Int8, Keeps, Matrix, SingleMatrix, Stacked, keeps_integers
 from trio_llm.model.ops.torch_reference import QUANTIZE_ELEMENTS
 from trio_llm.model.parallel.group import Group
 from trio_llm.model.parallel.span import Span, sizes, take, whole
 
 _QUANTIZING_BYTES = 16  # four float32 arrays
+_FP8_NAN = 0x7F  # but for the sign
 DUMMY_STD = 0.02  # Hugging Face's initializer_range
 
 
@@ -85,7 +86,7 @@ class Weights:
     tally: Tally = attrs.field(factory=Tally)
     group: Group = attrs.field(factory=Group)
     exact: bool = False
-    keeps: Keeps = keeps_all
+    keeps: Keeps = keeps_integers
 
     def at(self, module: str) -> Weights:
         """Return the weights of a submodule."""
@@ -250,6 +251,9 @@ class Weights:
         for part in (matrix.scale, matrix.minimum, matrix.outer):
             if part is not None and part.is_floating_point():
                 self._check_finite(part, name)
+        numbers = matrix.weight
+        if matrix.is_fp8 and not numbers.is_meta and (numbers.view(torch.uint8) & _FP8_NAN == _FP8_NAN).any():
+            raise CheckpointError(f"{self.prefix}{name}: holds NaN")
         return matrix.to(self.device)
 
     def _keep_blocks(self, matrix: Blocks, parts: float = 0) -> Blocks:

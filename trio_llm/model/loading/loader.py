@@ -24,7 +24,7 @@ from trio_llm.model.checkpoint.tensors import Checkpoint, FileSource, HeaderSour
 from trio_llm.model.checkpoint.weights import RandomSource, Weights
 from trio_llm.model.config import TORCH_DTYPES, ModelConfig
 from trio_llm.model.families.registry import find_family
-from trio_llm.model.ops.matrices import Keeps, keeps_all
+from trio_llm.model.ops.matrices import Keeps, keeps_integers
 from trio_llm.model.paged.attention_batch import AttentionBatch
 from trio_llm.model.paged.kv_cache import AttentionSpec, KVCache, KVLayout, plan_kv
 from trio_llm.model.paged.rope import Rope
@@ -146,7 +146,7 @@ def inspect_model(
     dtype: torch.dtype | None = None,
     *,
     as_stored: bool = False,
-    keeps: Keeps = keeps_all,
+    keeps: Keeps = keeps_integers,
     rank: int = 0,
 ) -> ModelPlan:
     """Check a checkpoint's config and headers without reading weights.

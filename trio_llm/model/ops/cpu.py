@@ -14,7 +14,7 @@ from cpu_kernels import mask as masking
 from cpu_kernels import moe as experts_on_cpu
 from cpu_kernels.blocks import pack_blocks
 from trio_llm.model.ops import torch_reference as ops_torch
-from trio_llm.model.ops.matrices import Activation, Blocks, Dense, Experts, Int8, Matrix, Panels, keeps_all
+from trio_llm.model.ops.matrices import Activation, Blocks, Dense, Experts, Int8, Matrix, Panels, keeps_integers
 from trio_llm.model.paged.attention_batch import AttentionBatch
 from trio_llm.model.paged.kv_cache import AttentionSpec, LayerKV
 from trio_llm.model.paged.rope import Rope
@@ -25,7 +25,7 @@ UNPACKED = "a table that is not packed"
 LIBRARIES = {UNPACKED: "torch"}
 
 prepare = library.load
-keeps = keeps_all
+keeps = keeps_integers
 set_num_threads = library.set_num_threads
 
 

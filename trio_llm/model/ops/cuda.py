@@ -13,9 +13,10 @@ from cuda_kernels import act, gemm, gemm_w4, gemv, kv_write, norm, paged_attn, q
 from cuda_kernels import moe as experts_on_gpu
 from cuda_kernels import sample as choosing
 from cuda_kernels.tuning import tuning
+from trio_llm.model.ops import fp8
 from trio_llm.model.ops import torch_reference as ops_torch
 from trio_llm.model.ops.logit_edits import LogitEdits
-from trio_llm.model.ops.matrices import Activation, Blocks, Dense, Experts, Int8, SingleMatrix, Tiles
+from trio_llm.model.ops.matrices import Activation, Blocks, Dense, Experts, Fp8, Int8, SingleMatrix, Tiles
 from trio_llm.model.ops.torch_reference import rope_angles
 from trio_llm.model.paged.attention_batch import AttentionBatch
 from trio_llm.model.paged.kv_cache import AttentionSpec, KVLayout, LayerKV
@@ -24,7 +25,8 @@ from trio_llm.model.paged.rope import Rope
 NAME = "cuda"
 # The reason for calling a library instead of a kernel.
 FOR_CUBLAS = "many rows"
-LIBRARIES = {FOR_CUBLAS: "cublas"}
+FOR_SCALED_PRODUCT = "FP8 weights"
+LIBRARIES = {FOR_CUBLAS: "cublas", FOR_SCALED_PRODUCT: "torch"}
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -34,16 +36,22 @@ def prepare(_: Callable[[int, int], None]) -> None:
 
 def keeps(matrix: Blocks, dtype: torch.dtype, is_expert: bool) -> bool:
     """Return whether kernels multiply activations of this type by a matrix as it is stored."""
-    return dtype in HALVES and not is_expert and Tiles.can_hold(matrix)
+    if dtype not in HALVES or is_expert:
+        return False
+    return fp8.keeps(matrix) if matrix.is_fp8 else Tiles.can_hold(matrix)
 
 
 def pack(matrix: Dense | Int8 | Blocks) -> SingleMatrix:
     """Return a matrix in the kernels' layout; only blocks have one of their own."""
-    return Tiles.of(matrix) if isinstance(matrix, Blocks) else matrix
+    if not isinstance(matrix, Blocks):
+        return matrix
+    return Fp8.of(matrix) if matrix.is_fp8 else Tiles.of(matrix)
 
 
-def linear(x: Tensor, matrix: Dense | Int8 | Tiles) -> Tensor:
+def linear(x: Tensor, matrix: Dense | Int8 | Tiles | Fp8) -> Tensor:
     """See `ops_torch.linear`."""
+    if isinstance(matrix, Fp8):
+        return fp8.linear(x, matrix)
     if isinstance(matrix, Tiles):
         return _tiles_linear(x, matrix)
     if len(x) <= gemv.MAX_ROWS:
@@ -56,12 +64,12 @@ def linear(x: Tensor, matrix: Dense | Int8 | Tiles) -> Tensor:
     return _widened_linear(x, matrix)
 
 
-def gated_linear(x: Tensor, gate_up: Dense | Int8 | Tiles, kind: Activation) -> Tensor:
+def gated_linear(x: Tensor, gate_up: Dense | Int8 | Tiles | Fp8, kind: Activation) -> Tensor:
     """See `seam.gated_linear`."""
     if isinstance(gate_up, Tiles):
         if gemm_w4.supports_gated(x, gate_up.shape[0]) is None:
             return _tiles_product(x, gate_up, kind)
-    elif len(x) <= gemv.MAX_ROWS:
+    elif not isinstance(gate_up, Fp8) and len(x) <= gemv.MAX_ROWS:
         scale = gate_up.scale if isinstance(gate_up, Int8) else None
         return gemv.linear(x, gate_up.weight, scale=scale, bias=gate_up.bias, activation=kind)
     if isinstance(gate_up, Int8) and _tiled(x, gate_up):
@@ -206,7 +214,9 @@ def _block_size(batch: AttentionBatch, kv: LayerKV) -> int:
     return batch.layout.groups[kv.group].block_size
 
 
-def _linear(x: Tensor, matrix: Dense | Int8 | Tiles) -> str | None:
+def _linear(x: Tensor, matrix: Dense | Int8 | Tiles | Fp8) -> str | None:
+    if isinstance(matrix, Fp8):
+        return FOR_SCALED_PRODUCT
     if isinstance(matrix, Tiles):
         return None if gemm_w4.supports(x) is None else FOR_CUBLAS
     if len(x) <= gemv.MAX_ROWS:
@@ -214,8 +224,12 @@ def _linear(x: Tensor, matrix: Dense | Int8 | Tiles) -> str | None:
     return None if isinstance(matrix, Int8) and _tiled(x, matrix) else FOR_CUBLAS
 
 
-def _normed_linear(x: Tensor, residual: Tensor | None, weight: Tensor, matrix: Dense | Int8 | Tiles) -> str | None:
-    return "4-bit weights" if isinstance(matrix, Tiles) else gemv.supports_norm(x, residual, weight, matrix.weight)
+def _normed_linear(
+    x: Tensor, residual: Tensor | None, weight: Tensor, matrix: Dense | Int8 | Tiles | Fp8
+) -> str | None:
+    if isinstance(matrix, Tiles | Fp8):
+        return "weights of 4 bits or FP8"
+    return gemv.supports_norm(x, residual, weight, matrix.weight)
 
 
 def _moe(x: Tensor, experts: Experts) -> str | None:

@@ -45,6 +45,7 @@ class Blocks:
     Attributes:
         weight: Bytes [N, K / 2] of two numbers from 0 to 15: input j of 32 in the low half of byte j of 16, input
             j + 16 in its high half. Or int8 [N, K]. Experts have one dimension more, here and below.
+            Or float8_e4m3fn [N, K], with one group, or groups of 128 whose scales 128 outputs share.
         scale: [N, G] float32 or float16, for G groups of K / G inputs; or int8, integers that are times `outer`.
         zero: [N, G] int8, subtracted from the numbers before they are scaled.
         minimum: [N, G] of scale's dtype, added afterwards. With neither, 4-bit numbers have the zero point 8.
@@ -107,10 +108,15 @@ class Blocks:
             parts[name] = part.narrow(dim, int(bounds[0]), int(bounds[1] - bounds[0]))
         return Blocks(**parts, order=None if self.order is None else self.order[begin:end])
 
+    @property
+    def is_fp8(self) -> bool:
+        """Whether numbers are floats of 8 bits."""
+        return self.weight.dtype == torch.float8_e4m3fn
+
     def can_divide(self, count: int) -> bool:
-        """Return whether `divided` leaves groups whole."""
+        """Return whether rows can be looked up, and whether `divided` leaves groups whole."""
         smallest = self.scale if self.outer is None else self.outer
-        return self.order is None and smallest.shape[1] % count == 0
+        return not self.is_fp8 and self.order is None and smallest.shape[1] % count == 0
 
     def divided(self, count: int) -> Blocks:
         """Return [N * count, K / count]: each output's inputs in parts that are outputs of their own."""
@@ -247,13 +253,34 @@ def _tiled(part: Tensor | None) -> Tensor | None:
 
 
 @attrs.frozen(eq=False)
+class Fp8:
+    """An FP8 weight as torch's scaled product takes it.
+
+    Attributes:
+        weight: [N, K] float8_e4m3fn.
+        scale: [N, 1] float32; or [N / 128, K / 128], of blocks.
+        bias: [N] or None.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None = None
+
+    @classmethod
+    def of(cls, matrix: Blocks) -> Fp8:
+        """Take one scale of each block."""
+        scale = matrix.scale if matrix.scale.shape[1] == 1 else matrix.scale[::128].contiguous()
+        return cls(matrix.weight, scale, matrix.bias)
+
+
+@attrs.frozen(eq=False)
 class Stacked:
     """Matrices of the same inputs, one's outputs after the other's, where they are too different to be fused."""
 
     parts: tuple[SingleMatrix, ...]
 
 
-SingleMatrix = Dense | Int8 | Blocks | Panels | Tiles
+SingleMatrix = Dense | Int8 | Blocks | Panels | Tiles | Fp8
 Matrix = SingleMatrix | Stacked
 
 
@@ -276,6 +303,6 @@ class Experts:
 Keeps = Callable[[Blocks, torch.dtype, bool], bool]
 
 
-def keeps_all(*_: object) -> bool:
-    """Return True."""
-    return True
+def keeps_integers(matrix: Blocks, *_: object) -> bool:
+    """Return whether numbers are integers: what native CPU kernels keep."""
+    return not matrix.is_fp8

@@ -26,7 +26,7 @@ from trio_llm.model.ops.matrices import (
     Panels,
     SingleMatrix,
     Stacked,
-    keeps_all,
+    keeps_integers,
 )
 from trio_llm.model.paged.attention_batch import AttentionBatch
 from trio_llm.model.paged.kv_cache import AttentionSpec, KVLayout, LayerKV
@@ -48,7 +48,7 @@ __all__ = [
     "add_rms_norm",
     "embedding",
     "gated_linear",
-    "keeps_all",
+    "keeps_integers",
     "linear",
     "moe",
     "pack",

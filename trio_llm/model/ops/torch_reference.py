@@ -92,7 +92,7 @@ def dequantize(matrix: Blocks) -> Tensor:
 
 def _numbers(weight: Tensor) -> Tensor:
     """Return the numbers of blocks [..., K] as float32."""
-    if weight.dtype == torch.int8:
+    if weight.dtype != torch.uint8:
         return weight.float()
     halves = weight.unflatten(-1, (-1, 1, 16))
     return torch.cat((halves & 0xF, halves >> 4), dim=-2).flatten(-3).float()

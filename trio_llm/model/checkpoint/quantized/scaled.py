@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 
 import attrs
+import torch
 from torch import Tensor
 
 from trio_llm.errors import CheckpointError
@@ -23,6 +24,7 @@ from trio_llm.model.ops.seam import Blocks
 # What activations would have been quantised by.
 ACTIVATION_SCALES = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
 _STORED = {"I8": "INT8", "F8_E4M3": "FP8", "F8_E5M2": "FP8 (e5m2)"}
+_BLOCK = 128  # outputs and inputs that share a scale of torch's scaled product
 _ZEROS = ("I8", "I32", *SCALES)
 
 
@@ -55,9 +57,13 @@ class Scaled:
             return weight.mul_(_spread(tensors[name], repeats, shape))
 
         def keep(tensors: Mapping[str, Tensor]) -> Blocks:
-            zeros, scales = tensors.get("weight_zero_point"), tensors[name]
-            scales = scales_of_blocks(scales.reshape(_grid(tuple(scales.shape))), shape[0])
-            zero = None if zeros is None else zeros.reshape(_grid(tuple(zeros.shape))).expand_as(scales).contiguous()
+            zeros, scales = tensors.get("weight_zero_point"), _grid_of(tensors[name])
+            if self._is_fp8(parts):
+                scales = scales.float()
+            if repeats[0] not in (1, shape[0]):
+                scales = scales.repeat_interleave(repeats[0], 0)
+            scales = scales_of_blocks(scales, shape[0])
+            zero = None if zeros is None else _grid_of(zeros).expand_as(scales).contiguous()
             return Blocks(tensors["weight"], scales, zero=zero)
 
         return Scheme(_STORED[parts.dtype("weight")], shape, widen, keep, self._template(parts, name, shape, repeats))
@@ -66,12 +72,17 @@ class Scaled:
         self, parts: Parts, scale: str, shape: tuple[int, int], repeats: tuple[int, int]
     ) -> Callable[[], Blocks] | None:
         has_zeros = "weight_zero_point" in parts
+        if self._is_fp8(parts):
+            return None if has_zeros else _fp8_template(shape, repeats)
         if parts.dtype("weight") != "I8" or (has_zeros and parts.dtype("weight_zero_point") != "I8"):
             return None
         if repeats[0] not in (1, shape[0]) or shape[1] % repeats[1]:  # scales of several outputs, or of a cut group
             return None
         blocks = block_shape(parts, shape, 8, shape[1] // repeats[1], scale=scale, has_zeros=has_zeros)
         return blocks and blocks.template
+
+    def _is_fp8(self, parts: Parts) -> bool:
+        return parts.dtype("weight") == "F8_E4M3"
 
     def _repeats(self, parts: Parts, name: str, shape: tuple[int, int]) -> tuple[int, int]:
         """Return the number of outputs and of inputs that share a scale."""
@@ -89,13 +100,31 @@ class Scaled:
         raise parts.error(name, f"has the shape {list(stored)} for {outputs} x {inputs} weights; expected {expected}")
 
 
+def _fp8_template(shape: tuple[int, int], repeats: tuple[int, int]) -> Callable[[], Blocks] | None:
+    """Return FP8 blocks without their values; None if torch's scaled product has no such scales."""
+    outputs, inputs = shape
+    is_cut = outputs % _BLOCK or inputs % _BLOCK
+    if repeats[1] != inputs and (repeats != (_BLOCK, _BLOCK) or is_cut):
+        return None
+    if repeats[0] not in (1, outputs, _BLOCK):
+        return None
+    groups = inputs // repeats[1]
+    return lambda: Blocks(
+        torch.empty(shape, dtype=torch.float8_e4m3fn, device="meta"), torch.empty((outputs, groups), device="meta")
+    )
+
+
+def _grid_of(scale: Tensor) -> Tensor:
+    return scale.reshape(_grid(tuple(scale.shape)))
+
+
 def _grid(shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[0] if shape else 1, math.prod(shape[1:]))
 
 
 def _spread(scale: Tensor, repeats: tuple[int, int], shape: tuple[int, ...]) -> Tensor:
     """Return one float32 scale per element of [N, K], or what broadcasts to that."""
-    grid = scale.float().reshape(_grid(tuple(scale.shape)))
+    grid = _grid_of(scale.float())
     for dim in (0, 1):
         if grid.shape[dim] not in (1, shape[dim]):
             grid = grid.repeat_interleave(repeats[dim], dim).narrow(dim, 0, shape[dim])
