@@ -55,7 +55,8 @@ def linear(x: Tensor, matrix: Fp8) -> Tensor:
     rounded, scale = quantize_rows(x, BLOCK if has_blocks else x.shape[1])
     # One scale per 128 activations lies with the tokens' next to each other, those of weights with the inputs'.
     own = scale.T.contiguous().T if has_blocks else scale
-    out = torch._scaled_mm(rounded, matrix.weight.T, own, matrix.scale.T, out_dtype=torch.bfloat16)
+    product = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage] - in torch.nn.functional from 2.10 on only
+    out = product(rounded, matrix.weight.T, own, matrix.scale.T, out_dtype=torch.bfloat16)
     out = out.to(x.dtype)
     return out if matrix.bias is None else out.add_(matrix.bias)
 
