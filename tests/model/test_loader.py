@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tests.model.golden import FP32_TOLERANCE, Golden, max_difference
 from tests.model.paged import CPU, Paged, load
 from trio_llm.config import EngineConfig
 from trio_llm.errors import CheckpointError
+from trio_llm.model.checkpoint import tensors
 from trio_llm.model.loading.loader import inspect_model, load_model
 from trio_llm.model_info import Progress
 
@@ -145,3 +147,23 @@ def test_weights_are_not_mapped_files(tmp_path: Path) -> None:
     before = Paged(loaded, 1).prefill([[5, 6, 7]], None)[0]
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert torch.equal(Paged(loaded, 1).prefill([[5, 6, 7]], None)[0], before)
+
+
+def test_files_are_mapped_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has been read of a file does not stay in memory until all of it has been."""
+
+    class File:
+        """A mapped file."""
+
+    monkeypatch.setattr(tensors, "_MAX_MAPPED_BYTES", 100)
+    files, path, other = tensors.MappedFiles(lambda _: File()), Path("a"), Path("b")
+    first = weakref.ref(files.at(path, 60))
+    assert files.at(path, 40) is first()
+    files.at(other, 100)
+    second = weakref.ref(files.at(path, 1))
+    assert first() is None
+    assert files.at(path, 99) is second()
+    huge = weakref.ref(files.at(path, 1000))
+    assert second() is None
+    files.close()
+    assert huge() is None

@@ -19,7 +19,7 @@ from trio_llm.gguf.config import config_json, generation_json, set_rope_factors
 from trio_llm.gguf.header import GgufHeader, GgufTensor, read_gguf
 from trio_llm.gguf.names import hf_names
 from trio_llm.model.checkpoint.gguf_blocks import CONVERTERS
-from trio_llm.model.checkpoint.tensors import Checkpoint, TensorInfo
+from trio_llm.model.checkpoint.tensors import Checkpoint, MappedFiles, TensorInfo
 from trio_llm.model.config import ModelConfig
 from trio_llm.model.ops.seam import Blocks
 
@@ -127,7 +127,8 @@ class _Reader:
 
     def __init__(self, header: GgufHeader, library: Any, rotated_heads: Mapping[str, int]) -> None:
         self._tensors, self._library, self._rotated_heads = header.tensors, library, rotated_heads
-        self._files: dict[Path, NDArray[np.uint8]] = {}
+        # Copy on write: torch takes no array that it must not write to.
+        self._files = MappedFiles(lambda path: np.memmap(path, np.uint8, mode="c"))
 
     def read(self, info: TensorInfo) -> Tensor:
         widened = self._widen(self._data(info), info)
@@ -144,14 +145,11 @@ class _Reader:
         return Blocks.gathered(outputs, map(CONVERTERS[info.dtype], chunks))
 
     def close(self) -> None:
-        self._files.clear()
+        self._files.close()
 
     def _data(self, info: TensorInfo) -> NDArray[np.uint8]:
-        if info.path not in self._files:
-            # Copy on write: torch takes no array that it must not write to.
-            self._files[info.path] = np.memmap(info.path, np.uint8, mode="c")
         begin = self._tensors[info.stored_name].offset + info.index * info.nbytes
-        return self._files[info.path][begin : begin + info.nbytes]
+        return self._files.at(info.path, info.nbytes)[begin : begin + info.nbytes]
 
     def _heads(self, info: TensorInfo) -> int | None:
         """Return the number of heads of a matrix whose rows llama.cpp reorders, None for others."""

@@ -19,7 +19,15 @@ from torch import Tensor
 
 from trio_llm.errors import CheckpointError
 from trio_llm.model.checkpoint.quantized.grouping import group, read_formats
-from trio_llm.model.checkpoint.tensors import FLOATS, MAX_TENSORS, Checkpoint, QuantizedInfo, TensorInfo, listed
+from trio_llm.model.checkpoint.tensors import (
+    FLOATS,
+    MAX_TENSORS,
+    Checkpoint,
+    MappedFiles,
+    QuantizedInfo,
+    TensorInfo,
+    listed,
+)
 from trio_llm.model.config import ModelConfig
 from trio_llm.model.ops.seam import Blocks
 from trio_llm.model_files import has_file, path_in, read_json
@@ -161,7 +169,7 @@ class _Reader:
     """Reads tensors of memory-mapped files: plain ones as stored, quantised ones in float32 or as blocks."""
 
     def __init__(self) -> None:
-        self._files: dict[Path, Any] = {}
+        self._files: MappedFiles[Any] = MappedFiles(lambda path: safe_open(path, framework="pt"))
 
     def read(self, info: TensorInfo) -> Tensor:
         if not isinstance(info, QuantizedInfo):
@@ -180,9 +188,7 @@ class _Reader:
         return {name: self._stored(part) for name, part in info.parts.items()}
 
     def _stored(self, info: TensorInfo) -> Tensor:
-        if info.path not in self._files:
-            self._files[info.path] = safe_open(info.path, framework="pt")
-        return self._files[info.path].get_tensor(info.stored_name)
+        return self._files.at(info.path, info.nbytes).get_tensor(info.stored_name)
 
     def close(self) -> None:
-        self._files.clear()
+        self._files.close()

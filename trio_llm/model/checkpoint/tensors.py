@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Generic, Protocol, Self, TypeVar
 
 import attrs
 import torch
@@ -16,6 +16,7 @@ from trio_llm.model.ops.seam import Blocks
 from trio_llm.model.parallel.span import Span, counts, share_of, sizes, take
 from trio_llm.model_info import Progress
 
+_MAX_MAPPED_BYTES = 2**26  # read of a file before it is mapped anew
 MAX_TENSORS = 200_000  # far above any published model; safetensors takes 6 s to open this many
 _MAX_LISTED = 20
 FLOATS = ("BF16", "F16", "F32")
@@ -71,6 +72,34 @@ class Reader(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+T = TypeVar("T")
+
+
+class MappedFiles(Generic[T]):
+    """Memory-mapped files, each mapped anew when much of it has been read.
+
+    Pages that have been read count as memory of the process for as long as the file is mapped.
+    """
+
+    def __init__(self, open_file: Callable[[Path], T]) -> None:
+        self._open = open_file
+        self._files: dict[Path, T] = {}
+        self._read_bytes: dict[Path, int] = {}
+
+    def at(self, path: Path, nbytes: int) -> T:
+        """Return a file, of which `nbytes` will be read."""
+        read_bytes = self._read_bytes.get(path, _MAX_MAPPED_BYTES) + nbytes
+        if read_bytes > _MAX_MAPPED_BYTES:
+            self._files[path] = self._open(path)
+            read_bytes = nbytes
+        self._read_bytes[path] = read_bytes
+        return self._files[path]
+
+    def close(self) -> None:
+        self._files.clear()
+        self._read_bytes.clear()
 
 
 @attrs.frozen
