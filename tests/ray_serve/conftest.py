@@ -20,7 +20,13 @@ import pytest
 from tests.ray_serve.gate import GATE
 
 ROOT = Path(__file__).parents[2]
-TWO = {"num_replicas": 2, "config": {"engine": {"cpu_threads": 1}}}
+DEPLOYED = {
+    "num_replicas": 2,
+    "max_replicas": 3,
+    "upscale_delay_s": 1,
+    "downscale_delay_s": 1,
+    "config": {"engine": {"cpu_threads": 1, "max_batch_size": 4}},
+}
 _END_S = 60.0
 
 
@@ -53,18 +59,16 @@ def cluster() -> Iterator[Cluster]:
         port, process, answers = _start(Path(directory), gate)
         try:
             cluster = Cluster(port, gate, process, answers)
-            cluster.call("deploy", TWO)
+            cluster.call("deploy", DEPLOYED)
             yield cluster
         finally:
             process.stdin.close()
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(_END_S)
-            answers.close()
             left = _processes(gate)
             for pid in left:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             process.wait()
+            answers.close()  # A test that failed may still read: it has met the end by now.
     assert not left
     assert process.returncode == 0
 
@@ -80,6 +84,10 @@ def _start(directory: Path, gate: Path) -> tuple[int, Any, Any]:
         "HOME": str(directory),  # Ray writes its token there.
         "PYTHONPATH": str(ROOT),
         "PYTHONWARNINGS": "default",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "trio_llm.ray_serve.prefix_header:middlewares",
+        # Seconds; ten by default.
+        "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
+        "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     command = f"exec {sys.executable} -m tests.ray_serve.driver {port} {directory} 3>&{write} {write}>&-"

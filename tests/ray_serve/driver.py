@@ -17,13 +17,12 @@ from ray._private import state
 from tests.ray_serve.gate import open_gated_engine
 from trio_llm.ray_serve.app import NAME, build
 
-_POLL_S = 0.05
+_POLL_S, _WAIT_S = 0.05, 100.0
 
 
 def deploy(arguments: dict[str, Any]) -> None:
-    """Deploy, or change what is deployed, and wait until it is so."""
+    """Deploy, and wait until it is so."""
     serve.run(build(arguments, open_engine=open_gated_engine), name="test")
-    wait(arguments["num_replicas"])
 
 
 def replicas() -> dict[str, int]:
@@ -38,25 +37,27 @@ def replicas() -> dict[str, int]:
 
 def wait(count: int) -> dict[str, int]:
     """Wait until so many replicas run, and no other is alive; return them."""
-    while True:
+    deadline_s = time.monotonic() + _WAIT_S
+    while time.monotonic() < deadline_s:
         states = serve.status().applications["test"].deployments[NAME].replica_states
         running = {str(name): number for name, number in states.items() if number}
         if running == {"RUNNING": count} and len(found := replicas()) == count:
             return found
         time.sleep(_POLL_S)  # Ray tells nobody when it has changed.
+    raise TimeoutError(f"there are {running}, not {count} replicas")
 
 
-COMMANDS = {"deploy": deploy, "replicas": replicas, "wait": wait}
+COMMANDS = {"deploy": deploy, "wait": wait}
 
 
 def main(port: int, directory: str) -> None:
     """Run Ray on loopback until the input ends."""
     ray.init(num_cpus=8, include_dashboard=False, _node_ip_address="127.0.0.1", _temp_dir=directory)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    answers = open(3, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 - standard output has Ray's own lines
-    for line in sys.stdin:
-        name, *arguments = json.loads(line)
-        print(json.dumps(COMMANDS[name](*arguments)), file=answers)
+    with open(3, "w", encoding="utf-8", buffering=1) as answers:  # Standard output has Ray's own lines.
+        for line in sys.stdin:
+            name, *arguments = json.loads(line)
+            print(json.dumps(COMMANDS[name](*arguments)), file=answers)
     serve.shutdown()
     ray.shutdown()
 

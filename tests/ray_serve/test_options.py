@@ -51,6 +51,10 @@ def test_the_settings_are_those_of_serve(tmp_path: Path) -> None:
         ({"num_gpus": -1}, "num_gpus"),
         ({"num_gpus": "nan"}, "num_gpus"),
         ({"num_cpus": "all"}, "num_cpus"),
+        ({"owns_batches": True, "num_replicas": 2}, "owns_batches"),
+        ({"owns_batches": True, "max_replicas": 2}, "owns_batches"),
+        ({"upscale_delay_s": 0}, "upscale_delay_s"),
+        ({"downscale_delay_s": "soon"}, "downscale_delay_s"),
         ({"prefix_affinity": "perhaps"}, "prefix_affinity"),
         ({"config": "nowhere.yaml"}, "file"),
         ({"config": {"motor": {}}}, "motor"),
@@ -71,13 +75,6 @@ def test_a_replica_without_a_gpu_uses_none() -> None:
     """What Ray has not given to it is another's."""
     assert Options.parse({}, {}).config.engine.device == "cpu"
     assert Options.parse({"num_gpus": 1}, {}).config.engine.device == "auto"
-
-
-def test_only_a_single_replica_owns_batches() -> None:
-    """Also where there could be a second one later."""
-    assert Options.parse({}, {}).is_alone
-    assert not Options.parse({"num_replicas": 2}, {}).is_alone
-    assert not Options.parse({"max_replicas": 2}, {}).is_alone
 
 
 def test_a_missing_ray_is_one_plain_line() -> None:

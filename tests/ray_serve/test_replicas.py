@@ -147,3 +147,47 @@ async def test_a_killed_replica_loses_its_own_requests_and_is_replaced(
     assert other.replica in after
     for name in after:
         assert '"ok"' in await ask_replica(cluster.port, name, "/health")
+
+
+async def test_equal_beginnings_go_to_one_replica(cluster: Cluster, replicas: dict[str, int]) -> None:
+    """Each is cached where it was computed; different ones are spread."""
+    seen: set[str] = set()
+    with trio.fail_after(DEADLINE_S):
+        for number in range(12):
+            beginning = f"Rule {number}: " + "What is the capital of Japan? " * 12
+            answers = []
+            for ending in ("One", "Two", "Three", "Four"):
+                body = {"prompt": beginning + ending, "max_tokens": 1}
+                status, replica, data = await ask(cluster.port, "/v1/completions", body)
+                assert status == 200, data
+                answers.append((replica, json.loads(data)["usage"]["prompt_tokens_details"]["cached_tokens"]))
+            assert len({replica for replica, _ in answers}) == 1
+            assert [cached > 0 for _, cached in answers] == [False, True, True, True]
+            seen.add(answers[0][0])
+    assert seen == set(replicas)
+
+
+async def test_the_queues_of_the_engines_decide_how_many_replicas_there_are(
+    cluster: Cluster, replicas: dict[str, int]
+) -> None:
+    """Waiting requests bring a third replica, and it goes when there is less to do. No request is lost meanwhile."""
+    async with trio.open_nursery() as nursery:
+        with closed(cluster.gate):
+            for number in range(24):  # Two replicas run 8 of them; the others wait in the engines.
+                nursery.start_soon(_stream_whole, cluster.port, f"Question {number}: what is the capital of Japan?")
+            assert set(replicas) < set(await in_thread(cluster.call, "wait", 3))
+    scaled_down = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_ask_until, cluster.port, scaled_down)
+        assert len(await in_thread(cluster.call, "wait", 2)) == 2
+        scaled_down.set()
+
+
+async def _stream_whole(port: int, prompt: str) -> None:
+    async with streaming(port, prompt) as reading:
+        assert ended_whole(await reading.to_end())
+
+
+async def _ask_until(port: int, event: trio.Event) -> None:
+    while not event.is_set():
+        await _stream_whole(port, "What is the capital of Japan?")

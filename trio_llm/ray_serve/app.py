@@ -8,6 +8,7 @@ from typing import Any
 
 try:
     from ray import serve
+    from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 except ImportError:
     raise ImportError("replicas on Ray Serve need Ray: pip install 'trio-llm[ray]'") from None
 
@@ -19,15 +20,17 @@ from trio_llm.ray_serve.replica import OpenEngine, Replica
 from trio_llm.server.app import check_settings
 
 NAME = "trio-llm"
+# Longer than the time between two reports of a replica, as Ray demands.
+_SHORTEST_LOOK_BACK_S = 11.0
 
 
 @serve.ingress()
 class Deployment:
     """Ray's names for what a replica does."""
 
-    async def __init__(self, config: Config, is_alone: bool, open_engine: OpenEngine) -> None:
+    async def __init__(self, config: Config, owns_batches: bool, open_engine: OpenEngine) -> None:
         name = serve.get_replica_context().replica_id.unique_id
-        self._replica = Replica(config, name=name, is_alone=is_alone, open_engine=open_engine)
+        self._replica = Replica(config, name=name, owns_batches=owns_batches, open_engine=open_engine)
         await self._replica.open()
 
     def __serve_build_asgi_app__(self) -> Replica:
@@ -54,16 +57,34 @@ def build(arguments: Mapping[str, Any], *, open_engine: OpenEngine = open_engine
     check_settings(options.config)
     deployment = serve.deployment(
         name=NAME,
-        # The router skips a replica that is full, and refuses what would wait for too long.
+        # The router skips a replica that is full. As many as fit into all may wait in it: a burst waits for a moment.
         max_ongoing_requests=options.num_places,
-        max_queued_requests=options.num_places,
+        max_queued_requests=options.num_places * (options.max_replicas or options.num_replicas),
         ray_actor_options={"num_cpus": options.num_cpus, "num_gpus": options.num_gpus},
         graceful_shutdown_wait_loop_s=1.0,
         graceful_shutdown_timeout_s=options.config.server.shutdown_timeout_s + UNWIND_S,
         **_replicas(options),
+        **_router(options),
     )(Deployment)
-    return deployment.bind(options.config, options.is_alone, open_engine)  # What changes these restarts all replicas.
+    return deployment.bind(options.config, options.owns_batches, open_engine)
 
 
 def _replicas(options: Options) -> dict[str, Any]:
-    return {"num_replicas": options.num_replicas}
+    if options.max_replicas is None:
+        return {"num_replicas": options.num_replicas}
+    scaling = AutoscalingConfig(
+        min_replicas=options.num_replicas,
+        max_replicas=options.max_replicas,
+        target_ongoing_requests=options.config.engine.max_batch_size,
+        look_back_period_s=max(options.upscale_delay_s, _SHORTEST_LOOK_BACK_S),
+        upscale_delay_s=options.upscale_delay_s,
+        downscale_delay_s=options.downscale_delay_s,
+        policy=AutoscalingPolicy(policy_function="trio_llm.ray_serve.autoscaling:engine_queue_policy"),
+    )
+    return {"autoscaling_config": scaling}
+
+
+def _router(options: Options) -> dict[str, Any]:
+    if not options.prefix_affinity:
+        return {}
+    return {"request_router_config": {"request_router_class": "trio_llm.ray_serve.prefix_router:PrefixRouter"}}

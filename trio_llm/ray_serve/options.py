@@ -23,16 +23,22 @@ class Options:
         config: The settings of `trio-llm serve`; every replica has the same.
         num_replicas: Number of replicas; with `max_replicas`, the least number.
         max_replicas: Scale up to this number with the engines' queues. None does not scale.
+        upscale_delay_s: Time for which the queues have been long before that.
+        downscale_delay_s: Time for which fewer replicas would do before one is removed.
         num_gpus: GPUs of each replica; a part of one shares it.
         num_cpus: Cores that Ray reserves for each replica.
+        owns_batches: This one replica has files and batches; there is never another.
         prefix_affinity: Send requests that begin alike to one replica.
     """
 
     config: Config
     num_replicas: int = 1
     max_replicas: int | None = None
+    upscale_delay_s: float = 30.0
+    downscale_delay_s: float = 600.0
     num_gpus: float = 0.0
     num_cpus: float = 1.0
+    owns_batches: bool = False
     prefix_affinity: bool = True
 
     @classmethod
@@ -50,8 +56,11 @@ class Options:
             config=_config(arguments.get("config"), environ),
             num_replicas=_number(arguments, "num_replicas", int, 1, at_least=1),
             max_replicas=_number(arguments, "max_replicas", int, None, at_least=1),
+            upscale_delay_s=_number(arguments, "upscale_delay_s", float, 30.0, at_least=1),
+            downscale_delay_s=_number(arguments, "downscale_delay_s", float, 600.0, at_least=1),
             num_gpus=_number(arguments, "num_gpus", float, 0.0, at_least=0),
             num_cpus=_number(arguments, "num_cpus", float, 1.0, at_least=0),
+            owns_batches=_flag(arguments, "owns_batches", default=False),
             prefix_affinity=_flag(arguments, "prefix_affinity", default=True),
         )
         return options._checked()
@@ -60,6 +69,8 @@ class Options:
         if self.max_replicas is not None and self.max_replicas < self.num_replicas:
             allowed = f"at least num_replicas, which is {self.num_replicas}"
             raise ConfigError("max_replicas", self.max_replicas, _SOURCE, allowed)
+        if self.owns_batches and (self.max_replicas or self.num_replicas) > 1:
+            raise ConfigError("owns_batches", True, _SOURCE, "true with one replica only: files have one owner")
         engine, server = self.config.engine, self.config.server
         if not self.num_gpus:
             if engine.device == "cuda":
@@ -69,11 +80,6 @@ class Options:
         return attrs.evolve(
             self, config=attrs.evolve(self.config, engine=engine, server=attrs.evolve(server, enable_shutdown=False))
         )
-
-    @property
-    def is_alone(self) -> bool:
-        """Whether there is never more than one replica, which then owns the files and batches."""
-        return (self.max_replicas or self.num_replicas) == 1
 
     @property
     def num_places(self) -> int:

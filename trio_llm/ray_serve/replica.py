@@ -19,6 +19,7 @@ from trio_llm.config import Config
 from trio_llm.engine import Engine
 from trio_llm.errors import EngineDeadError
 from trio_llm.ray_serve.asyncio_asgi import Receive, Send, answer_on_trio
+from trio_llm.ray_serve.autoscaling import LOAD
 from trio_llm.server.app import ServerApp, create_app
 
 OpenEngine = Callable[..., AbstractAsyncContextManager[Engine]]
@@ -27,8 +28,6 @@ NO_BATCHES = (
     "Files and batches belong to one server, and this is one of several replicas. Run `trio-llm serve`, or a single "
     "replica, for them."
 )
-# Metrics of a replica, for the autoscaler.
-LOAD = "trio_llm_load"
 _UNHEALTHY = frozenset({"stalled", "failing", "dead"})
 _log = logging.getLogger(__name__)
 
@@ -39,14 +38,14 @@ class Replica:
     Args:
         config: The settings.
         name: Of this replica; each response has it as `x-replica`.
-        is_alone: There are no other replicas: this one has files and batches.
+        owns_batches: It has files and batches.
         open_engine: Opens the engine.
     """
 
-    def __init__(self, config: Config, *, name: str, is_alone: bool, open_engine: OpenEngine = open_engine) -> None:
+    def __init__(self, config: Config, *, name: str, owns_batches: bool, open_engine: OpenEngine = open_engine) -> None:
         self._config = config
         self._name = name.encode()
-        self._is_alone = is_alone
+        self._owns_batches = owns_batches
         self._open_engine = open_engine
         self._closing = False
 
@@ -75,9 +74,9 @@ class Replica:
             raise EngineDeadError(message=f"The engine is {health.status}: {health.reason}")
 
     async def load(self) -> dict[str, float]:
-        """Return running and waiting requests of the engine, as a part of what it runs at a time."""
+        """Return the metric of the autoscaler."""
         health = await self._on_trio(lambda app: app.services.engine.health())
-        return {LOAD: (health.num_running + health.num_waiting) / self._config.engine.max_batch_size}
+        return {LOAD: float(health.num_running + health.num_waiting)}
 
     async def _on_trio(self, read: Callable[[ServerApp], Any]) -> Any:
         async def run() -> Any:
@@ -103,7 +102,7 @@ class Replica:
     async def _serve(self) -> AsyncGenerator[ServerApp]:
         """Open the engine and run the app's background tasks, in the bridge's thread."""
         async with self._open_engine(self._config, tune_interpreter=True) as engine:
-            app = create_app(engine, self._config, no_batches=None if self._is_alone else NO_BATCHES)
+            app = create_app(engine, self._config, no_batches=None if self._owns_batches else NO_BATCHES)
             async with trio.open_nursery() as nursery:
                 app.nursery = nursery
                 await app.startup()
