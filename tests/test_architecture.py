@@ -139,6 +139,7 @@ def test_every_library_is_declared() -> None:
         "opentelemetry",
         "playwright",
         "ray",
+        "starlette",
         "zmq",
     }  # Imported inside functions, and missed in plain words.
     spelled = {"pyyaml": "yaml"}

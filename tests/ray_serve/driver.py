@@ -15,14 +15,14 @@ from ray import serve
 from ray._private import state
 
 from tests.ray_serve.gate import open_gated_engine
-from trio_llm.ray_serve.app import NAME, build
+from trio_llm.ray_serve.app import NAME, application
 
 _POLL_S, _WAIT_S = 0.05, 100.0
 
 
 def deploy(arguments: dict[str, Any]) -> None:
     """Deploy, and wait until it is so."""
-    serve.run(build(arguments, open_engine=open_gated_engine), name="test")
+    serve.run(application(arguments, open_gated_engine), name="test")
 
 
 def replicas() -> dict[str, int]:

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from trio_llm.errors import ConfigError
 from trio_llm.ray_serve.options import Options
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -77,9 +80,25 @@ def test_a_replica_without_a_gpu_uses_none() -> None:
     assert Options.parse({"num_gpus": 1}, {}).config.engine.device == "auto"
 
 
+def test_the_example_is_allowed() -> None:
+    """deploy/ray/serve.yaml has arguments and settings that exist."""
+    (application,) = yaml.safe_load((ROOT / "deploy/ray/serve.yaml").read_text(encoding="utf-8"))["applications"]
+    options = Options.parse(application["args"], {})
+    assert (options.num_replicas, options.max_replicas, options.config.engine.max_batch_size) == (2, 4, 64)
+    assert application["import_path"] == "trio_llm.ray_serve.app:build"
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")
+def test_the_example_is_rays() -> None:
+    """Ray reads it as a config file of Serve."""
+    from ray.serve.schema import ServeDeploySchema
+
+    ServeDeploySchema.model_validate(yaml.safe_load((ROOT / "deploy/ray/serve.yaml").read_text(encoding="utf-8")))
+
+
 def test_a_missing_ray_is_one_plain_line() -> None:
     """The import says what to install."""
     code = "import sys; sys.modules['ray'] = None; import trio_llm.ray_serve.app"
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stderr.splitlines()[-1] == "ImportError: replicas on Ray Serve need Ray: pip install 'trio-llm[ray]'"

@@ -21,7 +21,7 @@ def chat(*contents: str, **fields: Any) -> bytes:
 
 def test_equal_beginnings_have_equal_keys() -> None:
     """Whatever stands before and after the prompt; where two prompts differ, so do all keys from there on."""
-    one, other = prefix_keys(chat(SYSTEM, "a" * 600)), prefix_keys(chat(SYSTEM, "b" * 600, temperature=0.5))
+    one, other = prefix_keys(chat(SYSTEM, "a" + "x" * 900)), prefix_keys(chat(SYSTEM, "b" + "x" * 900, temperature=1))
     same = [left == right for left, right in zip(one, other, strict=True)]
     assert same == sorted(same, reverse=True)
     assert (sum(same), len(same)) == (len(SYSTEM) // CHUNK_BYTES, len(one))
@@ -202,3 +202,14 @@ def test_the_policy_divides_what_there_is_to_do(loads: dict[str, float] | None, 
     from trio_llm.ray_serve.autoscaling import engine_queue_policy
 
     assert engine_queue_policy(FakeContext(loads, queued)) == (desired, {})
+
+
+@pydantic
+@pytest.mark.ray
+def test_the_command_line_can_build_the_application() -> None:
+    """`serve run` passes texts to a function of one argument."""
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+
+    from trio_llm.ray_serve.app import build
+
+    call_user_app_builder_with_args_if_necessary(build, {"num_replicas": "2", "max_replicas": "4"})  # pyright: ignore[reportArgumentType]

@@ -149,6 +149,21 @@ async def test_a_killed_replica_loses_its_own_requests_and_is_replaced(
         assert '"ok"' in await ask_replica(cluster.port, name, "/health")
 
 
+async def test_no_replica_has_files_and_batches(cluster: Cluster, replicas: dict[str, int]) -> None:
+    """They have one owner: both replicas refuse them by name. Each answer has one request id."""
+    with trio.fail_after(DEADLINE_S):
+        refused: set[str] = set()
+        while refused != set(replicas):
+            for path in ("/v1/files", "/v1/batches"):
+                status, replica, data = await ask(cluster.port, path)
+                assert status == 501
+                assert b"owns_batches" in data
+                refused.add(replica)
+        async with await trio.open_tcp_stream("127.0.0.1", cluster.port) as stream:
+            await stream.send_all(request("/health", None))
+            assert (await Reading(stream).to_end()).count(b"x-request-id") == 1
+
+
 async def test_equal_beginnings_go_to_one_replica(cluster: Cluster, replicas: dict[str, int]) -> None:
     """Each is cached where it was computed; different ones are spread."""
     seen: set[str] = set()

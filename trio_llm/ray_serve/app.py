@@ -43,16 +43,17 @@ class Deployment:
         return await self._replica.load()
 
 
-def build(arguments: Mapping[str, Any], *, open_engine: OpenEngine = open_engine) -> serve.Application:
-    """Check the arguments and return the application.
-
-    Args:
-        arguments: See `Options`.
-        open_engine: Opens the engine of a replica.
+def build(arguments: Mapping[str, Any]) -> serve.Application:
+    """Check the arguments, see `Options`, and return the application. Ray calls it, with nothing else.
 
     Raises:
         ConfigError: An argument or a setting is not allowed.
     """
+    return application(arguments, open_engine)
+
+
+def application(arguments: Mapping[str, Any], open_engine: OpenEngine) -> serve.Application:
+    """Return the application whose replicas open their engines so. Raises what `build` raises."""
     options = Options.parse(arguments, os.environ)
     check_settings(options.config)
     deployment = serve.deployment(

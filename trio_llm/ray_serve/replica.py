@@ -26,7 +26,7 @@ OpenEngine = Callable[..., AbstractAsyncContextManager[Engine]]
 
 NO_BATCHES = (
     "Files and batches belong to one server, and this is one of several replicas. Run `trio-llm serve`, or a single "
-    "replica, for them."
+    "replica with owns_batches, for them."
 )
 _UNHEALTHY = frozenset({"stalled", "failing", "dead"})
 _log = logging.getLogger(__name__)
@@ -86,7 +86,9 @@ class Replica:
 
     async def _signed(self, send: Send, message: Any) -> None:
         if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message["headers"], (b"x-replica", self._name)]}
+            # Ray's proxy adds the id that both have.
+            headers = [header for header in message["headers"] if header[0] != b"x-request-id"]
+            message = {**message, "headers": [*headers, (b"x-replica", self._name)]}
         await send(message)
 
     async def _live(self, receive: Receive, send: Send) -> None:
