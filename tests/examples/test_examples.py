@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import runpy
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.server.process import serving
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # What the output of each must hold.
@@ -31,22 +32,9 @@ SAYS = {
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Start a server as the examples ask for, on a free port; return its base URL."""
     data_dir = tmp_path_factory.mktemp("examples") / "data"
-    flags = ["--host", "127.0.0.1", "--port", "0", "--data-dir", str(data_dir), "--num-gpu-blocks-override", "256"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "trio_llm", "serve", *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        cwd=EXAMPLES.parent,
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if found := re.search(r"is served on (\S+)\. ", line):
-                yield f"{found[1]}/v1"
-                break
-        else:
-            pytest.fail("the server did not start")
-        process.terminate()
+    flags = ["--data-dir", str(data_dir), "--num-gpu-blocks-override", "256"]
+    with serving(*flags) as server:
+        yield f"{server.url}/v1"
 
 
 def test_every_example_is_listed() -> None:

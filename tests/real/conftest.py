@@ -16,6 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.real.smollm2 import GGUF_NAME
+from tests.server.process import ServerProcess, serving
+
 _HERE = Path(__file__).parent
 
 
@@ -76,3 +79,12 @@ def smollm2_reference(smollm2: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def gguf_server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """Serve SmolLM2's GGUF file, computed as stored, for at most 32 requests at once."""
+    flags = ["--dtype", "float32", "--cpu-threads", "1", "--max-num-seqs", "32"]
+    data_dir = tmp_path_factory.mktemp("served") / "data"
+    with serving(str(smollm2 / GGUF_NAME), *flags, "--data-dir", str(data_dir)) as server:
+        yield server

@@ -10,7 +10,6 @@ import torch
 from tests.real.as_stored import check_as_stored
 from tests.real.smollm2 import GGUF_NAME
 from tests.real.test_quantized import MESSAGE
-from trio_llm import LLM, SamplingParams
 from trio_llm.config import EngineConfig
 from trio_llm.model.loading.loader import inspect_model, load_model
 from trio_llm.tokenizer import Tokenizer
@@ -59,13 +58,3 @@ def test_computed_as_stored_it_says_what_its_widened_twin_does(gguf_file: Path) 
     plan = check_as_stored(settings, Tokenizer.from_directory(gguf_file).encode(MESSAGE))
     assert set(plan.kept_formats) == {"Q4_1", "Q8_0"}
     assert plan.weight_bytes < 1.01 * plan.stored_bytes
-
-
-def test_a_file_answers(gguf_file: Path) -> None:
-    """The file alone is enough to chat: its own template, its own end of turn."""
-    model = LLM(str(gguf_file), dtype="float32", num_kv_blocks=64)
-    prompt = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
-    (answer,) = model.generate(prompt, SamplingParams(temperature=0, max_tokens=20), use_tqdm=False)
-    model.close()
-    assert answer.outputs[0].text == "The capital of France is Paris."
-    assert answer.outputs[0].finish_reason == "stop"

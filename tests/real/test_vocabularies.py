@@ -62,7 +62,7 @@ async def app(request: Any, tokenizer_files: Callable[[str], Path], tmp_path: Pa
 async def chat(app: Any, **body: Any) -> dict[str, Any]:
     """Ask for an answer and return its only choice."""
     answer = await ask(app, "POST", "/v1/chat/completions", {"temperature": 0.8, "seed": 1, **body})
-    assert answer.status == 200, answer.content
+    assert answer.status == 200, answer.body
     (choice,) = answer.json()["choices"]
     return choice
 
