@@ -22,7 +22,7 @@ def text_of(token_ids) -> str:
     return tokenizer.decode(token_ids, skip_special_tokens=False)
 
 
-llm.info
+print(f"{llm.info.name}: {llm.info.vocab_size:,} different tokens, texts of up to {llm.info.max_model_len:,} of them")
 
 # %% [markdown]
 # ## A text is a list of tokens
@@ -79,12 +79,12 @@ questions = [
     "Who are you?",
 ]
 for question, one in zip(questions, llm.generate([chat(question) for question in questions], greedy, use_tqdm=False)):
-    cached = one.num_cached_tokens
-    print(f"{question:40} {one.outputs[0].text:60} ({cached} of {len(one.prompt_token_ids)} prompt tokens were cached)")
+    cached = f"{one.num_cached_tokens} of {len(one.prompt_token_ids)}"
+    print(f"{question:39} {one.outputs[0].text:52} {cached}")
 
 # %% [markdown]
-# The last column: a prompt that begins with the same 16 tokens as an earlier one (here up to `What is`) finds them computed
-# already. `03_prefix_caching` shows how.
+# The last column is how many tokens of the prompt were *cached*: a prompt that begins with the same 16 tokens as an earlier one
+# (here up to `What is`) finds them computed already. `03_prefix_caching` shows how.
 #
 # ## Random choice
 #

@@ -121,15 +121,17 @@ def first_token(prompt: str) -> tuple[float, int]:
 
 first_token(chat("Who are you?"))  # The first steps of a process are slow.
 lengths, cold, warm = [128, 384, 640, 896, 1152], [], []
-for number, length in enumerate(lengths):
-    words = engine.tokenizer.decode(engine.encode(f"Story {number}:" + " The fox ran to the river." * 400)[:length])
-    length = len(engine.encode(words))
-    ms, steps = first_token(words)
-    cold.append(ms)
-    assert steps == -(-length // 256), "256 tokens a step"
-    ms, steps = first_token(words)
-    warm.append(ms)
-    assert steps == 1, "one step computes the last block"
+for length in lengths:
+    tries = []
+    for number in range(3):  # The best of three: other programs use this machine, too.
+        text = f"Story {number} of {length}:" + " The fox ran to the river." * 400
+        prompt = engine.tokenizer.decode(engine.encode(text)[:length])
+        (ms, steps), (again_ms, again_steps) = first_token(prompt), first_token(prompt)
+        assert steps == -(-len(engine.encode(prompt)) // 256), "256 tokens a step"
+        assert again_steps == 1, "one step computes the last block"
+        tries.append((ms, again_ms))
+    cold.append(min(ms for ms, _ in tries))
+    warm.append(min(again_ms for _, again_ms in tries))
 
 [axes] = new_chart("Time to the first token", x="tokens of the prompt", y="milliseconds in the model")
 axes.plot(lengths, cold, marker="o", label="nothing in the cache")

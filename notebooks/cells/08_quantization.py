@@ -6,6 +6,7 @@
 # numbers be? Here you round the demo model's own weights to 8 and to 4 bits, and measure what comes out.
 
 # %%
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -112,14 +113,12 @@ assert errors["8 bits, a scale per row"] < 0.01 < errors["4 bits, a scale per 32
 
 
 # %%
-def model_with(rounded: dict[str, Tensor]) -> str:
-    """Save a copy of the demo model with other weights."""
+def model_with(rounded: dict[str, Tensor], source: Path = demo_model_path()) -> str:
+    """Save a copy of a model, by default the demo model, with other weights."""
     folder = Path(tempfile.mkdtemp()) / "model"
-    shutil.copytree(demo_model_path(), folder)
-    save_file(
-        {name: rounded.get(name, weight.float()).contiguous() for name, weight in weights.items()},
-        folder / "model.safetensors",
-    )
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.gguf"))
+    stored = load_file(source / "model.safetensors")
+    save_file({**{name: weight.float() for name, weight in stored.items()}, **rounded}, folder / "model.safetensors")
     return str(folder)
 
 
@@ -175,6 +174,37 @@ assert shifts["8 bits, a scale per row"] < 0.01
 assert shifts["8 bits, a scale per row"] * 3 < min(shifts["4 bits, a scale per 32"], shifts["4 bits, a scale per row"])
 
 # %% [markdown]
+# ## A model that has words to lose
+#
+# The demo model knows its few sentences by heart. SmolLM2 has a hundred times its parameters, and general knowledge. In the folder of the
+# repository, `python -m tests.real.smollm2 smollm2` fetches it (100 MB); the variable `SMOLLM2` names another place. Without it, the next cell
+# says so and goes on.
+
+# %%
+smollm2 = Path(os.environ.get("SMOLLM2", "../smollm2"))
+ways = {
+    "16 bits": lambda weight: weight,
+    "8 bits, a scale per row": eight_bits,
+    "4 bits, a scale per 32": lambda weight: dequantize(four_bits(weight, 32)),
+    "4 bits, a scale per row": lambda weight: dequantize(four_bits(weight, weight.shape[1])),
+}
+if not smollm2.is_dir():
+    print(f"SmolLM2 is not in {smollm2}")
+    ways = {}
+for name, way in ways.items():
+    stored = load_file(smollm2 / "model.safetensors")
+    layers = {key: weight.float() for key, weight in stored.items() if weight.ndim == 2 and "layers" in key}
+    folder = model_with({key: way(weight) for key, weight in layers.items()}, smollm2)
+    with LLM(folder, dtype="bfloat16", num_kv_blocks=64, max_model_len=512) as llm:
+        question = [{"role": "user", "content": "Why do leaves turn yellow in autumn?"}]
+        [said] = llm.chat(question, SamplingParams(temperature=0, max_tokens=50), use_tqdm=False)
+    print(f"{name}: {said.outputs[0].text}\n")
+    shutil.rmtree(folder)
+
+# %% [markdown]
+# Eight bits choose other words of the same sense. Four bits in small groups still write sentences, and know less. With one scale for a whole row,
+# the text goes in circles.
+#
 # ## What you have seen
 #
 # - A quantized weight is a small number times a shared scale. The step, so the error, is as wide as the largest weight of the group needs.

@@ -63,9 +63,9 @@ for part in ("queue", "prefill", "decode"):
     start = [before + now for before, now in zip(start, spent, strict=True)]
 for row, one in enumerate(told.values()):
     if one.preempted_steps:
-        axes.text(start[row], row, "  preempted", va="center", fontsize=9)
+        axes.annotate("preempted", (start[row], row), (6, 0), textcoords="offset points", va="center", fontsize=9)
 axes.invert_yaxis()
-axes.margins(x=0.15)
+axes.margins(x=0.2)
 axes.legend(fontsize=8, loc="upper right")
 picture([axes])
 
@@ -99,12 +99,12 @@ display(replay.grant, draw_diff(before, after, f"Step {step}: request {victim} l
 assert replay.grant is not None and victim in replay.grant.preempted
 
 # %% [markdown]
-# The same as a timeline: the steps around the preemption, and those around the return. In the full-coloured cell the request computes again
-# what it had lost. Then move the slider to walk through all steps (a notebook that is only read shows one).
+# The same as a timeline: the steps around the preemption (×), and those around the return. In the full-coloured cell the request computes
+# again what it had lost. Then move the slider to walk through all steps (a notebook that is only read shows one).
 
 # %%
 again = next(chunk.step for chunk in one.chunks if chunk.again)
-moments = moments_of(replay.traces())
+moments = moments_of(replay.traces(), told)
 near = [moment for moment in moments if min(abs(moment.step - step), abs(moment.step - again)) <= 6]
 draw_timeline(near, f"Request {victim} loses its blocks in step {step}, and is back in step {again}")
 

@@ -132,3 +132,13 @@ def test_a_narrow_screen_in_light_and_dark(open_page: OpenPage, scheme: str) -> 
         assert [entry for entry in found if entry[1] < 4.5] == []
         server.worker.open = True
         server.call(server.worker.let, 1)
+
+
+def test_figures_fit_their_boxes(open_page: OpenPage) -> None:
+    """At no width does the name of a figure reach into the next box."""
+    with serve(SCRIPT) as server, open_page(server.url) as page:
+        page.get_by_role("link", name="Engine").click()
+        for width in range(360, 1301, 47):
+            page.set_viewport_size({"width": width, "height": 640})
+            boxes = page.locator(".figures div")
+            assert boxes.evaluate_all("all => all.filter(one => one.scrollWidth > one.clientWidth).length") == 0, width

@@ -20,8 +20,10 @@ def replay(tmp_path: Path) -> Replay:
 
 def test_the_slider_moves_the_replay(replay: Replay) -> None:
     """It goes from the start to the last step, and shows the step where it is."""
-    slider, shown = scrub(replay).children
+    scrubber = scrub(replay)
+    slider, shown = scrubber.children
     assert (slider.min, slider.max, slider.value) == (replay.first_step - 1, replay.last_step, replay.step)
+    assert scrubber._repr_mimebundle_()["text/html"] == shown.value
     slider.value = replay.last_step - 3
     assert replay.step == replay.last_step - 3
     assert f"after step {replay.step}," in shown.value and "<svg" in shown.value and "BlockGrant" in shown.value

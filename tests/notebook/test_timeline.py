@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from pathlib import Path
+
 import attrs
 
 from tests.notebook.stepping import Hand
 from tests.notebook.test_pictures import texts
+from tests.replay.test_replay import recorded
 from trio_llm.messages import BlockStats, StepStats, StepTrace
 from trio_llm.notebook.timeline import draw_budget, draw_timeline, moments_of
+from trio_llm.replay import Replay
+from trio_llm.replay.lives import follow
 
 
 def kinds(hand: Hand, request_id: int) -> list[str]:
@@ -87,6 +93,20 @@ def test_a_live_trace_becomes_moments() -> None:
     ]  # fmt: skip
     assert "again after a preemption" in moments[2].cells[1].hover
     assert texts(draw_timeline(moments), "title") and texts(draw_budget(moments, 64), "title")
+
+
+def test_a_trace_and_explanations_tell_who_waited(tmp_path: Path) -> None:
+    """What a replay explains fills the steps that have no row of a request: queued, and where it lost its blocks."""
+    replay = Replay.open(recorded().save(tmp_path / "a.record"))
+    told = {life.request_id: replay.explain(life.request_id) for life in follow(replay)[0]}
+    seen: Counter[str] = Counter()
+    for moment in moments_of(replay.traces(), told):
+        for request_id, cell in moment.cells.items():
+            one, seen[cell.kind] = told[request_id], seen[cell.kind] + 1
+            waited = any(wait.first_step <= moment.step <= wait.last_step for wait in one.waits)
+            assert (cell.kind == "preempted") == (moment.step in one.preempted_steps)
+            assert cell.count > 0 or waited
+    assert min(seen[kind] for kind in ("queued", "preempted", "prefill", "decode")) > 0
 
 
 def test_drafts_are_no_prompt() -> None:

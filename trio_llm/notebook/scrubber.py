@@ -49,4 +49,10 @@ def scrub(replay: Replay) -> Any:
         shown.value = view(replay.at(change["new"])).html
 
     slider.observe(move, "value")
-    return VBox([slider, shown])
+
+    class Scrubber(VBox):
+        def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
+            """Add what is shown where a notebook is only read, without a kernel behind the slider."""
+            return {**(super()._repr_mimebundle_(**options) or {}), "text/html": shown.value}
+
+    return Scrubber([slider, shown])

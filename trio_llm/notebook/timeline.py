@@ -11,10 +11,11 @@ from trio_llm.core.scheduler import Scheduler
 from trio_llm.messages import BlockGrant, StepPlan, StepResult, StepTrace
 from trio_llm.notebook.pictures import draw_diff
 from trio_llm.notebook.svg import Picture, colour, fit, group, legend, rect, text, visible
+from trio_llm.replay.explanation import Explanation
 
 ROW, MARGIN, LEFT = 28, 16, 96
 WIDEST = 820
-_AGAIN = ", again after a preemption"
+_AGAIN, _LOST = ", again after a preemption", "lost its blocks; will be computed again"
 _LEAST = 4.0
 """Height of one token in the budget: a bit more than it is, so that it can be seen."""
 
@@ -65,7 +66,7 @@ class History:
             sequence.request_id: Cell("queued", hover="waits for blocks or budget") for sequence in scheduler.waiting
         }
         for request_id in grant.preempted:
-            cells[request_id] = Cell("preempted", hover="lost its blocks; will be computed again")
+            cells[request_id] = Cell("preempted", hover=_LOST)
         if plan is not None and result is not None:
             at = 0
             drafts = plan.drafts or (0,) * len(plan.counts)
@@ -98,16 +99,20 @@ class History:
         return draw_diff(before.blocks, after.blocks, f"What changed from step {before.step} to step {after.step}")
 
 
-def moments_of(traces: Sequence[StepTrace]) -> list[Moment]:
+def moments_of(traces: Sequence[StepTrace], explained: Mapping[int, Explanation] | None = None) -> list[Moment]:
     """Read a live engine's trace: a row that starts before where its request had come was preempted in between.
 
     Or its last drafts were rejected.
+
+    Args:
+        explained: Request -> what tells when it waited and in which steps it lost its blocks: traces have only rows.
     """
+    waits = _waits(explained or {})
     moments: list[Moment] = []
     ends: dict[int, int] = {}
     rejectable: dict[int, int] = {}
     for trace in traces:
-        cells: dict[int, Cell] = {}
+        cells = waits.get(trace.stats.step, {})
         for request_id, start, count in zip(trace.request_ids, trace.starts, trace.counts, strict=True):
             expected = ends.get(request_id, 0)
             again = start < expected - rejectable.get(request_id, 0)
@@ -118,6 +123,18 @@ def moments_of(traces: Sequence[StepTrace]) -> list[Moment]:
             ends[request_id] = start + count
         moments.append(Moment(trace.stats.step, cells))
     return moments
+
+
+def _waits(explained: Mapping[int, Explanation]) -> dict[int, dict[int, Cell]]:
+    """Return step -> the cells of requests that waited in it or lost their blocks."""
+    steps: dict[int, dict[int, Cell]] = {}
+    for request_id, one in explained.items():
+        for wait in one.waits:
+            for step in range(wait.first_step, wait.last_step + 1):
+                steps.setdefault(step, {})[request_id] = Cell("queued", hover=f"waits for {wait.reason}")
+        for step in one.preempted_steps:
+            steps.setdefault(step, {})[request_id] = Cell("preempted", hover=_LOST)
+    return steps
 
 
 def draw_timeline(moments: Sequence[Moment], title: str = "Requests by step") -> Picture:
