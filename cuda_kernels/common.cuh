@@ -64,10 +64,29 @@ DEV void bytes_to_floats(u32 bytes, float* out) {
 #pragma unroll
   for (int i = 0; i < 4; i++) out[i] = __uint_as_float(__byte_perm(biased, 0x4b000000u, 0x7440 + i)) - 8388736.f;
 }
-DEV u32 and_or(u32 v, u32 mask, u32 bits) {  // (v & mask) | bits in one instruction
+// (v & mask) | bits in one instruction.
+DEV u32 and_or(u32 v, u32 mask, u32 bits) {
   u32 r;
   asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(v), "r"(mask), "r"(bits));
   return r;
+}
+// Four e4m3 floats times 2^-8, exactly: their bits are those of float16 with another bias.
+DEV void fp8_to_floats(u32 bytes, float* out) {
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const u32 pair = __byte_perm(bytes, 0u, i ? 0x3424 : 0x1404);  // in the upper halves of two float16
+    const u32 halves = and_or(pair >> 1, 0x3f803f80u, pair & 0x80008000u);
+    out[2 * i] = half_to_float((u16)(halves & 0xffffu));
+    out[2 * i + 1] = half_to_float((u16)(halves >> 16));
+  }
+}
+// A float of up to 464 to e4m3, to nearest, ties to even; larger ones are not caught.
+DEV u8 to_fp8(float v) {
+  const u32 bits = __float_as_uint(v), magnitude = bits & 0x7fffffffu;
+  const u32 rounded = ((magnitude + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20) - (120u << 3);
+  // Below 2^-6, a whole number of 2^-9: the last bits of a sum whose last bit counts 2^-9.
+  const u32 small = __float_as_uint(__uint_as_float(magnitude) + 16384.f) & 0xfu;
+  return (u8)((magnitude < 0x3c800000u ? small : rounded) | bits >> 24 & 0x80u);
 }
 DEV int round_to_int(float v) {
   int r;

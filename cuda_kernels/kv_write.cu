@@ -1,16 +1,20 @@
 // Between the qkv projection and attention, in one launch: RMS norm of q and k heads, rotation, RMS norm of values, and
-// the write of keys and values into their slots of the paged cache, quantised where the cache is int8.
+// the write of keys and values into their slots of the paged cache, quantised where the cache is int8 or (-DKV_FP8=1, with KV_8BIT) e4m3.
 // qkv [S, heads, HEAD_DIM] with a row stride: num_heads of q, then kv_heads of k, then (unless values are the raw keys)
 // kv_heads of v. Caches [slots, kv_heads, HEAD_DIM] with a slot stride, scales [slots, kv_heads] with another.
-// Compile-time: HEAD_DIM (64, 128, 256, 512), KV_INT8. One warp per head of a token; grid (S, heads / WARPS).
+// Compile-time: HEAD_DIM (64, 128, 256, 512), KV_8BIT, KV_FP8. One warp per head of a token; grid (S, heads / WARPS).
 #include "common.cuh"
 
 #define WARPS 8
 #define N (HEAD_DIM / 64)  // a lane holds elements [lane N, (lane + 1) N) of each half: rotation pairs stay in a lane
 #define HALF (HEAD_DIM / 2)
 
-#if KV_INT8
+#if KV_FP8
+typedef u8 kv_t;
+#define LARGEST 448.f
+#elif KV_8BIT
 typedef s8 kv_t;
+#define LARGEST 127.f
 #else
 typedef io_t kv_t;
 #endif
@@ -47,6 +51,12 @@ DEV void store_half(s8* p, const float* x, float scale) {
   for (int i = 0; i < N; i++) held[i] = (s8)round_to_int(x[i] / scale);
   *reinterpret_cast<Piece<N>::type*>(p) = *reinterpret_cast<Piece<N>::type*>(held);
 }
+DEV void store_half(u8* p, const float* x, float scale) {
+  alignas(8) u8 held[N];
+#pragma unroll
+  for (int i = 0; i < N; i++) held[i] = to_fp8(x[i] / scale);
+  *reinterpret_cast<Piece<N>::type*>(p) = *reinterpret_cast<Piece<N>::type*>(held);
+}
 
 // x *= 1 / rms(x), times the head's weights where it has some. x: [first half, second half] of this lane.
 DEV void normalise(float (*x)[N], const float* weight, int at, float eps) {
@@ -75,14 +85,14 @@ DEV void rotate(float (*x)[N], const float* cos_at, const float* sin_at) {
   }
 }
 
-// Write one head; int8 takes one scale per token and head, its largest magnitude being 127.
+// Write one head; of 8 bits, with one scale per token and head, its largest magnitude being LARGEST.
 DEV void write(kv_t* cache, float* scales, float (*x)[N], int lane) {
   float scale = 1.f;
-#if KV_INT8
+#if KV_8BIT
   float largest = 0.f;
 #pragma unroll
   for (int i = 0; i < N; i++) largest = fmaxf(largest, fmaxf(fabsf(x[0][i]), fabsf(x[1][i])));
-  scale = fmaxf(warp_max(largest) / 127.f, 1.17549435e-38f);
+  scale = fmaxf(warp_max(largest) / LARGEST, 1.17549435e-38f);
   if (lane == 0) *scales = scale;
 #endif
   store_half(cache + lane * N, x[0], scale);

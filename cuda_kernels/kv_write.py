@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from cuda_kernels.launch import io_define, kernel, unfit
@@ -43,7 +44,8 @@ def write_kv(
             nothing is written.
         cos, sin: [S, D / 2] float32.
         slots: [S] int64, -1 where nothing is written.
-        k_cache, v_cache: [slots, Hkv, D], the last two dimensions dense; qkv's dtype, or int8 with scales.
+        k_cache, v_cache: [slots, Hkv, D], the last two dimensions dense; qkv's dtype, or int8 or
+            float8_e4m3fn with scales.
         k_scale, v_scale: [slots, Hkv] float32, or None.
         qk_norm: [Hq + Hkv, D] float32, weights of the norm before the rotation; None for no norm.
     """
@@ -54,7 +56,8 @@ def write_kv(
     q = qkv.new_empty(tokens, num_heads, head_dim)
     launched = kernel(
         "kv_write.cu", "kv_write",
-        HEAD_DIM=head_dim, KV_INT8=int(k_scale is not None), IO_FP16=io_define(qkv.dtype) or 0,
+        HEAD_DIM=head_dim, KV_8BIT=int(k_scale is not None),
+        KV_FP8=int(k_cache.dtype == torch.float8_e4m3fn), IO_FP16=io_define(qkv.dtype) or 0,
     )  # fmt: skip
     launched(
         (tokens, -(-(num_heads + 2 * kv_heads * writes) // WARPS), 1), (WARPS * 32, 1, 1), 0,

@@ -157,8 +157,10 @@ def _pointee(name: str, defines: Mapping[str, str | int]) -> tuple[torch.dtype, 
         return (torch.float16 if defines.get("IO_FP16") else torch.bfloat16,)
     if name == "weight_t":
         return (torch.int8,) if defines.get("INT8") else _pointee("io_t", defines)
+    if name == "kv_t" and defines.get("KV_FP8"):
+        return (torch.float8_e4m3fn,)
     if name == "kv_t":
-        return (torch.int8,) if defines.get("KV_INT8") else _pointee("io_t", defines)
+        return (torch.int8,) if defines.get("KV_8BIT") else _pointee("io_t", defines)
     if name == "scale_t":
         return (torch.float32 if defines.get("WIDE_SCALES") else torch.float16,)
     if name == "offset_t":

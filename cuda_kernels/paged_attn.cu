@@ -10,7 +10,7 @@
 // of the output HEAD_DIM / WARPS_N dimensions; probabilities and maxima then pass through shared memory. With
 // WARPS_N = 1 all stays in the warp's registers. Splitting the output dimensions is what makes HEAD_DIM 512 fit.
 //
-// int8 caches: a 16-byte chunk holds 16 dimensions. An 8x8 matrix of 16-bit elements gives lane (g, t) the bytes
+// int8 and e4m3 (-DKV_FP8=1, with KV_8BIT) caches: a 16-byte chunk holds 16 dimensions. An 8x8 matrix of 16-bit elements gives lane (g, t) the bytes
 // 4t..4t+3 of row g, or transposed bytes 2g, 2g+1 of rows 2t, 2t+1. So dimension 16c + 4t + j plays the part of mma's
 // k-index 16c + {2t, 2t+1, 2t+8, 2t+9}[j], and q is stored in that order too (`load_queries`); output column g of the
 // two products over a chunk is dimension 2g and 2g + 1. A key's scale multiplies its column of scores, a value's
@@ -19,8 +19,8 @@
 //
 // q, out [S, Hq, HEAD_DIM]; k, v [slots, Hkv, HEAD_DIM] with a slot stride; scales [slots, Hkv] with a stride;
 // tables [B, max_blocks]; cu_q [B + 1], context [B]; partial [S, Hq, splits, HEAD_DIM], maxima [S, Hq, splits, 2].
-// Grid (tiles of rows, Hkv * splits, B). Compile-time: HEAD_DIM, GQA, BM, BN, WARPS_N, STAGES, KV_INT8, SPLIT (0: `splits` is
-// 1).
+// Grid (tiles of rows, Hkv * splits, B). Compile-time: HEAD_DIM, GQA, BM, BN, WARPS_N, STAGES, KV_8BIT, KV_FP8, SPLIT (0:
+// `splits` is 1).
 // Parts: paged_attn_tile.cuh (layout, loads), paged_attn_mma.cuh (products), paged_attn_softmax.cuh, paged_attn_out.cuh.
 // Sources: online softmax, Milakov and Gimelshein 2018 (arXiv:1805.02867); FlashAttention-2, Dao 2023
 // (arXiv:2307.08691); flash decoding, Dao et al. 2023; paging, Kwon et al. 2023 (arXiv:2309.06180).
@@ -58,6 +58,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BM == 128 || SPLIT ? 1 : 0
   at += split * tiles_a_split * BN;
   const int stop = min(c.end, at + tiles_a_split * BN);
 
+  scale /= NUMBER;
   Mask mask = {{}, window, window > 0 ? high_position + 1 - window : 0, low_position + 1, 0.f, scale * LOG2E, softcap};
   if (softcap > 0.f) mask.inside = scale / softcap, mask.to_log2 = softcap * LOG2E;
 #pragma unroll
@@ -92,6 +93,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BM == 128 || SPLIT ? 1 : 0
     }
   }
   join_sums(l, shared, warp_m, warp_n);
+#pragma unroll
+  for (int i = 0; i < 2; i++) l[i] *= NUMBER;
 #if SPLIT
   store_partial(partial, maxima, o, m, l, rows, warp_m, warp_n, split, splits);
   if (is_last(tickets + (b * kv_heads + kv_head) * gridDim.x + tile, splits, shared))

@@ -119,7 +119,8 @@ def paged_attention(
 
     Args:
         q: [S, Hq, D], contiguous.
-        k_cache, v_cache: [slots, Hkv, D], the last two dimensions dense; q's dtype, or int8 with scales.
+        k_cache, v_cache: [slots, Hkv, D], the last two dimensions dense; q's dtype, or int8 or
+            float8_e4m3fn with scales.
         k_scale, v_scale: [slots, Hkv] float32, or None.
         tables: [B, M] int32; entries before a window and past the end are never read.
         context_lens: [B] int32, tokens a sequence may see, its own of this step included; 0 gives zeros.
@@ -140,7 +141,7 @@ def paged_attention(
     splits = splits or choose_splits(tiles * kv_heads * sequences, visible, device)
     out = torch.empty_like(q)
     partial, maxima = _partial(q, splits)
-    attend = _kernel(head_dim, heads // kv_heads, tile, int8=int8, split=splits > 1, fp16=io_define(q.dtype) or 0)
+    attend = _kernel(head_dim, heads // kv_heads, tile, k_cache.dtype, split=splits > 1, fp16=io_define(q.dtype) or 0)
     tickets = take_tickets(q.device, tiles * kv_heads * sequences) if splits > 1 else None
     attend(
         (tiles, kv_heads * splits, sequences), (tile.threads, 1, 1), tile.shared_bytes(head_dim, int8=int8),
@@ -160,8 +161,9 @@ def _partial(q: Tensor, splits: int) -> tuple[Tensor | None, Tensor | None]:
 
 
 @functools.cache
-def _kernel(head_dim: int, group: int, tile: Tile, *, int8: bool, split: bool, fp16: int) -> Kernel:
+def _kernel(head_dim: int, group: int, tile: Tile, cache: torch.dtype, *, split: bool, fp16: int) -> Kernel:
     return kernel(
         "paged_attn.cu", "paged_attention", HEAD_DIM=head_dim, GQA=group, BM=tile.rows, BN=tile.keys,
-        WARPS_N=tile.warps_n, STAGES=tile.stages, KV_INT8=int(int8), SPLIT=int(split), IO_FP16=fp16,
+        WARPS_N=tile.warps_n, STAGES=tile.stages, KV_8BIT=int(cache.itemsize == 1),
+        KV_FP8=int(cache == torch.float8_e4m3fn), SPLIT=int(split), IO_FP16=fp16,
     )  # fmt: skip

@@ -3,7 +3,7 @@
 #include "paged_attn_tile.cuh"
 
 DEV u32 pack_probabilities(float low, float high) {
-#if KV_INT8
+#if KV_8BIT
   return pack_bf16(low, high);
 #else
   return pack_io(low, high);
@@ -14,21 +14,21 @@ DEV u32 pack_probabilities(float low, float high) {
 DEV void scores(float (*s)[4], const unsigned char* q, const unsigned char* k, int warp_m, int warp_n) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int d = 0; d < HEAD_DIM; d += KV_INT8 ? 64 : 32) {
-    u32 a[KV_INT8 ? 4 : 2][4];
+  for (int d = 0; d < HEAD_DIM; d += KV_8BIT ? 64 : 32) {
+    u32 a[KV_8BIT ? 4 : 2][4];
 #pragma unroll
-    for (int i = 0; i < (KV_INT8 ? 4 : 2); i++)
+    for (int i = 0; i < (KV_8BIT ? 4 : 2); i++)
       load_matrices(a[i], q + swizzled<Q_CHUNKS>(warp_m * 16 + lane % 16, d / 8 + i * 2 + lane / 16) * 16);
 #pragma unroll
-    for (int n = 0; n < KEYS / 8; n++) {  // eight keys, four chunks: 32 dimensions, or 64 of int8
+    for (int n = 0; n < KEYS / 8; n++) {  // eight keys, four chunks: 32 dimensions, or 64 of 8 bits
       u32 b[4];
       const int row = warp_n * KEYS + n * 8 + lane % 8;
       load_matrices(b, k + swizzled<KV_CHUNKS>(row, d * KV_BYTES / 16 + lane / 8) * 16);
-#if KV_INT8
+#if KV_8BIT
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         float x[4];
-        bytes_to_floats(b[i], x);
+        widen_numbers(b[i], x);
         const u32 pair[2] = {pack_io(x[0], x[1]), pack_io(x[2], x[3])};
         mma_io(s[n], a[i], pair);
       }
@@ -43,7 +43,7 @@ DEV void scores(float (*s)[4], const unsigned char* q, const unsigned char* k, i
 // o [DIMS / 8][4] += p v over keys [32 i, 32 i + 32), p in two fragments of 16 keys.
 DEV void accumulate(float (*o)[4], const u32 (*p)[4], const unsigned char* v, int i, int warp_n) {
   const int lane = threadIdx.x % 32;
-#if KV_INT8
+#if KV_8BIT
 #pragma unroll
   for (int d = 0; d < DIMS / 16; d++) {  // 32 keys of one chunk: 16 dimensions
     u32 b[4];
@@ -51,8 +51,8 @@ DEV void accumulate(float (*o)[4], const u32 (*p)[4], const unsigned char* v, in
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       float x[4], y[4];  // dimensions 2g, 2g+1 of key 2t, then of key 2t+1; y eight keys on
-      bytes_to_floats(b[2 * half], x);
-      bytes_to_floats(b[2 * half + 1], y);
+      widen_numbers(b[2 * half], x);
+      widen_numbers(b[2 * half + 1], y);
       const u32 even[2] = {pack_bf16(x[0], x[2]), pack_bf16(y[0], y[2])};
       const u32 odd[2] = {pack_bf16(x[1], x[3]), pack_bf16(y[1], y[3])};
       mma_bf16(o[2 * d], p[half], even);

@@ -5,7 +5,7 @@
 // Two neighbouring dimensions of row i (0: g, 1: g + 8) of this warp's output: pair j of 16 dimensions at 16 d.
 // Returns the first one's place among the warp's dimensions.
 DEV int output_pair(const float (*o)[4], int d, int j, int i, int t, float2* pair) {
-#if KV_INT8
+#if KV_8BIT
   *pair = make_float2(o[2 * d][2 * i + j], o[2 * d + 1][2 * i + j]);
   return d * 16 + 4 * t + 2 * j;
 #else

@@ -19,7 +19,7 @@ DEV void mask_scores(float (*s)[4], float* top, const unsigned char* keys, int a
     for (int e = 0; e < 4; e++) {
       const int column = warp_n * KEYS + n * 8 + 2 * t + e % 2, key = at + column, row = e / 2;
       float x = s[n][e];
-#if KV_INT8
+#if KV_8BIT
       x *= reinterpret_cast<const float*>(keys + 2 * TILE_BYTES)[column];
 #endif
       if (mask.softcap > 0.f) x = tanh_fast(x * mask.inside);
@@ -65,7 +65,7 @@ DEV void rescale_to(const float* top, float* m, float* l, float (*o)[4]) {
   }
 }
 
-// Turn scores into probabilities (times the values' scales, for int8) and add them to the sums of this lane.
+// Turn scores into probabilities (times the values' scales, for 8-bit ones) and add them to the sums of this lane.
 DEV void exponentiate(float (*s)[4], const float* m, float* l, const unsigned char* keys, int warp_n) {
   const int t = threadIdx.x % 4;
 #pragma unroll
@@ -74,7 +74,7 @@ DEV void exponentiate(float (*s)[4], const float* m, float* l, const unsigned ch
     for (int e = 0; e < 4; e++) {
       float p = s[n][e] <= NEG_INF ? 0.f : exp2_fast(s[n][e] - m[e / 2]);
       l[e / 2] += p;
-#if KV_INT8
+#if KV_8BIT
       p *= reinterpret_cast<const float*>(keys + 2 * TILE_BYTES)[BN + warp_n * KEYS + n * 8 + 2 * t + e % 2];
 #endif
       s[n][e] = p;

@@ -7,21 +7,28 @@
 #define THREADS (WARPS * 32)
 #define KEYS (BN / WARPS_N)         // keys of a warp's scores
 #define DIMS (HEAD_DIM / WARPS_N)   // dimensions of a warp's output
-#define KV_BYTES (KV_INT8 ? 1 : 2)
+#define KV_BYTES (KV_8BIT ? 1 : 2)
 #define KV_CHUNKS (HEAD_DIM * KV_BYTES / 16)  // 16-byte chunks of a cached row
 #define Q_CHUNKS (HEAD_DIM / 8)
 #define P_CHUNKS (BN / 8)
 #define LOADED (BN / WARPS)         // cached rows that a warp loads
 
-#if KV_INT8
+#if KV_FP8
+typedef u8 kv_t;
+#define NUMBER 0x1p-8f  // what a number's float is times
+DEV void widen_numbers(u32 bytes, float* out) { fp8_to_floats(bytes, out); }
+#elif KV_8BIT
 typedef s8 kv_t;
+#define NUMBER 1.f
+DEV void widen_numbers(u32 bytes, float* out) { bytes_to_floats(bytes, out); }
 #else
 typedef io_t kv_t;
+#define NUMBER 1.f
 #endif
 
 // ---- shared memory, in bytes
 #define TILE_BYTES (BN * HEAD_DIM * KV_BYTES)
-#define SCALES_BYTES (KV_INT8 ? 2 * BN * 4 : 0)
+#define SCALES_BYTES (KV_8BIT ? 2 * BN * 4 : 0)
 #define STAGE_BYTES (2 * TILE_BYTES + SCALES_BYTES)
 #define Q_AT (STAGES * STAGE_BYTES)
 #define P_AT (Q_AT + BM * HEAD_DIM * 2)
@@ -61,7 +68,7 @@ DEV void load_tile(unsigned char* stage, const Context& c, int at) {
     copy16_async(stage + to, c.k + offset, seen);
     copy16_async(stage + TILE_BYTES + to, c.v + offset, seen);
   }
-#if KV_INT8
+#if KV_8BIT
   if (lane < LOADED) {
     float* scales = reinterpret_cast<float*>(stage + 2 * TILE_BYTES) + warp * LOADED + lane;
     const s64 offset = slot >= 0 ? (s64)slot * c.scale_stride : 0;
@@ -80,14 +87,14 @@ struct Rows {
   DEV s64 place(int r) const { return (s64)(first_token + (first + r) / GQA) * heads + head + (first + r) % GQA; }
 };
 
-// Queries go to shared memory as they are for 16-bit keys; for int8 each pair of dimensions goes where mma's k-index
+// Queries go to shared memory as they are for 16-bit keys; for 8-bit ones each pair of dimensions goes where mma's k-index
 // meets the order of the keys' bytes.
 DEV void load_queries(unsigned char* to, const io_t* q, const Rows& rows) {
   for (int i = threadIdx.x; i < BM * Q_CHUNKS; i += THREADS) {
     const int row = i / Q_CHUNKS, chunk = i % Q_CHUNKS;
     vec16 v = {};
     if (rows.has(row)) v = load16(q + rows.place(row) * HEAD_DIM + chunk * 8);
-#if KV_INT8
+#if KV_8BIT
 #pragma unroll
     for (int p = 0; p < 4; p++) {
       const int pair = chunk * 4 + p, place = pair / 8 * 8 + pair % 2 * 4 + pair % 8 / 2;

@@ -242,6 +242,11 @@ class EngineConfig:
     kv_quantization: bool = setting(
         False, "Store keys and values as INT8.", env="VLLM_KV_QUANTIZATION", flags=("--kv-quantization",)
     )
+    kv_cache_dtype: Literal["auto", "int8", "fp8", "fp8_e4m3"] = setting(
+        "auto",
+        "Type of stored keys and values. auto: --dtype, or INT8 by kv_quantization.",
+        flags=("--kv-cache-dtype",),
+    )
     quantization: Literal["int8", "int8-weights"] | None = setting(
         None,
         "Quantize weights on load, with one scale per output channel. With int8, kernels may round activations to 8 "

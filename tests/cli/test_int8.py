@@ -19,6 +19,7 @@ from trio_llm.model.ops.matrices import Panels
     [
         ([], torch.bfloat16, torch.bfloat16),
         (["--kv-cache-dtype", "int8"], torch.int8, torch.bfloat16),
+        (["--kv-cache-dtype", "fp8"], torch.float8_e4m3fn, torch.bfloat16),
         (["--kv-quantization"], torch.int8, torch.bfloat16),
         (["--quantization", "int8"], torch.bfloat16, torch.int8),
     ],
@@ -26,7 +27,7 @@ from trio_llm.model.ops.matrices import Panels
 def test_flags_reach_the_pool_and_the_weights(
     monkeypatch: pytest.MonkeyPatch, flags: list[str], stored: torch.dtype, weights: torch.dtype
 ) -> None:
-    """Either spelling of the flag makes the pool's tensors int8, --quantization the weights', and answers come."""
+    """Flags make the pool's tensors int8 or FP8, --quantization makes the weights int8, and answers come."""
     made: list[tuple[torch.dtype, torch.dtype]] = []
 
     def runner(model: Any, *args: Any, **options: Any) -> load.Runner:

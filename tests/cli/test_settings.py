@@ -63,6 +63,7 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "engine.scheduling_policy": ("priority", "priority", "priority"),
     "engine.async_scheduling": (False, False, False),
     "engine.kv_quantization": (True, True, True),
+    "engine.kv_cache_dtype": ("int8", "fp8", "fp8_e4m3"),
     "engine.quantization": ("int8", "int8", "int8"),
     "engine.tensor_parallel_size": (2, 3, 4),
     "engine.distributed_timeout_s": (1.0, 2.5, 30.0),
@@ -313,7 +314,7 @@ def test_unknown_variables_are_told_apart_from_known_ones() -> None:
     assert unknown_variables(environ) == {"VLLM_KV_BLOCK": "VLLM_KV_BLOCKS", "VLLM_NO_USAGE_STATS": None}
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [("int8", True), ("auto", False)])
+@pytest.mark.parametrize(("dtype", "expected"), [("int8", True), ("auto", False), ("fp8", False)])
 def test_vllms_kv_cache_dtype_is_kv_quantization(dtype: str, expected: bool, tmp_path: Path) -> None:
     """The name that vLLM gives the INT8 cache sets our key, on and off."""
     path = written(tmp_path, "engine.kv_quantization", not expected)

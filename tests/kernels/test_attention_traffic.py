@@ -13,6 +13,7 @@ from tools.ptx_simulator.counters import Counters
 DECODES = [
     (Case(kv_heads=1, sequences=((1, 512),), splits=1), 42),
     (Case(kv_heads=1, sequences=((1, 512),), splits=1, int8=True), 70),
+    (Case(kv_heads=1, sequences=((1, 512),), splits=1, int8=True, fp8=True), 82),
     (Case(kv_heads=1, head_dim=64, group=7, sequences=((1, 512),), splits=1), 32),
     (Case(kv_heads=1, head_dim=512, group=8, sequences=((1, 128),), splits=1), 240),
 ]

@@ -22,6 +22,7 @@ class Case(NamedTuple):
     kv_heads: int
     dtype: torch.dtype = torch.bfloat16
     int8: bool = False
+    fp8: bool = False  # with int8: e4m3 instead
     qk_norm: bool = False
     v_norm: bool = False
     values: bool = True  # False: values are the raw keys
@@ -37,7 +38,10 @@ CASES = [
     Case(64, 2, 1, int8=True, dtype=torch.float16),
     Case(128, 4, 4, int8=True, padding=128),
     Case(512, 2, 1, int8=True),
+    Case(64, 2, 1, int8=True, fp8=True, dtype=torch.float16),
+    Case(128, 4, 4, int8=True, fp8=True, v_norm=True, qk_norm=True, padding=128),
 ]
+FP8 = torch.float8_e4m3fn
 SLOTS = torch.tensor([3, 17, -1, 0, 9])
 NUM_SLOTS = 20
 
@@ -55,8 +59,8 @@ def make(case: Case) -> tuple[Tensor, ...]:
 def caches(case: Case) -> list[Tensor]:
     """Return keys and values, each slot poisoned."""
     stride = case.kv_heads * case.head_dim + case.padding
-    dtype = torch.int8 if case.int8 else case.dtype
-    flat = [torch.full((NUM_SLOTS * stride,), 77 if case.int8 else torch.nan, dtype=dtype) for _ in range(2)]
+    dtype = FP8 if case.fp8 else torch.int8 if case.int8 else case.dtype
+    flat = [torch.full((NUM_SLOTS * stride,), 77 if case.int8 else torch.nan).to(dtype) for _ in range(2)]
     return [x.as_strided((NUM_SLOTS, case.kv_heads, case.head_dim), (stride, case.head_dim, 1)) for x in flat]
 
 
@@ -99,13 +103,47 @@ def test_write_kv(case: Case) -> None:
         untouched[SLOTS[written]] = False
         wanted = every[written]
         if case.int8:
-            assert (cache[untouched] == 77).all() and scales[i][untouched].isnan().all()
+            assert (cache.float()[untouched] == caches(case)[0][0, 0, 0].float()).all() and scales[i][
+                untouched
+            ].isnan().all()
             scale = scales[i][SLOTS[written]].double()
-            torch.testing.assert_close(scale, wanted.abs().amax(-1) / 127, rtol=1e-5, atol=0)
+            torch.testing.assert_close(scale, wanted.abs().amax(-1) / (448 if case.fp8 else 127), rtol=1e-5, atol=0)
+            if case.fp8:
+                got = cache.double()[SLOTS[written]] * scale[..., None]
+                torch.testing.assert_close(got, wanted, rtol=2**-4 + 1e-3, atol=float(scale.max()) * 2**-9)
+                continue
             assert ((cache[SLOTS[written]].double() - wanted / scale[..., None]).abs() <= 0.5 + 1e-3).all()
         else:
             assert cache[untouched].isnan().all()
             assert_close(cache[SLOTS[written]], wanted)
+
+
+def assert_rounded_as_torch() -> None:
+    """Write values of a scale of 1, read as whole rows: every e4m3 number, those between, and what is next to these."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(FP8).float()
+    numbers = numbers[numbers.isfinite()].sort().values
+    between = (numbers[1:] + numbers[:-1]) / 2
+    edges = torch.cat((numbers, between, between * (1 + 2**-7), between * (1 - 2**-7))).bfloat16()
+    values = torch.cat((edges, edges.new_zeros(-len(edges) % 63))).view(-1, 63)
+    values = torch.cat((torch.full((len(values), 1), 448.0), values), dim=1).bfloat16()
+    values = values.where(values.abs() <= 448, 0.0)
+    angles, slots = torch.zeros(len(values), 32), torch.arange(len(values))
+
+    def run() -> tuple[Tensor, ...]:
+        k, v = torch.zeros(2, len(values), 1, 64, dtype=torch.uint8).view(FP8)
+        scales = torch.zeros(2, len(values), 1)
+        args = (torch.cat((values, values, values), dim=1), angles.cos(), angles.sin(), slots, k, v, *scales)
+        kv_write.write_kv(*args, num_heads=1, qk_norm=None, v_norm=False, eps=EPS)
+        return k[:, 0].view(torch.uint8), v[:, 0].view(torch.uint8), scales
+
+    k, v, scales = simulate(run, orders=(0,))
+    assert (scales == 1).all()
+    assert torch.equal(k.view(FP8).float(), values.float().to(FP8).float()) and torch.equal(k, v)
+
+
+def test_fp8_is_rounded_as_torch_rounds_it() -> None:
+    """To nearest, ties to even, subnormal numbers too."""
+    assert_rounded_as_torch()
 
 
 def test_zeros_are_quantised_to_zeros() -> None:

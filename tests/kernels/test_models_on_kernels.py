@@ -42,6 +42,7 @@ MODELS: dict[str, Any] = {
 CASES = [
     ("mixtral", {}),
     ("llama", {"kv_quantization": True, "quantization": "int8"}),
+    ("llama", {"kv_cache_dtype": "fp8", "quantization": "int8"}),
     pytest.param("mixtral", {"quantization": "int8"}, marks=pytest.mark.kernels_full),
     pytest.param("qwen3", {}, marks=pytest.mark.kernels_full),
     pytest.param("gemma4", {}, marks=pytest.mark.kernels_full),

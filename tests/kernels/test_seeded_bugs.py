@@ -14,6 +14,7 @@ from cuda_kernels import compile as compiling
 from cuda_kernels import gemm, gemm_w4, gemv, kv_write, moe, norm, sample, tickets
 from cuda_kernels.paged_attn import Tile
 from tests.kernels.helpers import assert_close, simulate
+from tests.kernels.test_kv_write import assert_rounded_as_torch
 from tools.kernel_lab.attention import Case, make
 from tools.kernel_lab.cases import all_checks, judge
 from tools.ptx_simulator import KernelFaultError, UnsupportedError
@@ -27,6 +28,7 @@ SPLIT = Case(head_dim=64, kv_heads=1, group=7, sequences=((1, 200), (1, 10)), sp
 PREFILL = Case(head_dim=64, kv_heads=1, group=2, sequences=((40, 140), (1, 0)), splits=1)
 NO_KEYS = Case(head_dim=64, kv_heads=1, group=16, sequences=((5, 20), (1, 0)), splits=1)
 ONE_STAGE = Case(head_dim=64, kv_heads=1, sequences=((1, 150),), splits=1, tile=Tile(16, 64, 4, 1))
+FP8 = Case(head_dim=64, kv_heads=1, sequences=((1, 100),), int8=True, fp8=True, splits=1)
 INT8 = Case(head_dim=64, kv_heads=1, sequences=((1, 100),), int8=True, splits=1)
 
 
@@ -98,6 +100,11 @@ def check_normed_gemv() -> None:
     wide = total.double()
     normed = wide * (wide.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * norm.double()
     assert_close(out, normed @ weight.double().T, slack=2, of_largest=2**-8)
+
+
+def check_fp8_write() -> None:
+    """Write all e4m3 numbers, those half-way between and their neighbours, as torch rounds them."""
+    assert_rounded_as_torch()
 
 
 def check_gemm() -> None:
@@ -205,7 +212,7 @@ BUGS = {
     "half a warp summed": Bug("norm.cu", "int offset = 16; offset > 0", "int offset = 8; offset > 0", check_norm),
     "rotated the other way": Bug("kv_write.cu", "cos[i] - second", "cos[i] + second", check_kv_write),
     "padding is written": Bug("kv_write.cu", "if (slot < 0) return;", "", check_kv_write),
-    "a scale of 128": Bug("kv_write.cu", "/ 127.f", "/ 128.f", check_kv_write),
+    "a scale of 128": Bug("kv_write.cu", "LARGEST 127.f", "LARGEST 128.f", check_kv_write),
     "keys where values belong": Bug("kv_write.cu", "write(v_cache + at, v_", "write(k_cache + at, k_", check_kv_write),
     "values are rotated": Bug("kv_write.cu", "if (!is_value) {", "if (true) {", check_kv_write),
     "a slot is its block's first": Bug("step.cu", " + position % block_size;", ";", check_step),
@@ -271,6 +278,11 @@ BUGS = {
     "w4: parts that are not joined": Bug("gemm_w4.cu", "s < splits; s++", "s < 1; s++", check_w4),
     "w4: tickets are not given back": Bug("gemm_w4.cu", "if (*last) *ticket = 0;", "", check_w4),
     "w4: rows past the end": Bug("gemm_w4.cu", "if (row >= rows || output >= n)", "if (output >= n)", check_w4),
+    "fp8: another bias": paged("#define NUMBER 0x1p-8f", "#define NUMBER 0x1p-7f", FP8),
+    "fp8: a bit of the exponent lost": paged("0x3f803f80u", "0x1f801f80u", FP8),
+    "fp8: signs of even bytes": paged("pair & 0x80008000u", "pair & 0x8000u", FP8),
+    "fp8: rounded up": Bug("kv_write.cu", "0x7ffffu + (magnitude >> 20 & 1u)", "0x80000u", check_fp8_write),
+    "fp8: no subnormal numbers": Bug("kv_write.cu", "magnitude < 0x3c800000u", "magnitude == 0u", check_fp8_write),
     "padding counts": Bug("moe.cu", "held[j] == expert_of(warp, i)));", "held[j] <= i * 32 + warp));", check_padding),
     "no barrier before a tile": paged(TILE_BARRIER, "", DECODE),
     "copies not waited for": paged("copies_wait<0>();", "", DECODE),
@@ -318,7 +330,7 @@ BUGS = {
 DEFAULT = [name for name, bug in BUGS.items() if bug.source not in ("paged_attn.cu", "gemm.cu", "gemm_w4.cu")] + [
     "no barrier before probabilities", "mma: halves of b swapped", "a token sees the next",
     "tickets are not given back", "no barrier before a stage", "x in another order", "pairs for tokens",
-    "int8: queries in plain order", "w4: no barrier before a stage", "w4: a group too late",
+    "int8: queries in plain order", "fp8: another bias", "w4: no barrier before a stage", "w4: a group too late",
     "w4: tickets are not given back",
 ]  # fmt: skip
 

@@ -1,9 +1,16 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from tests.model.paged import CPU
+from tests.model.golden import Golden
+from tests.model.paged import CPU, Paged, load
+from tests.model.test_reduced_precision import errors
+from trio_llm.errors import UnsupportedError
+from trio_llm.model.ops import cpu as native
+from trio_llm.model.ops.dispatch import Dispatch, dispatching
 from trio_llm.model.paged.kv_cache import AttentionSpec, KVCache, KVLayout, plan_kv
 
 
@@ -113,3 +120,28 @@ def test_what_is_promised_is_allocated(dtype: torch.dtype) -> None:
     layout = plan_kv(specs, block_size=4, dtype=dtype)
     assert KVCache(layout, 10, CPU).nbytes == 10 * layout.block_bytes
     assert all(group.block_size % 4 == 0 for group in layout.groups)
+
+
+def test_fp8_on_native_kernels_falls_back_and_is_counted(golden: Callable[[str], Golden]) -> None:
+    """No native kernel reads or writes FP8: the reference does, gives what it gives alone, and the reason is told."""
+    case = golden("qwen3")
+    with dispatching(Dispatch("auto", native, "cpu")) as counting:
+        got = Paged(load(case.directory, kv_cache_dtype="fp8_e4m3"), 1).step([(0, case.prompts[1])])[0]
+    alone = Paged(load(case.directory, kv_cache_dtype="fp8"), 1).step([(0, case.prompts[1])])[0]
+    assert errors(alone, got)[0] < 0.02
+    fallen = {(op, reason): count for (op, how, reason), count in counting.calls.items() if how == "reference"}
+    layers = len(load(case.directory).model.specs)
+    reason = "keys and values of FP8"
+    assert fallen == {("write_kv", reason): layers, ("paged_attention", reason): layers}
+    strict = Dispatch("native", native, "cpu")
+    with (
+        dispatching(strict),
+        pytest.raises(UnsupportedError, match="no kernel does write_kv with keys and values of FP8"),
+    ):
+        Paged(load(case.directory, kv_cache_dtype="fp8"), 1).step([(0, case.prompts[1])])
+
+
+def test_fp8_takes_the_memory_of_int8() -> None:
+    """A byte and a scale per token and head."""
+    int8, fp8 = (uniform(1, 64, dtype=dtype) for dtype in (torch.int8, torch.float8_e4m3fn))
+    assert fp8.block_bytes == int8.block_bytes == 2 * 16 * 2 * (64 + 4)

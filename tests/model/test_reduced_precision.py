@@ -1,4 +1,4 @@
-"""bfloat16, INT8 keys and values, INT8 weights: stated bounds against the float32 oracle, and the bytes they save.
+"""bfloat16, INT8 and FP8 keys and values, INT8 weights: bounds against the float32 oracle, and the bytes they save.
 
 The bounds are about twice what was measured on these checkpoints. Sparse models are held to a KL only: where two
 experts are nearly equal, rounding picks the other one, and a random tiny model answers quite differently.
@@ -24,6 +24,7 @@ MODES: dict[str, tuple[dict[str, Any], float, float, float]] = {
     "bfloat16": ({"dtype": "bfloat16"}, 0.06, 0.002, 0.03),
     "int8-kv": ({"kv_quantization": True}, 0.03, 0.001, 0.05),
     "int8-kv-bfloat16": ({"kv_quantization": True, "dtype": "bfloat16"}, 0.06, 0.002, 0.06),
+    "fp8-kv": ({"kv_cache_dtype": "fp8"}, 0.16, 0.008, 0.06),
     "int8-weights": ({"quantization": "int8"}, 0.10, 0.003, 0.06),
     "int8-weights-bfloat16": ({"quantization": "int8", "dtype": "bfloat16"}, 0.12, 0.004, 0.06),
 }

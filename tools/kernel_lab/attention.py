@@ -10,6 +10,7 @@ from torch import Tensor
 from cuda_kernels.paged_attn import Tile, paged_attention
 
 CPU = torch.device("cpu")
+FP8 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Case:
     block_size: int = 16
     dtype: torch.dtype = torch.bfloat16
     int8: bool = False
+    fp8: bool = False  # with int8: e4m3 instead
     window: int | None = None
     softcap: float | None = None
     splits: int | None = None
@@ -55,6 +57,7 @@ CASES = [
     Case(head_dim=512, group=4, kv_heads=1, sequences=((1, 40), (1, 33))),
     Case(int8=True, sequences=((1, 100), (1, 31)), splits=2, padding=128),
     Case(int8=True, head_dim=64, group=7, kv_heads=1, sequences=((12, 80),), window=17),
+    Case(int8=True, fp8=True, head_dim=64, group=7, kv_heads=1, sequences=((1, 70), (3, 20)), splits=2, softcap=5.0),
 ]
 MATRIX = [
     Case(head_dim=256, group=8, kv_heads=1, sequences=((9, 50),), window=20),
@@ -62,6 +65,9 @@ MATRIX = [
     Case(head_dim=512, group=8, kv_heads=1, sequences=((5, 37),), padding=64),
     Case(dtype=torch.float16, int8=True, kv_heads=1, sequences=((30, 70),)),
     Case(dtype=torch.float16, head_dim=64, sequences=((1, 50),), splits=2),
+    *(Case(dtype=dtype, int8=True, fp8=True, kv_heads=1, head_dim=head_dim, sequences=sequences, window=window)
+      for dtype in (torch.bfloat16, torch.float16) for head_dim in (64, 128, 256, 512)
+      for sequences, window in ((((1, 193), (1, 15)), None), (((40, 77), (5, 5)), 19)))
 ] + [
     Case(head_dim=head_dim, group=group, kv_heads=1, int8=int8, window=window, softcap=softcap, splits=splits,
          sequences=sequences, block_size=block_size, dtype=dtype)
@@ -74,9 +80,9 @@ MATRIX = [
 ]  # fmt: skip
 # Too large to simulate: many tiles and splits, chosen by the device.
 LARGE = [
-    Case(head_dim=head_dim, kv_heads=2, group=group, int8=int8, sequences=sequences)
+    Case(head_dim=head_dim, kv_heads=2, group=group, int8=int8, fp8=fp8, sequences=sequences)
     for head_dim, group in ((64, 7), (128, 4), (128, 1), (256, 4), (512, 8))
-    for int8 in (False, True)
+    for int8, fp8 in ((False, False), (True, False), (True, True))
     for sequences in (((1, 4099), (1, 700), (1, 3)), ((900, 1000), (1, 2049), (70, 70)))
 ]
 
@@ -171,7 +177,7 @@ def make(case: Case, device: torch.device = CPU) -> Problem:
 
 def _poisoned(case: Case, num_slots: int, device: torch.device) -> Tensor:
     stride = case.kv_heads * case.head_dim + case.padding
-    fill, dtype = (99, torch.int8) if case.int8 else (torch.nan, case.dtype)
+    fill, dtype = (torch.nan, FP8) if case.fp8 else (99, torch.int8) if case.int8 else (torch.nan, case.dtype)
     pool = torch.full((num_slots * stride,), fill, dtype=dtype, device=device)
     return pool.as_strided((num_slots, case.kv_heads, case.head_dim), (stride, case.head_dim, 1))
 
@@ -182,6 +188,9 @@ def _write(cache: Tensor, scale: Tensor | None, slots: Tensor) -> None:
     entries *= torch.rand(*entries.shape[:2], 1, device=cache.device) * 2
     if scale is None:
         cache[slots] = entries.to(cache.dtype)
+    elif cache.dtype == FP8:
+        scale[slots] = entries.abs().amax(-1) / torch.finfo(FP8).max
+        cache.view(torch.uint8)[slots] = (entries / scale[slots][..., None]).to(FP8).view(torch.uint8)
     else:
         scale[slots] = entries.abs().amax(-1) / 127
         cache[slots] = (entries / scale[slots][..., None]).round().to(torch.int8)

@@ -102,6 +102,8 @@ def _decode(*, small: bool) -> Iterator[Bench]:
             if context < GRAPH_BOUND and not small:
                 yield _attention(f"{name} in a graph", replace(case, bound=GRAPH_BOUND), target)
             yield _attention(f"{name} int8", replace(case, int8=True), Target("times", 1.3, 1.6, versus=name))
+            fp8 = replace(case, int8=True, fp8=True)
+            yield _attention(f"{name} fp8", fp8, Target("times", 1.2, 1.5, versus=name))
 
 
 def _prefill(*, small: bool) -> Iterator[Bench]:

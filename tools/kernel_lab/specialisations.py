@@ -30,6 +30,7 @@ NEEDED = {
     "quantize_rows": (_LOAD16_CACHED,),
     "read_all": (_LOAD16,),
 }
+KV_KINDS = ((0, 0), (1, 0), (1, 1))  # keys and values of 8 bits or not, and of e4m3
 HEADS = ((64, 7), (128, 4), (128, 1), (256, 8), (512, 8))  # head size, query heads per key head
 
 
@@ -86,12 +87,12 @@ def attention(arch: str) -> list[Kernel]:
     device = Device(multiprocessors=100, shared_bytes=SHARED_BYTES[arch] * 1024)
     made: set[Kernel] = set()
     for head_dim, group in HEADS:
-        for int8 in (False, True):
+        for int8, fp8 in KV_KINDS:
             for rows in (16, 64, 128):
-                tile = choose_tile(rows, head_dim, device, int8=int8)
+                tile = choose_tile(rows, head_dim, device, int8=bool(int8))
                 defines = {
                     "HEAD_DIM": head_dim, "GQA": group, "BM": tile.rows, "BN": tile.keys, "WARPS_N": tile.warps_n,
-                    "STAGES": tile.stages, "KV_INT8": int(int8),
+                    "STAGES": tile.stages, "KV_8BIT": int(int8), "KV_FP8": int(fp8),
                 }  # fmt: skip
                 for split, fp16 in product((0, 1), (0, 1) if head_dim == 128 else (0,)):
                     made.add(kernel("paged_attn.cu", "paged_attention", **defines, SPLIT=split, IO_FP16=fp16))
@@ -106,8 +107,8 @@ def others() -> list[Kernel]:
         *(kernel("norm.cu", "rms_norm", HIDDEN=h, THREADS=t, IO_FP16=fp16) for (h, t), fp16 in product(rows, flag)),
         *(kernel("act.cu", "act_and_mul", GELU=gelu, IO_FP16=fp16) for gelu, fp16 in product(flag, flag)),
         *(
-            kernel("kv_write.cu", "kv_write", HEAD_DIM=head_dim, KV_INT8=int8, IO_FP16=fp16)
-            for head_dim, int8, fp16 in product((64, 128, 256, 512), flag, flag)
+            kernel("kv_write.cu", "kv_write", HEAD_DIM=head_dim, KV_8BIT=int8, KV_FP8=fp8, IO_FP16=fp16)
+            for head_dim, (int8, fp8), fp16 in product((64, 128, 256, 512), KV_KINDS, flag)
         ),
         *(
             kernel("gemv.cu", "gemv", M=m, INT8=int8, GATED=gated, GELU=0, NORM=norm, IO_FP16=fp16)

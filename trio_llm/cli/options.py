@@ -14,7 +14,6 @@ from trio_llm.cli.hints import HINTS
 from trio_llm.cli.settings import Given, Settings, fields, load_settings, metavar, unknown_variables
 
 REPEAT = "A flag with several values is repeated: {flag} A {flag} B."
-_KV_CACHE_DTYPES = {"auto": False, "int8": True}
 
 
 class SettingsCommand(click.Command):
@@ -70,11 +69,6 @@ def setting_options(*names: str, leave_out: tuple[str, ...] = ()) -> list[click.
             _option(key, attribute)
             for key, attribute in fields()
             if (key in names or key.split(".")[0] in names) and key not in leave_out
-        ),
-        click.Option(
-            ["--kv-cache-dtype", "engine__kv_cache_dtype"],
-            type=click.Choice(list(_KV_CACHE_DTYPES)),
-            help="vLLM's spelling: int8 is --kv-quantization, auto is --no-kv-quantization.",
         ),
     ]
 
@@ -133,8 +127,8 @@ def flags_given(options: Mapping[str, Any]) -> dict[str, Given]:
         value = options.get(key.replace(".", "__"))
         if value not in (None, ()):
             given[key] = Given(value, f"flag {attribute.metadata['flags'][0]}")
-    if (dtype := options.get("engine__kv_cache_dtype")) is not None:
-        given["engine.kv_quantization"] = Given(_KV_CACHE_DTYPES[dtype], "flag --kv-cache-dtype")
+    if (dtype := given.get("engine.kv_cache_dtype")) is not None:  # also where a file says otherwise
+        given.setdefault("engine.kv_quantization", Given(dtype.value == "int8", dtype.source))
     return given
 
 

@@ -265,5 +265,5 @@ def _cache_config(config: EngineConfig) -> dict[str, object]:
     """Return the settings of the KV cache that vLLM's dashboards read, under vLLM's names."""
     return {
         "enable_prefix_caching": config.enable_prefix_caching,
-        "cache_dtype": "int8" if config.kv_quantization else "auto",
+        "cache_dtype": "int8" if config.kv_quantization and config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
     }

@@ -152,8 +152,8 @@ def inspect_model(
     """Check a checkpoint's config and headers without reading weights.
 
     Args:
-        engine: Uses model, revision, dtype, load_format, block_size, kv_quantization, quantization,
-            tensor_parallel_size.
+        engine: Uses model, revision, dtype, load_format, block_size, kv_quantization, kv_cache_dtype,
+            quantization, tensor_parallel_size.
         rank: Whose part of the model to plan.
         dtype: Overrides engine.dtype. None means engine.dtype, or the checkpoint's if that is auto.
         as_stored, keeps: As in ModelPlan.
@@ -196,7 +196,8 @@ def inspect_model(
 
 
 def _kv_dtype(engine: EngineConfig, dtype: torch.dtype) -> torch.dtype:
-    return torch.int8 if engine.kv_quantization else dtype
+    chosen = "int8" if engine.kv_quantization and engine.kv_cache_dtype == "auto" else engine.kv_cache_dtype
+    return {"auto": dtype, "int8": torch.int8}.get(chosen, torch.float8_e4m3fn)
 
 
 def _int8_of(engine: EngineConfig) -> tuple[bool, bool]:

@@ -138,6 +138,10 @@ def _linear(x: Tensor, matrix: Matrix, *_: object) -> str | None:
     return products.supports(x)
 
 
+def _cache(kv: LayerKV) -> str | None:
+    return "keys and values of FP8" if kv.k.dtype == torch.float8_e4m3fn else None
+
+
 def _embedding(_: Tensor, matrix: Matrix, __: torch.dtype) -> str | None:
     return None if isinstance(matrix, Panels) else UNPACKED
 
@@ -155,8 +159,8 @@ WHY_NOT: Mapping[str, Callable[..., str | None]] = {
     "rms_norm": norm.supports,
     "add_rms_norm": norm.supports,
     "act_and_mul": act.supports,
-    "write_kv": lambda qkv, kv: kv_write.supports(qkv, kv.k),
-    "paged_attention": lambda q, *_: attention.supports(q),
+    "write_kv": lambda qkv, kv: _cache(kv) or kv_write.supports(qkv, kv.k),
+    "paged_attention": lambda q, _, kv: _cache(kv) or attention.supports(q),
     "route": experts_on_cpu.supports_route,
     "moe": _moe,
     "draw": sample.supports,

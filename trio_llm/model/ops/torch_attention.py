@@ -90,7 +90,7 @@ def _gather(kv: LayerKV, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
     if kv.k_scale is None or kv.v_scale is None:
         return k, v
     k_scale, v_scale = kv.k_scale.index_select(0, slots), kv.v_scale.index_select(0, slots)
-    return (k * k_scale[..., None]).to(dtype), (v * v_scale[..., None]).to(dtype)
+    return (k.float() * k_scale[..., None]).to(dtype), (v.float() * v_scale[..., None]).to(dtype)
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec) -> Tensor:

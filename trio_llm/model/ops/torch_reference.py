@@ -240,13 +240,17 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _store(cache: Tensor, scales: Tensor | None, slots: Tensor, values: Tensor) -> None:
-    """Write values [S, Hkv, D]; int8 uses one scale per token and head, which maps the largest magnitude to 127."""
+    """Write values [S, Hkv, D]; those of 8 bits have a scale per token and head, of which the largest is 127 or 448."""
     if scales is None:
         cache.index_copy_(0, slots, values.to(cache.dtype))
         return
-    values = values.float()
-    scale = (values.abs().amax(-1) / INT8_MAX).clamp_min_(torch.finfo(torch.float32).tiny)
-    cache.index_copy_(0, slots, (values / scale[..., None]).round_().to(torch.int8))
+    values, is_int8 = values.float(), cache.dtype == torch.int8
+    largest = INT8_MAX if is_int8 else torch.finfo(cache.dtype).max
+    scale = (values.abs().amax(-1) / largest).clamp_min_(torch.finfo(torch.float32).tiny)
+    numbers = values / scale[..., None]
+    numbers = (numbers.round_() if is_int8 else numbers).to(cache.dtype)
+    # As bytes: torch on a CPU copies no FP8 by index.
+    cache.view(torch.uint8).index_copy_(0, slots, numbers.view(torch.uint8))
     scales.index_copy_(0, slots, scale)
 
 

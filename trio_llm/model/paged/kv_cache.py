@@ -47,8 +47,8 @@ class LayerKV:
 
     Attributes:
         group: Index of the layer's KV group (its block table and slots in the batch).
-        k, v: [N * T, Hkv, D], in the model's dtype or int8. The last two dimensions are dense.
-        k_scale, v_scale: [N * T, Hkv] float32 if k and v are int8 (value = int8 * scale), else None.
+        k, v: [N * T, Hkv, D], in the model's dtype, int8 or float8_e4m3fn. The last two dimensions are dense.
+        k_scale, v_scale: [N * T, Hkv] float32 if k and v have 8 bits (value = number * scale), else None.
     """
 
     group: int
@@ -67,8 +67,8 @@ class KVLayout:
         groups: For the block manager.
         num_tensors: Physical tensors, each shared by one layer of each group.
         plane_size: Entries of one block's keys in one physical tensor (its values take as many).
-        scale_size: Entries of one block's key scales in one physical tensor; 0 unless int8.
-        dtype: Of the stored values: the model's dtype, or torch.int8.
+        scale_size: Entries of one block's key scales in one physical tensor; 0 unless they have 8 bits.
+        dtype: Of the stored values: the model's dtype, torch.int8 or torch.float8_e4m3fn.
     """
 
     specs: tuple[AttentionSpec, ...]
@@ -100,7 +100,7 @@ def plan_kv(specs: Sequence[AttentionSpec], *, block_size: int, dtype: torch.dty
 
     Args:
         specs: One per layer.
-        dtype: The model's dtype, or torch.int8.
+        dtype: The model's dtype, torch.int8 or torch.float8_e4m3fn.
     """
     kinds: dict[tuple[int | None, int, int], list[int]] = {}
     for layer, spec in enumerate(specs):
@@ -122,7 +122,7 @@ def plan_kv(specs: Sequence[AttentionSpec], *, block_size: int, dtype: torch.dty
         groups=tuple(groups),
         num_tensors=max(len(group.layers) for group in groups),
         plane_size=_round_up(largest, most_tokens),
-        scale_size=_round_up(scales, most_tokens) if dtype == torch.int8 else 0,
+        scale_size=_round_up(scales, most_tokens) if dtype.itemsize == 1 else 0,
         dtype=dtype,
     )
 
@@ -164,7 +164,7 @@ class KVCache:
         self.layers = tuple(owned[spec.kv_layer] for spec in layout.specs)
 
     def _plane(self, layout: KVLayout, num_blocks: int, device: torch.device) -> list[Tensor]:
-        """Allocate keys, values and (int8) their scales of one physical tensor."""
+        """Allocate keys, values and (of 8 bits) their scales of one physical tensor."""
         parts = [torch.empty(num_blocks * layout.plane_size, dtype=layout.dtype, device=device) for _ in range(2)]
         if layout.scale_size:
             scale = (num_blocks * layout.scale_size,)
