@@ -24,10 +24,10 @@ def path_in(directory: Path, name: str) -> Path:
     Raises:
         CheckpointError: It leads out of the directory, other than to a blob of the same hub cache, or in circles.
     """
-    try:
-        path, root = (directory / name).resolve(), directory.resolve()
-    except (OSError, RuntimeError):  # RuntimeError: a loop of links, before Python 3.13.
-        raise CheckpointError(f"{directory / name}: a link that leads nowhere") from None
+    # Path.resolve raises an error for a loop of links, or returns one of them, by the version of Python.
+    path, root = Path(os.path.realpath(directory / name)), Path(os.path.realpath(directory))
+    if path.is_symlink():
+        raise CheckpointError(f"{directory / name}: a link that leads nowhere")
     is_blob = root.parent.name == "snapshots" and path.parent == root.parent.parent / "blobs"
     if root not in path.parents and not is_blob:
         raise CheckpointError(f"{directory / name}: leads out of the model directory, to {path}")

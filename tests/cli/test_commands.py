@@ -65,7 +65,7 @@ for arguments in (["check-config"], ["serve", "--print-config"]):
 
 
 # What `serve` may import: its dependencies, and what these import. Each costs every start time.
-# greenlet: structlog imports it where something else has installed it.
+# greenlet: structlog imports it where something else has installed it; cuda: a CUDA build of torch does.
 SERVE_IMPORTS = """
     attr attrs cattrs click cpu_kernels greenlet h11 hypercorn kernel_cache msgspec numpy outcome prometheus_client
     quart quart_trio regex rich safetensors sniffio sortedcontainers structlog tokenizers torch torchgen tqdm trio
@@ -73,6 +73,7 @@ SERVE_IMPORTS = """
     aiofiles blinker flask itsdangerous jinja2 markupsafe werkzeug
     h2 hpack hyperframe priority wsproto
     colorama idna markdown_it mdurl pygments
+    cuda
 """.split()
 
 

@@ -171,7 +171,17 @@ def test_a_missing_shard_is_named(sharded: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "file", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "", ".safetensors", 7, None]
+    "file",
+    [
+        "../outside.safetensors",
+        "/etc/passwd",
+        "a/b.safetensors",
+        "",
+        ".safetensors",
+        "x" * 5000 + ".safetensors",
+        7,
+        None,
+    ],
 )
 def test_the_index_cannot_lead_outside(file: object, sharded: Path) -> None:
     """weight_map values are plain file names; anything else is refused before any file is opened."""

@@ -230,7 +230,9 @@ def test_a_directory_is_never_looked_up(tmp_path: Path, asked: list[str], monkey
     assert asked == []
 
 
-@pytest.mark.parametrize("model", ["/no/such/place", "no-slash", "a/b/c", "../x", "owner/..", "", "x" * 5000, "a\0"])
+@pytest.mark.parametrize(
+    "model", ["/no/such/place", "no-slash", "a/b/c", "../x", "owner/..", "", "x" * 5000, "x" * 5000 + "/y", "a\0"]
+)
 def test_what_is_neither_is_refused(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a directory nor shaped like a hub id: refused without asking anybody."""
     monkeypatch.chdir(tmp_path)

@@ -21,7 +21,8 @@ from trio_llm.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
 
-_REPOSITORY = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*?)(?::(?P<tag>[\w.-]+))?")
+# The hub allows 96 characters of owner and name together.
+_REPOSITORY = re.compile(r"(?P<repository>[\w-][\w.-]{0,94}/[\w-][\w.-]{0,94}?)(?::(?P<tag>[\w.-]{1,128}))?")
 _SMALL_FILES = (".json", ".jinja", ".model", ".txt")
 _NOT_MODELS = ("mmproj", "imatrix")  # GGUF files that belong to a model: image projectors, calibration data
 _SHARD = re.compile(r"-(?P<number>\d{5})-of-\d{5}$")

@@ -50,7 +50,7 @@ def resolve_tokenizer(engine: EngineConfig) -> Path:
 
 def model_name(model: str | None, path: Path) -> str:
     """Return what a model is called unless the settings say so: a hub id as it was given, else the path's last part."""
-    return path.name if model is None or Path(model).expanduser().exists() else model
+    return path.name if model is None or _exists(Path(model).expanduser()) else model
 
 
 def _local_model(model: str | None) -> Path | None:
@@ -62,10 +62,7 @@ def _local_model(model: str | None) -> Path | None:
 
         return demo_model_path()
     path = Path(model).expanduser()
-    try:
-        found = model != "" and path.exists()
-    except (OSError, ValueError):  # too long, or with a NUL: no file has such a name
-        found = False
+    found = model != "" and _exists(path)
     if found and path.is_dir():
         return _checkpoint_in(path)
     if found and is_gguf(path):
@@ -80,6 +77,13 @@ def _local_model(model: str | None) -> Path | None:
         names = ", ".join(sorted(entry.name for entry in Path(model).parent.iterdir() if entry.is_dir())[:8])
         raise CheckpointError(f"{model}: not a directory; {Path(model).parent}/ holds {names or 'no directories'}")
     return None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long, or with a NUL: no file has such a name
+        return False
 
 
 def _checkpoint_in(directory: Path) -> Path:

@@ -115,7 +115,7 @@ def _read_index(directory: Path) -> dict[str, str] | None:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: weight_map is missing or empty")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not re.fullmatch(r"[\w][\w.-]*\.safetensors", file):
+        if not isinstance(file, str) or not re.fullmatch(r"[\w][\w.-]{0,200}\.safetensors", file):
             raise CheckpointError(f"{path}: weight_map[{name!r}] = {file!r}: expected a plain .safetensors file name")
     return weight_map
 
