@@ -358,5 +358,10 @@ def _json_options(any_whitespace: bool) -> JsonCompileOptions:
 
 
 def _first_line(error: object) -> str:
-    line = str(error).splitlines()[0][:300]
+    line, *more = str(error).splitlines()
+    line = line[:300]
+    if line.endswith("regex parse error:"):  # What is wrong stands below a drawing of where.
+        line = " ".join([line, *(reason.removeprefix("error: ") for reason in more if reason.startswith("error: "))])[
+            :400
+        ]
     return "it allows no output at all" if line == "NoExtensionBias" else line

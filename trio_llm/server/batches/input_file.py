@@ -20,7 +20,23 @@ _ENVELOPE_BYTES = 8 * 1024
 _MAX_REPORTED_ERRORS = 100
 _MAX_CUSTOM_ID_CHARS = 512
 _SPACE = re.compile(r"[ \t\n\r]*")
-_DECODER = json.JSONDecoder(parse_int=str)
+
+
+class RepeatedKeyError(ValueError):
+    """A line has a key twice: readers differ in which of the two counts."""
+
+
+class _Repeated(dict[str, Any]):
+    """An object with a key that occurs twice."""
+
+
+def _as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else _Repeated(found)
+
+
+# Integers as floats: those of thousands of digits take quadratic time.
+_DECODER = json.JSONDecoder(parse_int=float, object_pairs_hook=_as_object)
 
 
 class InvalidInputError(Exception):
@@ -78,6 +94,8 @@ class InputLines:
             return wrong("line_too_long", f"Line {number} is too long: {limit}.")
         try:
             line = decode_line(text)
+        except RepeatedKeyError as error:
+            return wrong("invalid_request", f"Invalid request on line {number}: {error}.")
         except (ValueError, RecursionError):
             return wrong("invalid_json_line", f"Invalid request on line {number}: it is not valid JSON.")
         if not isinstance(line, dict):
@@ -118,9 +136,13 @@ def decode_line(text: bytes) -> Any:
     """Decode a line. More lenient than JSON: an invalid body is an error of its line, not of the batch.
 
     Raises:
+        RepeatedKeyError: A key of the line itself occurs twice. Those of its body are the body's error.
         ValueError, RecursionError: Not JSON in UTF-8, or nested too deeply.
     """
-    return _DECODER.decode(text.decode())
+    line: object = _DECODER.decode(text.decode("utf-8-sig"))  # Editors of Windows begin files with a mark.
+    if isinstance(line, _Repeated):
+        raise RepeatedKeyError("a key occurs twice")
+    return line
 
 
 def line_body(text: bytes) -> bytes:
