@@ -15,6 +15,7 @@ from tests.model_runner.drive import Outcome, Params, least_blocks, poison, run
 from tests.model_runner.tape import CaptureError, Tapes
 from tests.model_runner.test_launch import forgetful, run_ahead
 from tests.model_runner.test_runner import GREEDY, VARIED
+from tests.model_runner.test_speculation import LOOKUP
 from trio_llm.config import EngineConfig
 from trio_llm.messages import Admission, StepPlan
 from trio_llm.model.load import load_runner
@@ -130,6 +131,21 @@ def test_parameters_work_on_replayed_logits(
     for one, other in zip(outcome.answers, expected.answers, strict=True):
         assert [e.logprob for e in one.logprobs] == pytest.approx([e.logprob for e in other.logprobs], abs=1e-4)
     assert sum(tapes.num_replays) > 5
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma4-26b", "mistral-window"])
+def test_drafts_and_a_few_tokens_of_prompts_are_replayed(
+    golden: Callable[[str], Golden], captured_of: Callable[..., tuple[Runner, Tapes]], name: str
+) -> None:
+    """Every step of no more tokens than a graph has is a replay, and the oracle says the same."""
+    requests = [(prompt, GREEDY) for prompt in golden(name).prompts]
+    runner, tapes = captured_of(name)
+    sizes: list[int] = []
+    ways = {"chunk": 5, "batch_size": 4, "speculation": LOOKUP}
+    outcome = run(runner, requests, **ways, watch=lambda _, plan: sizes.append(len(plan.token_ids)))
+    assert outcome.token_ids == golden(name).follow_all(outcome.token_ids)
+    assert sum(tapes.num_replays) == sum(size <= 16 for size in sizes) > 10
+    assert max(sizes) > 16
 
 
 def test_preempted_sequences_come_back_to_their_graphs(

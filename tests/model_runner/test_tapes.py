@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tests.model_runner.conftest import NUM_GENERATED, Golden
 from tests.model_runner.drive import least_blocks, poison, run
 from tests.model_runner.test_decode_graphs import Requests, start, various, watched
 from tests.model_runner.test_runner import GREEDY, VARIED
+from tests.model_runner.test_speculation import LOOKUP
 from trio_llm.config import EngineConfig
 from trio_llm.errors import ConfigError
 from trio_llm.messages import SamplingParams, StepPlan
@@ -77,6 +79,28 @@ def test_tapes_do_what_single_calls_do(
         assert torch.equal(one, other)
     assert len(replays) > outcome.num_steps - 5
     assert len(set(replays)) > 3
+
+
+@pytest.mark.parametrize("kv_quantization", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gemma4-e2b", "mixtral", "qwen3-window"])
+def test_drafts_are_judged_on_tapes(
+    golden: Callable[[str], Golden], native: Callable[..., Runner], replays: list[int],
+    name: str, kv_quantization: bool,
+) -> None:  # fmt: skip
+    """Rows with drafts, and more tokens than a tape has room for: the very tokens that decodes without drafts give."""
+    requests = various(golden(name).prompts[:9])
+    plain = run(native(name, kv_quantization=kv_quantization), requests)
+    replays.clear()
+    sizes: list[int] = []
+    drafted = run(
+        native(name, kv_quantization=kv_quantization), requests, speculation=LOOKUP,
+        watch=lambda _, plan: sizes.append(len(plan.token_ids)) if sum(plan.drafts) else None,
+    )  # fmt: skip
+    assert drafted.token_ids == plain.token_ids
+    assert min(sizes) > 1 and max(sizes) > OPTIONS["max_batch_size"]
+    taped = [size for size in sizes if size <= OPTIONS["max_batch_size"]]
+    assert len(taped) > 3
+    assert not Counter(taped) - Counter(replays)
 
 
 @pytest.mark.parametrize("name", ["gemma4-e2b", "mixtral", "qwen3-window"])
@@ -248,7 +272,7 @@ def test_loading_and_recording_import_no_compiler(golden: Callable[[str], Golden
         "from trio_llm.config import EngineConfig\n"
         "from trio_llm.model.load import load_runner\n"
         f"runner = load_runner(EngineConfig(model={str(golden('llama').directory)!r}, device='cpu'{options}))\n"
-        "assert runner._graphs.size_for(1) == 1\n"
+        "assert runner._graphs.size_for(1, is_mixed=False) == 1\n"
         "print([m for m in ('torch._dynamo', 'torch._inductor', 'sympy') if m in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

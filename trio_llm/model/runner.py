@@ -180,17 +180,19 @@ class Runner:
         self._device.release()
 
     def _graph_size(self, rows: PlanRows) -> int | None:
-        """Return the size of the graph for these rows; None unless each of them computes one token."""
-        if self._graphs is None or len(rows.index) < len(rows.token_ids):
+        """Return the size of the graph for the tokens of these rows; None if there is none."""
+        if self._graphs is None:
             return None
-        return self._graphs.size_for(len(rows.index))
+        return self._graphs.size_for(len(rows.token_ids), is_mixed=rows.is_mixed)
 
     def _replay(self, rows: PlanRows, at: NDArray[np.intp], size: int) -> tuple[Tensor, StepColumns]:
-        """Replay a graph; return the logits [R, V] of the rows at `at`."""
+        """Replay a graph; return the logits [R, V] to sample from."""
         assert self._graphs is not None
         decodes, sent = self._rows.send_decodes(rows, at, size)
         logits = self._graphs.replay(decodes, self._dispatch)
-        return logits[: len(at)] if len(at) == len(rows.index) else logits.index_select(0, sent.sampled_from), sent
+        num_sampled = len(sent.sampled_from)
+        whole = num_sampled == len(rows.token_ids)
+        return logits[:num_sampled] if whole else logits.index_select(0, sent.sampled_from), sent
 
     def _forward(self, rows: PlanRows, at: NDArray[np.intp]) -> tuple[Tensor, StepColumns]:
         """Return the hidden states [S, H]."""

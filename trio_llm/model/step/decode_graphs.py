@@ -1,10 +1,13 @@
 """Decodes as captured work: one graph for each of a few batch sizes, replayed by a single call.
 
-A step of one token per row is a few hundred small launches, each of which costs the host more than it costs a GPU. A
-graph has fixed addresses and fixed grids, so everything that differs from step to step is read from device tensors: the
-rows, their tokens and positions from `_inputs`, the block tables by row from the tables of all rows. A batch between
-two sizes is padded with the tables' padding row: token 0 at position 0 of the null block, which no sequence reads, in a
-context of that one token.
+A small step is a few hundred small launches, each of which costs the host more than it costs a GPU. A graph has fixed
+addresses and fixed grids, so everything that differs from step to step is read from device tensors: the rows, their
+tokens and positions from `_inputs`, the block tables by row from the tables of all rows. A batch between two sizes is
+padded with the tables' padding row: token 0 at position 0 of the null block, which no sequence reads, in a context of
+that one token.
+
+A graph computes single tokens. A row with drafts, or with a few tokens of a prompt, is there once for each of its
+tokens: in every layer all keys and values are written before any token attends, so each token sees those before it.
 
 On a CPU a graph is a tape of kernel calls, recorded when its size is first needed: that costs as much as one step
 without a tape.
@@ -43,6 +46,8 @@ def graph_sizes(max_batch_size: int) -> list[int]:
 
 
 _MAX_EXACT = 32  # recorded sizes are exact up to here, then multiples of eight
+# Tokens of a step that computes prompts, too. More would better share what they read of their context (a guess).
+_MAX_MIXED = 32
 
 
 @attrs.frozen(eq=False)
@@ -119,14 +124,24 @@ class DecodeGraphs:
             with dispatching(dispatch.fresh()) as calls:
                 return _Graph(capture(work), calls)
 
-    def size_for(self, num_rows: int) -> int | None:
-        """Return the size of the smallest graph that holds `num_rows`; None if there is none."""
-        if self._record is not None:
-            return num_rows if num_rows <= _MAX_EXACT else min(-(-num_rows // 8) * 8, self._inputs.shape[1])
-        return next((size for size in self._graphs if size >= num_rows), None)
+    def size_for(self, num_tokens: int, *, is_mixed: bool) -> int | None:
+        """Return the size of the smallest graph that holds so many tokens; None if there is none.
+
+        A step that computes prompts is not recorded: its size seldom comes again, and each token costs a row of logits.
+
+        Args:
+            is_mixed: Some of the tokens are of prompts.
+        """
+        if num_tokens > (most := self._inputs.shape[1]) or (is_mixed and num_tokens > _MAX_MIXED):
+            return None
+        if self._record is None:
+            return next((size for size in self._graphs if size >= num_tokens), None)
+        if is_mixed:
+            return None
+        return num_tokens if num_tokens <= _MAX_EXACT else min(-(-num_tokens // 8) * 8, most)
 
     def replay(self, decodes: Tensor, calls: Dispatch) -> Tensor:
-        """Queue one step of decodes [3, B]: permanent rows, tokens, positions. B is a graph's.
+        """Queue one step of tokens [3, B]: permanent rows, tokens, positions. B is a graph's.
 
         Args:
             calls: Gets the graph's operation calls added.

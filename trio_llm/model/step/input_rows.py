@@ -96,6 +96,11 @@ class PlanRows:
     drafts: Sequence[tuple[int, ...]]
     additions: list[Column]
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether a row computes more than its last known token and the drafts after it."""
+        return sum(map(len, self.drafts)) + len(self.index) < len(self.token_ids)
+
     def sampled_from(self, at: NDArray[np.intp]) -> Column:
         """Return the indices in S to sample from, for the rows at `at`: the last known token and each draft."""
         lasts = self.lasts[at]
@@ -178,11 +183,13 @@ class InputRows:
         return AttentionBatch.of(columns, starts, counts, tables, self._layout), sent
 
     def send_decodes(self, rows: PlanRows, at: NDArray[np.intp], size: int) -> tuple[Tensor, StepColumns]:
-        """Send a batch of one token per row, filled up to `size`: [3, size], permanent rows, tokens, positions."""
+        """Send single tokens, filled up to `size`: [3, size], permanent rows, tokens, positions."""
+        num_tokens = len(rows.token_ids)
+        positions = np.arange(num_tokens) + np.repeat(rows.starts - rows.offsets, rows.counts)
         padded = np.zeros((3, size), np.int64)
         padded[0] = self.tables.padding_row
-        padded[:, : len(rows.index)] = rows.index, rows.token_ids, rows.starts
-        sent = self._send([padded.reshape(-1)], size, rows, at, at)
+        padded[:, :num_tokens] = np.repeat(rows.index, rows.counts), rows.token_ids, positions
+        sent = self._send([padded.reshape(-1)], size, rows, at, rows.sampled_from(at))
         return sent.columns[0].view(3, size), sent
 
     def resend(
