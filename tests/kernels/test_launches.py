@@ -64,7 +64,8 @@ def launches(name: str, batch: int) -> tuple[Counter[str], Counter[str]]:
     model, _ = build(MODELS[name], META)
     layout = plan_kv(model.specs, block_size=16, dtype=torch.bfloat16)
     kv, tables = KVCache(layout, 64, META), BlockTables(batch, layout, CONTEXT, META)
-    graphs = DecodeGraphs(model, kv, layout, tables, batch, CONTEXT)
+    logits = torch.empty((batch, model.vocab_size), device=META)
+    graphs = DecodeGraphs(model, kv, layout, tables.tables, tables.padding_row, logits, CONTEXT)
     kernels, nodes = Collector(), Nodes()
 
     def capture(work: Any) -> Any:

@@ -15,7 +15,7 @@ from tests.model_runner.drive import Outcome, Params, least_blocks, poison, run
 from tests.model_runner.tape import CaptureError, Tapes
 from tests.model_runner.test_launch import forgetful, run_ahead
 from tests.model_runner.test_runner import GREEDY, VARIED
-from tests.model_runner.test_speculation import LOOKUP
+from tests.model_runner.test_speculation import DRAFTS, LOOKUP, MOST
 from trio_llm.config import EngineConfig
 from trio_llm.messages import Admission, StepPlan
 from trio_llm.model.load import load_runner
@@ -146,6 +146,20 @@ def test_drafts_and_a_few_tokens_of_prompts_are_replayed(
     assert outcome.token_ids == golden(name).follow_all(outcome.token_ids)
     assert sum(tapes.num_replays) == sum(size <= 16 for size in sizes) > 10
     assert max(sizes) > 16
+
+
+def test_a_draft_model_has_graphs_of_its_own(
+    golden: Callable[[str], Golden], captured_of: Callable[..., tuple[Runner, Tapes]]
+) -> None:
+    """Its small steps are replays, too, into the same logits; the oracle says the same."""
+    requests = [(prompt, GREEDY) for prompt in golden("qwen3").prompts]
+    drafting = {"spec_method": "draft_model", "spec_model": str(golden("qwen3").directory), "max_draft_tokens": MOST}
+    runner, tapes = captured_of("qwen3", **drafting)
+    outcome = run(runner, requests, speculation=DRAFTS, batch_size=4)
+    assert outcome.token_ids == golden("qwen3").follow_all(outcome.token_ids)
+    assert len(tapes.graphs) == 2 * len(graph_sizes(16))
+    of_draft = len(graph_sizes(16))
+    assert sum(tapes.num_replays[of_draft:]) > sum(tapes.num_replays[:of_draft]) > 10
 
 
 def test_preempted_sequences_come_back_to_their_graphs(

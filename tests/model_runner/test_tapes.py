@@ -23,7 +23,7 @@ from tests.model_runner.conftest import NUM_GENERATED, Golden
 from tests.model_runner.drive import least_blocks, poison, run
 from tests.model_runner.test_decode_graphs import Requests, start, various, watched
 from tests.model_runner.test_runner import GREEDY, VARIED
-from tests.model_runner.test_speculation import LOOKUP
+from tests.model_runner.test_speculation import DRAFTS, LOOKUP, MOST
 from trio_llm.config import EngineConfig
 from trio_llm.errors import ConfigError
 from trio_llm.messages import SamplingParams, StepPlan
@@ -101,6 +101,23 @@ def test_drafts_are_judged_on_tapes(
     taped = [size for size in sizes if size <= OPTIONS["max_batch_size"]]
     assert len(taped) > 3
     assert not Counter(taped) - Counter(replays)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma4-26b", "mistral-window"])
+def test_a_draft_model_runs_on_tapes(
+    golden: Callable[[str], Golden], native: Callable[..., Runner], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A model that drafts for itself is right every time, so its tapes read and write what its model's do."""
+    requests = [(prompt, GREEDY) for prompt in golden(name).prompts[:3]]
+    drafting = {"spec_method": "draft_model", "spec_model": str(golden(name).directory), "max_draft_tokens": MOST}
+    plain, runner = run(native(name), requests), native(name, **drafting)
+    assert runner._drafter is not None
+    eager = Mock(side_effect=runner._drafter._inputs.resend)
+    monkeypatch.setattr(runner._drafter._inputs, "resend", eager)
+    outcome = run(runner, requests, speculation=DRAFTS)
+    assert outcome.token_ids == plain.token_ids
+    assert outcome.num_steps < plain.num_steps / 2
+    assert eager.call_count == 1  # the prompts'
 
 
 @pytest.mark.parametrize("name", ["gemma4-e2b", "mixtral", "qwen3-window"])

@@ -80,26 +80,31 @@ class Runner:
         self._graphs: DecodeGraphs | None = None
         self._drafter = None
         if draft is not None:
-            self._drafter = Drafter(draft, info.num_kv_blocks, self._rows, self._sampling, self._sampler, device)
+            self._drafter = Drafter(
+                draft, info.num_kv_blocks, self._rows, self._sampling, self._sampler, device, dispatch
+            )  # fmt: skip
 
     @torch.inference_mode()
     def capture_decodes(self, capture: Capture, report: Callable[[Progress], None] = lambda _: None) -> None:
-        """Capture steps of one token per row, which `launch` replays from then on."""
-        graphs = self._decode_graphs()
-        with self._device.working():
-            graphs.capture(capture, self._dispatch, report)
+        """Capture small steps, which `launch` replays from then on."""
+        for graphs in self._decode_graphs():
+            with self._device.working():
+                graphs.capture(capture, self._dispatch, report)
 
     @torch.inference_mode()
     def record_decodes(self, record: Capture) -> None:
         """Record such steps when a size is first needed."""
-        self._decode_graphs().record_when_needed(record, self._dispatch)
+        for graphs in self._decode_graphs():
+            graphs.record_when_needed(record, self._dispatch)
 
-    def _decode_graphs(self) -> DecodeGraphs:
+    def _decode_graphs(self) -> list[DecodeGraphs]:
+        """Return graphs of the model and the draft model. They share their logits: only one at a time needs them."""
         sizes = [group.block_size for group in self.info.kv_groups if group.window is None]
         longest = min([self.info.max_model_len, *(self.info.num_kv_blocks * size for size in sizes)])
-        rows, tables = self._rows.num_rows, self._rows.tables
-        self._graphs = DecodeGraphs(self._model, self._kv, self._layout, tables, rows, longest)
-        return self._graphs
+        tables, padding_row = self._rows.tables.tables, self._rows.tables.padding_row
+        logits = torch.empty((self._rows.num_rows, self.info.vocab_size), device=self._device.torch_device)
+        self._graphs = DecodeGraphs(self._model, self._kv, self._layout, tables, padding_row, logits, longest)
+        return [self._graphs] if self._drafter is None else [self._graphs, self._drafter.decode_graphs(logits, longest)]
 
     def step(self, plan: StepPlan) -> StepResult:
         """Run a plan. Its rows fail one by one through the result; an exception means that no row was done.

@@ -18,7 +18,7 @@ Letters: B rows of a graph, V vocabulary.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import attrs
@@ -31,7 +31,6 @@ from trio_llm.model.loading.loader import Model
 from trio_llm.model.ops import seam as ops
 from trio_llm.model.ops.dispatch import Dispatch, dispatching
 from trio_llm.model.paged.kv_cache import KVCache, KVLayout
-from trio_llm.model.step.input_rows import BlockTables
 from trio_llm.model_info import Progress
 
 _log = logging.getLogger(__name__)
@@ -62,22 +61,31 @@ class DecodeGraphs:
     """The graphs of one model, its pool and its tables."""
 
     def __init__(
-        self, model: Model, kv: KVCache, layout: KVLayout, tables: BlockTables, max_batch_size: int, max_context: int
+        self,
+        model: Model,
+        kv: KVCache,
+        layout: KVLayout,
+        tables: Sequence[Tensor],
+        padding_row: int,
+        logits: Tensor,
+        max_context: int,
     ) -> None:
         """Take what graphs read and write.
 
         Args:
+            tables: Per KV group of the layout [rows, M] int32.
+            padding_row: The row of tokens that only fill a batch up.
+            logits: [most tokens of a graph, V] float32. All graphs share it: a buffer for each of 35 sizes up to 256
+                rows would take gigabytes. The conversion to float32 writes to it.
             max_context: Kernels divide a context among blocks by this bound, as how long the contexts are is known when
                 a graph is replayed, not when it is captured. Short ones leave some of the blocks without work, which
                 costs less than a graph per length.
         """
-        self._model, self._kv, self._layout, self._tables = model, kv, layout, tables
+        self._model, self._kv, self._layout = model, kv, layout
+        self._tables, self._padding_row, self._logits = tables, padding_row, logits
         self._max_context = max_context
-        self._inputs = torch.zeros((3, max_batch_size), dtype=torch.int64, device=tables.device)
-        self._inputs[_ROWS] = tables.padding_row
-        # All graphs share one buffer for their logits: a buffer for each of 35 sizes up to 256 rows would take
-        # gigabytes. The conversion to float32 writes to it.
-        self._logits = torch.empty((max_batch_size, model.vocab_size), dtype=torch.float32, device=tables.device)
+        self._inputs = torch.zeros((3, len(logits)), dtype=torch.int64, device=logits.device)
+        self._inputs[_ROWS] = padding_row
         self._graphs: dict[int, _Graph] = {}
         self._record: Callable[[int], _Graph] | None = None
 
@@ -162,8 +170,8 @@ class DecodeGraphs:
         """Run the work of one graph."""
         batch = ops.prepare_decodes(
             self._inputs[:, :size],
-            self._tables.tables,
-            self._tables.padding_row,
+            self._tables,
+            self._padding_row,
             self._layout,
             self._model.ropes,
             self._max_context,

@@ -20,9 +20,11 @@ from torch import Tensor
 from trio_llm.messages import StepPlan
 from trio_llm.model.device.device import Device
 from trio_llm.model.loading.draft_model import DraftModel
+from trio_llm.model.ops.dispatch import Dispatch
 from trio_llm.model.paged.kv_cache import KVCache
 from trio_llm.model.sampling.row_params import SamplingRows
 from trio_llm.model.sampling.sampler import Sampler
+from trio_llm.model.step.decode_graphs import DecodeGraphs
 from trio_llm.model.step.input_rows import InputRows, PlanRows
 
 
@@ -75,10 +77,19 @@ class Drafter:
         sampling: SamplingRows,
         sampler: Sampler,
         device: Device,
+        dispatch: Dispatch,
     ) -> None:
-        self._draft, self._device = draft, device
+        self._draft, self._device, self._dispatch = draft, device, dispatch
         self._inputs, self._sampling, self._sampler = inputs, sampling, sampler
         self._kv = KVCache(draft.layout, num_blocks, device.torch_device)
+        self._graphs: DecodeGraphs | None = None
+
+    def decode_graphs(self, logits: Tensor, max_context: int) -> DecodeGraphs:
+        """Return graphs, still to be captured, that replay the small steps from then on. Arguments as for these."""
+        tables = [self._inputs.tables.tables[group] for group in self._draft.groups]
+        padding_row, layout = self._inputs.tables.padding_row, self._draft.layout
+        self._graphs = DecodeGraphs(self._draft.model, self._kv, layout, tables, padding_row, logits, max_context)
+        return self._graphs
 
     def propose(
         self, plan: StepPlan, batch: PlanRows, accepted: Mapping[int, Sequence[int]]
@@ -92,13 +103,12 @@ class Drafter:
         lengths = np.array([len(tokens) for tokens in step.token_ids])
         ends = step.starts + lengths
         drafts: list[list[int]] = [[] for _ in step.num_drafts]
-        hidden = self._forward(step.rows, step.starts, step.token_ids)
         drafting = [at for at, num in enumerate(step.num_drafts) if num]
-        (lasts,) = self._device.send([(lengths.cumsum() - 1)[drafting]])
-        hidden = hidden.index_select(0, lasts)
+        lasts = (lengths.cumsum() - 1)[drafting]
+        logits = self._logits(step.rows, step.starts, step.token_ids, lasts, is_mixed=batch.is_mixed)
         active = drafting
         while active:
-            guessed = self._sample(step.rows[active], ends[active] + len(drafts[active[0]]), hidden)
+            guessed = self._sample(step.rows[active], ends[active] + len(drafts[active[0]]), logits)
             for at, token_id in zip(active, guessed, strict=True):
                 if token_id >= 0:  # else no token may follow, and the draft ends here
                     drafts[at].append(token_id)
@@ -108,24 +118,40 @@ class Drafter:
                 if token_id >= 0 and len(drafts[at]) < step.num_drafts[at]
             ]
             if active:
-                hidden = self._forward_drafts(step.rows[active], ends[active], [drafts[at] for at in active])
+                logits = self._append_drafts(step.rows[active], ends[active], [drafts[at] for at in active])
         for at in drafting:
             self._sampling.roll_back(int(step.rows[at]), int(ends[at]))
         return tuple(map(tuple, drafts))
 
-    def _forward_drafts(
+    def _append_drafts(
         self, rows: NDArray[np.intp], ends: NDArray[np.int64], drafts: Sequence[Sequence[int]]
     ) -> Tensor:
-        """Append the newest draft of each row and compute it."""
+        """Append the newest draft of each row; return the logits [R, V] after it."""
         for row, draft in zip(rows.tolist(), drafts, strict=True):
             self._sampling.append_draft(row, draft[-1])
-        return self._forward(rows, ends + (len(drafts[0]) - 1), [draft[-1:] for draft in drafts])
+        newest = [draft[-1:] for draft in drafts]
+        return self._logits(rows, ends + (len(drafts[0]) - 1), newest, np.arange(len(rows)), is_mixed=False)
 
-    def _sample(self, rows: NDArray[np.intp], positions: NDArray[np.int64], hidden: Tensor) -> list[int]:
+    def _sample(self, rows: NDArray[np.intp], positions: NDArray[np.int64], logits: Tensor) -> list[int]:
         selected = self._sampling.select(rows, positions).without_logprobs()
-        return self._sampler.sample(self._draft.model.logits(hidden), selected).token_ids.tolist()
+        return self._sampler.sample(logits, selected).token_ids.tolist()
 
-    def _forward(self, rows: NDArray[np.intp], starts: NDArray[np.int64], tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Return the hidden states [S, H]."""
+    def _logits(
+        self,
+        rows: NDArray[np.intp],
+        starts: NDArray[np.int64],
+        tokens: Sequence[Sequence[int]],
+        wanted: NDArray[np.int64],
+        *,
+        is_mixed: bool,
+    ) -> Tensor:
+        """Compute tokens; return the logits [R, V] of the `wanted`, which are indices in S."""
+        num_tokens = sum(map(len, tokens))
+        size = None if self._graphs is None else self._graphs.size_for(num_tokens, is_mixed=is_mixed)
+        (places,) = self._device.send([wanted])
+        if self._graphs is not None and size is not None:
+            logits = self._graphs.replay(self._inputs.resend_decodes(rows, starts, tokens, size), self._dispatch)
+            return logits[:num_tokens] if len(wanted) == num_tokens else logits.index_select(0, places)
         batch = self._inputs.resend(rows, starts, tokens, self._draft.groups, self._draft.layout)
-        return self._draft.model.forward(batch, self._kv)
+        hidden = self._draft.model.forward(batch, self._kv).index_select(0, places)
+        return self._draft.model.logits(hidden) if len(wanted) else hidden

@@ -184,13 +184,32 @@ class InputRows:
 
     def send_decodes(self, rows: PlanRows, at: NDArray[np.intp], size: int) -> tuple[Tensor, StepColumns]:
         """Send single tokens, filled up to `size`: [3, size], permanent rows, tokens, positions."""
-        num_tokens = len(rows.token_ids)
-        positions = np.arange(num_tokens) + np.repeat(rows.starts - rows.offsets, rows.counts)
+        tokens = self._single_tokens(rows.index, rows.starts, rows.counts, rows.token_ids, size)
+        sent = self._send([tokens.reshape(-1)], size, rows, at, rows.sampled_from(at))
+        return sent.columns[0].view(3, size), sent
+
+    def resend_decodes(
+        self, index: NDArray[np.intp], starts: NDArray[np.int64], token_ids: Sequence[Sequence[int]], size: int
+    ) -> Tensor:
+        """Send single tokens for another model that uses these rows' tables, as `send_decodes` does."""
+        counts, flat = _flat(token_ids)
+        (sent,) = self._device.send([self._single_tokens(index, starts, counts, flat, size).reshape(-1)])
+        return sent.view(3, size)
+
+    def _single_tokens(
+        self,
+        index: NDArray[np.intp],
+        starts: NDArray[np.int64],
+        counts: NDArray[np.int64],
+        token_ids: NDArray[np.int64],
+        size: int,
+    ) -> Column:
+        num_tokens = len(token_ids)
+        positions = np.arange(num_tokens) + np.repeat(starts - (counts.cumsum() - counts), counts)
         padded = np.zeros((3, size), np.int64)
         padded[0] = self.tables.padding_row
-        padded[:, :num_tokens] = np.repeat(rows.index, rows.counts), rows.token_ids, positions
-        sent = self._send([padded.reshape(-1)], size, rows, at, rows.sampled_from(at))
-        return sent.columns[0].view(3, size), sent
+        padded[:, :num_tokens] = np.repeat(index, counts), token_ids, positions
+        return padded
 
     def resend(
         self,
@@ -201,8 +220,7 @@ class InputRows:
         layout: KVLayout,
     ) -> AttentionBatch:
         """Send a batch for another model that uses these rows' tables, `groups` of them, under a layout of its own."""
-        counts = np.array([len(row) for row in token_ids], np.int64)
-        flat = np.array([token_id for row in token_ids for token_id in row], np.int64)
+        counts, flat = _flat(token_ids)
         *columns, rows = self._device.send([flat, *lay_out(starts, counts), index])
         tables = self.tables.gather(rows, int((starts + counts).max()))
         chosen = [tables[group] for group in groups]
@@ -223,6 +241,12 @@ class InputRows:
         if len(places):
             self._last_tokens.fill(tensors[0], places, from_rows)
         return StepColumns(tensors[: len(columns)], sampled_rows, sampled_from_there)
+
+
+def _flat(token_ids: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the number of tokens of each row, and all tokens."""
+    counts = np.array([len(row) for row in token_ids], np.int64)
+    return counts, np.array([token_id for row in token_ids for token_id in row], np.int64)
 
 
 def _drafts(plan: StepPlan, afters: Sequence[int]) -> Sequence[tuple[int, ...]]:
