@@ -117,7 +117,8 @@ def capture_decode(
         launches = sum(noted.kernels.values()) // (1 if device.sim else 2)  # a GPU runs it once before it captures
         return replay
 
-    graphs = DecodeGraphs(model, kv, layout, tables, batch, bound)
+    logits = torch.empty((batch, model.vocab_size), device=where)
+    graphs = DecodeGraphs(model, kv, layout, tables.tables, tables.padding_row, logits, bound)
     graphs.record_when_needed(capture, dispatch)
     decodes = torch.stack([torch.arange(batch), torch.zeros(batch).long(), torch.full((batch,), context - 1)]).to(where)
 
