@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,9 +28,9 @@ def record(tape: Tape, tmp_path: Path) -> Path:
     return tape.save(tmp_path / "run.record")
 
 
-def trace(*arguments: object) -> Result:
+def trace(*arguments: object, columns: int = 160) -> Result:
     """Run the command."""
-    return CliRunner().invoke(cli, ["trace", *map(str, arguments)], env={"COLUMNS": "160"})
+    return CliRunner().invoke(cli, ["trace", *map(str, arguments)], env={"COLUMNS": str(columns)})
 
 
 def test_the_summary_tells_what_happened(tape: Tape, record: Path) -> None:
@@ -42,12 +44,24 @@ def test_the_summary_tells_what_happened(tape: Tape, record: Path) -> None:
 
 
 def test_tables_of_steps_and_requests(tape: Tape, record: Path) -> None:
-    """`--steps` and `--requests` print a line for each."""
+    """`--steps` and `--requests` print a line for each, and 80 columns are enough for it."""
     steps = list(tape.states)[5:8]
-    shown = trace(record, "--steps", steps[0], steps[-1]).output
-    assert [line.split()[1] for line in shown.splitlines() if line.startswith("│")] == list(map(str, steps))
-    shown = trace(record, "--requests").output
-    assert sum(line.startswith("│") for line in shown.splitlines()) == 25
+    shown = trace(record, "--steps", steps[0], steps[-1], columns=80).output
+    assert [first for line in shown.splitlines() if (first := line[:6].strip()).isdigit()] == list(map(str, steps))
+    assert "…" not in shown
+    shown = trace(record, "--requests", columns=80).output
+    assert sum(line[:6].strip().isdigit() for line in shown.splitlines()) == 25
+    assert "…" not in shown
+
+
+def test_a_reader_that_has_enough_hears_no_error(record: Path) -> None:
+    """`trio-llm trace ... | head -1` ends quietly, whatever it prints."""
+    for options in (["--format", "csv"], ["--steps", "1", "9999"]):
+        command = [sys.executable, "-m", "trio_llm", "trace", str(record), *options]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stderr is not None
+            process.stdout.close()
+            assert process.stderr.read() == b""
 
 
 def test_perfetto_gets_spans_and_counters(tape: Tape, record: Path, tmp_path: Path) -> None:

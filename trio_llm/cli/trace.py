@@ -11,6 +11,7 @@ from statistics import median
 from typing import TextIO
 
 import click
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -33,6 +34,8 @@ def run(path: Path, *, form: str, output: Path | None, steps: tuple[int, int] | 
                 _WRITERS[form](replay, file)
         else:
             _show(replay, steps, requests=requests)
+    except BrokenPipeError:
+        raise  # Click ends quietly: whoever reads the table, `head` for example, has enough.
     except (RecordError, OSError) as error:
         raise click.ClickException(str(error)) from None
 
@@ -81,8 +84,8 @@ def _ms(seconds: Sequence[float]) -> str:
 
 
 def _steps_table(rows: Sequence[StepRow]) -> Table:
-    names = "step,at s,model ms,rows,tokens,prefill,running,waiting,preempted,used blocks,cached"
-    table = Table(*names.split(","))
+    names = "step,at s,model ms,rows,tokens,prefill,running,waiting,lost,used blocks,cached"
+    table = _table(names)
     for row in rows:
         counts = (row.num_rows, row.num_tokens, row.num_prefill_tokens, row.num_running, row.num_waiting)
         pool = (row.num_preempted, row.used_blocks, row.cached_blocks)
@@ -91,9 +94,7 @@ def _steps_table(rows: Sequence[StepRow]) -> Table:
 
 
 def _requests_table(lives: Sequence[Life]) -> Table:
-    table = Table(
-        "request", "prompt", "cached", "output", "arrived s", "started", "first token", "ended", "lost", "why"
-    )
+    table = _table("request,prompt,cached,output,arrived s,started,first token,ended,lost,why")
     for life in lives:
         arrived = "before" if life.arrived_s is None else f"{life.arrived_s:.4f}"
         sizes = (life.request.num_prompt_tokens, life.num_cached_tokens, life.num_output_tokens)
@@ -102,6 +103,11 @@ def _requests_table(lives: Sequence[Life]) -> Table:
         table.add_row(str(life.request_id), *map(str, sizes), arrived, *at, lost, life.reason or "")
     table.caption = "started, first token, ended and lost (preempted) are steps"
     return table
+
+
+def _table(names: str) -> Table:
+    """Return an empty table with no more lines in it than 80 columns have room for."""
+    return Table(*names.split(","), box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
 
 
 def _step(step: int | None) -> str:
