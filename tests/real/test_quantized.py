@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from tests.model.paged import Paged, load
 from tests.model.quantized_files import Compressed, Packer, fp8_blocks, gptq, quantize_checkpoint
@@ -35,21 +35,41 @@ MESSAGE = f"<|im_start|>user\n{QUESTION}{STORY}<|im_end|>\n<|im_start|>assistant
 NUM_TOKENS = 24
 
 
+@attrs.frozen(eq=False)
+class Quantized:
+    """A checkpoint in a quantised format, and all its tensors, widened."""
+
+    directory: Path
+    widened: dict[str, Tensor]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def quantized(request: pytest.FixtureRequest, smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Quantized:
+    """Quantise the model, once for all tests of a format."""
+    packer, config = CASES[request.param]
+    directory = tmp_path_factory.mktemp("quantized") / "model"
+    widened = quantize_checkpoint(smollm2, directory, lambda _: lambda weight: packer(weight.float()), config)
+    return Quantized(directory, widened)
+
+
+@pytest.fixture(scope="module")
+def prompt(smollm2: Path) -> list[int]:
+    """Return the tokens of the message."""
+    return Tokenizer.from_file(str(smollm2 / "tokenizer.json")).encode(MESSAGE).ids
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_answers_are_those_of_transformers_on_the_widened_weights(case: str, smollm2: Path, tmp_path: Path) -> None:
+def test_answers_are_those_of_transformers_on_the_widened_weights(
+    quantized: Quantized, prompt: list[int], smollm2: Path
+) -> None:
     """After 30 quantised layers the logits of 440 tokens are near, and each token answered is the likeliest."""
     from transformers import AutoModelForCausalLM
 
-    packer, config = CASES[case]
-    widened = quantize_checkpoint(smollm2, tmp_path / "model", lambda _: lambda weight: packer(weight.float()), config)
-    shutil.copytree(smollm2, tmp_path / "twin", ignore=shutil.ignore_patterns("*.safetensors", "*.gguf"))
-    save_file({name: t.float() for name, t in widened.items()}, tmp_path / "twin/model.safetensors", {"format": "pt"})
-    loaded = load(tmp_path / "model", dtype="float32", block_size=16)
-    prompt = Tokenizer.from_file(str(smollm2 / "tokenizer.json")).encode(MESSAGE).ids
+    loaded = load(quantized.directory, dtype="float32", block_size=16)
     (answer,) = Paged(loaded, 1).greedy([prompt], 64, NUM_TOKENS)
     (ours,) = Paged(loaded, 1).prefill([prompt + answer], 64)
-    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "twin", dtype=torch.float32)
+    reference: Any = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    assert reference.load_state_dict(quantized.widened, strict=False) == (["lm_head.weight"], [])  # the tied one
     with torch.inference_mode():
         logits = reference(torch.tensor([prompt + answer])).logits[0]
     assert float((ours - logits).abs().max()) < 1e-3
@@ -58,15 +78,12 @@ def test_answers_are_those_of_transformers_on_the_widened_weights(case: str, smo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["gptq-act-order", "w4a16"])
-def test_computed_as_stored_it_says_what_its_widened_twin_does(case: str, smollm2: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantized", ["gptq-act-order", "w4a16"], indirect=True)
+def test_computed_as_stored_it_says_what_its_widened_twin_does(quantized: Quantized, prompt: list[int]) -> None:
     """4-bit numbers in groups of 64 times activations of 8 bits, with zero points and an order of inputs, and without.
 
     The rest of this small model is its embeddings in bfloat16.
     """
-    packer, config = CASES[case]
-    quantize_checkpoint(smollm2, tmp_path / "model", lambda _: lambda weight: packer(weight.float()), config)
-    prompt = Tokenizer.from_file(str(smollm2 / "tokenizer.json")).encode(MESSAGE).ids
-    plan = check_as_stored(EngineConfig(model=str(tmp_path / "model"), dtype="float32"), prompt)
+    plan = check_as_stored(EngineConfig(model=str(quantized.directory), dtype="float32"), prompt)
     assert plan.kept_formats == {name: plan.stored_formats[name] for name in plan.stored_formats if "4-bit" in name}
     assert plan.kept_formats
