@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from tests.real.smollm2 import GGUF_NAME
 from tests.server.process import ServerProcess, serving
@@ -71,6 +72,12 @@ def tokenizer_files(made_once: Callable[[str, str], Path]) -> Callable[[str], Pa
 def smollm2(made_once: Callable[[str, str], Path]) -> Path:
     """Return the checkpoint of SmolLM2-135M-Instruct: vocabulary 49,152, context 8,192, bfloat16."""
     return made_once("smollm2-2", "tests.real.smollm2")  # the number changes with what the module writes
+
+
+@pytest.fixture(scope="session")
+def tokenizer(smollm2: Path) -> Tokenizer:
+    """Return the tokenizer of the same checkpoint, as its authors' library reads it."""
+    return Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
 
 
 @pytest.fixture(scope="session")

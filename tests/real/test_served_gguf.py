@@ -13,7 +13,6 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import attrs
@@ -22,6 +21,7 @@ import torch
 from tokenizers import Tokenizer
 
 from tests.real.as_stored import NEAR_TIE
+from tests.real.first_choice import behind
 from tests.real.long_context import NUM_TOKENS, PART, RECORD, long_text
 from tests.server.process import RefusedError, ServerProcess
 
@@ -29,12 +29,6 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 CONTEXT, BLOCK, LONG = 8192, 16, 500
 FOX = [{"role": "user", "content": "Tell me a long story about a fox."}]
 TOPICS = "a dog, a river, bread, the moon, winter, a train, the sea, a garden, music, a horse".split(", ")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(smollm2: Path) -> Tokenizer:
-    """Return the twin's tokenizer."""
-    return Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
 
 
 def rendered(messages: list[dict[str, str]]) -> str:
@@ -97,9 +91,7 @@ def test_a_chat_of_twenty_turns(gguf_server: ServerProcess, tokenizer: Tokenizer
     compared = 0
     for prompt, answer in turns:
         if whole[: len(prompt) + len(answer)] == prompt + answer:  # else the answer's text has other tokens as a prompt
-            rows = logits[len(prompt) - 1 :][: len(answer)]
-            chosen = rows.gather(1, torch.tensor(answer)[:, None])[:, 0]
-            assert float((rows.amax(-1) - chosen).max()) < NEAR_TIE
+            assert behind(logits, prompt, answer) < NEAR_TIE
             compared += 1
     assert compared > 15
 

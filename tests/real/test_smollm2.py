@@ -11,6 +11,9 @@ import torch
 from tokenizers import Tokenizer
 
 from tests.model_runner.test_sampler import assert_agrees
+from tests.real.corpus import QUESTIONS
+from tests.real.first_choice import behind
+from tests.real.llama_cpp import chat
 from tests.server.process import ServerProcess, serving
 from trio_llm.params import SamplingParams
 
@@ -29,20 +32,9 @@ def server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield server
 
 
-@pytest.fixture(scope="module")
-def tokenizer(smollm2: Path) -> Tokenizer:
-    """Return the model's tokenizer."""
-    return Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
-
-
-def chat(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return a user's message as the model's chat template writes it."""
-    return tokenizer.encode(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n").ids
-
-
 def test_answers_as_the_published_model(server: ServerProcess) -> None:
     """The checkpoint is the published model, not only something that the reference reads the same way."""
-    question = {"role": "user", "content": "What is the capital of France?"}
+    question = {"role": "user", "content": QUESTIONS[0]}
     answer = server.ask("/v1/chat/completions", messages=[question], temperature=0, max_tokens=16)
     assert answer["choices"][0]["message"]["content"] == "The capital of France is Paris."
 
@@ -70,12 +62,6 @@ WISHES: list[Mapping[str, Any]] = [
     {"seed": 13, "temperature": 2.0, "top_k": 2000, "top_p": 0.8, "min_p": 0.001, "frequency_penalty": 1.0, **HOT},
 ]  # fmt: skip
 MIXED = 9
-TEXTS = [
-    "Tell me a long story about a fox.",
-    "Write Python code that sorts a list in five ways.",
-    "What is the capital of France?",
-    "List ten animals and say something about each.",
-]
 
 
 def params_of(wish: Mapping[str, Any], tokenizer: Tokenizer) -> SamplingParams:
@@ -100,7 +86,7 @@ def test_answers_of_500_tokens_are_those_of_transformers_and_the_reference_sampl
     The reference knows one request only, so the same tokens come out alone, and one of them is asked alone, too. Greedy
     answers are compared token by token, the others at every eleventh.
     """
-    prompts = [chat(tokenizer, TEXTS[at % len(TEXTS)]) for at in range(len(WISHES))]
+    prompts = [tokenizer.encode(chat(QUESTIONS[at % len(QUESTIONS)])).ids for at in range(len(WISHES))]
     bodies = [body_of(prompt, wish, NUM_TOKENS) for prompt, wish in zip(prompts, WISHES, strict=True)]
     choices = [answer["choices"][0] for answer in server.ask_together("/v1/completions", bodies)]
     assert server.metric("vllm:num_preemptions_total") > 0
@@ -111,10 +97,9 @@ def test_answers_of_500_tokens_are_those_of_transformers_and_the_reference_sampl
         assert (len(answer), choice["finish_reason"]) == (NUM_TOKENS, "length")
         assert choice["text"] == tokenizer.decode(answer)
         with torch.inference_mode():
-            logits = smollm2_reference(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+            logits = smollm2_reference(torch.tensor([prompt + answer])).logits[0]
         if wish == WISHES[0]:
-            chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
-            assert float((logits.amax(-1) - chosen).max()) < NEAR_TIE
+            assert behind(logits, prompt, answer) < NEAR_TIE
         for at in range(params.seed or 0, NUM_TOKENS, 11):
             row = (params, tuple(prompt), tuple(answer[:at]))
-            assert_agrees(logits[at].numpy(), row, answer[at], eos=[EOS], error=NEAR_TIE)
+            assert_agrees(logits[len(prompt) - 1 + at].numpy(), row, answer[at], eos=[EOS], error=NEAR_TIE)

@@ -49,7 +49,7 @@ def test_prompts_are_those_of_transformers(tokenizer_files: Callable[[str], Path
     options: Any = {"add_generation_prompt": True, "continue_final_message": False, "variables": {}}
     for texts in CHATS:
         segments = template.render(turns(texts), **options)
-        text = theirs.apply_chat_template(
+        text: Any = theirs.apply_chat_template(
             turns(texts), chat_template=source, add_generation_prompt=True, tokenize=False
         )
         assert "".join(part for part, _ in segments) == text
