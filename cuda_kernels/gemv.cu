@@ -12,6 +12,8 @@
 #define OUTPUTS 2
 #define PRODUCTS (GATED ? 2 * OUTPUTS : OUTPUTS)  // weight rows of a warp
 #define STEP (INT8 ? 16 : 8)                      // weights of 16 bytes
+#define STRIDE (32 * STEP)                        // weights of a row that a warp takes in a step
+#define DEPTH (8 / PRODUCTS)                      // loads ahead of their use: 4 KB of a warp are in flight
 
 #if INT8
 typedef s8 weight_t;
@@ -29,6 +31,35 @@ DEV void widen(const vec16& v, float* out) {
   }
 }
 #endif
+
+DEV void load_weights(vec16* raw, const weight_t* const* weights, int at) {
+#pragma unroll
+  for (int j = 0; j < PRODUCTS; j++) raw[j] = load16(weights[j] + at);
+}
+
+DEV void widen_all(const vec16* raw, float (*w)[STEP]) {
+#pragma unroll
+  for (int j = 0; j < PRODUCTS; j++) widen(raw[j], w[j]);
+}
+
+// Add the products of STEP inputs of every row.
+DEV void multiply(float (*sums)[PRODUCTS], const float (*w)[STEP], const io_t* const* x, int at) {
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int part = 0; part < STEP / 8; part++) {
+      const vec16 v = *reinterpret_cast<const vec16*>(x[m] + at + part * 8);
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const float low = io_low(v.x[i]), high = io_high(v.x[i]);
+#pragma unroll
+        for (int j = 0; j < PRODUCTS; j++) {
+          sums[m][j] = __fmaf_rn(low, w[j][part * 8 + 2 * i], sums[m][j]);
+          sums[m][j] = __fmaf_rn(high, w[j][part * 8 + 2 * i + 1], sums[m][j]);
+        }
+      }
+    }
+}
 
 DEV float activate(float v) { return GELU ? gelu_tanh(v) : silu(v); }
 
@@ -84,30 +115,38 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
 #pragma unroll
   for (int j = 0; j < PRODUCTS; j++) {
     const int output = min(first + j % OUTPUTS, n - 1) + j / OUTPUTS * n;  // past the end: any row, never stored
-    weights[j] = weight + (s64)output * k;
+    weights[j] = weight + (s64)output * k + lane * STEP;
   }
+  const io_t* rows_of_x[M];
+#pragma unroll
+  for (int m = 0; m < M; m++)  // past the end: any row, never stored
+    rows_of_x[m] = own + (s64)min(m, rows - 1) * row_stride + lane * STEP;
   float sums[M][PRODUCTS] = {};
-#pragma unroll 2
-  for (int at = lane * STEP; at < k; at += 32 * STEP) {
-    vec16 raw[PRODUCTS];
+  int left = k / STRIDE;  // whole steps of the warp
+  const bool rest = left * STRIDE + lane * STEP < k;
+  vec16 ring[DEPTH][PRODUCTS], last[PRODUCTS];
 #pragma unroll
-    for (int j = 0; j < PRODUCTS; j++) raw[j] = load16(weights[j] + at);
-    float w[PRODUCTS][STEP];
+  for (int d = 0; d < DEPTH; d++)
+    if (d < left) load_weights(ring[d], weights, d * STRIDE);
+  if (rest) load_weights(last, weights, left * STRIDE);
+  for (; left > 0; left -= DEPTH) {
 #pragma unroll
-    for (int j = 0; j < PRODUCTS; j++) widen(raw[j], w[j]);
-#pragma unroll
-    for (int m = 0; m < M; m++) {
-      if (m >= rows) break;
-#pragma unroll
-      for (int part = 0; part < STEP / 8; part++) {
-        const vec16 v = *reinterpret_cast<const vec16*>(own + (s64)m * row_stride + at + part * 8);
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-#pragma unroll
-          for (int j = 0; j < PRODUCTS; j++)
-            sums[m][j] += io_low(v.x[i]) * w[j][part * 8 + 2 * i] + io_high(v.x[i]) * w[j][part * 8 + 2 * i + 1];
-      }
+    for (int d = 0; d < DEPTH; d++) {
+      if (d >= left) break;
+      float w[PRODUCTS][STEP];
+      widen_all(ring[d], w);
+      if (d + DEPTH < left) load_weights(ring[d], weights, (d + DEPTH) * STRIDE);
+      multiply(sums, w, rows_of_x, d * STRIDE);
     }
+#pragma unroll
+    for (int j = 0; j < PRODUCTS; j++) weights[j] += DEPTH * STRIDE;
+#pragma unroll
+    for (int m = 0; m < M; m++) rows_of_x[m] += DEPTH * STRIDE;
+  }
+  if (rest) {
+    float w[PRODUCTS][STEP];
+    widen_all(last, w);
+    multiply(sums, w, rows_of_x, left * STRIDE);  // back to behind the last whole step
   }
   // Every lane gets every sum; lane m * OUTPUTS + j stores output j of row m.
   float mine[2] = {0.f, 0.f};
