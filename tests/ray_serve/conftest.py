@@ -52,6 +52,7 @@ class Cluster:
 def cluster() -> Iterator[Cluster]:
     """Run Ray, with the demo model's replicas behind a gate; at the end, nothing of it is left."""
     pytest.importorskip("ray", reason="needs trio-llm[ray]")
+    before = _shared_memory()
     # Not pytest's own directory: the paths of Ray's sockets would be too long.
     with tempfile.TemporaryDirectory(prefix="ray-") as directory:
         gate = Path(directory, "gate")
@@ -70,6 +71,7 @@ def cluster() -> Iterator[Cluster]:
             process.wait()
             answers.close()  # A test that failed may still read: it has met the end by now.
     assert not left
+    assert _shared_memory() <= before
     assert process.returncode == 0
 
 
@@ -112,6 +114,10 @@ def _processes(gate: Path) -> list[int]:
             return left
         threading.Event().wait(0.05)
     return []
+
+
+def _shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith(("plasma", "ray"))}
 
 
 def _has(environ: Path, gate: Path) -> bool:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,7 +19,7 @@ from ray._private import state
 from tests.ray_serve.gate import open_gated_engine
 from trio_llm.ray_serve.app import NAME, application
 
-_POLL_S, _WAIT_S = 0.05, 100.0
+_POLL_S, _WAIT_S = 0.05, 250.0
 
 
 def deploy(arguments: dict[str, Any]) -> None:
@@ -37,17 +39,34 @@ def replicas() -> dict[str, int]:
 
 def wait(count: int) -> dict[str, int]:
     """Wait until so many replicas run, and no other is alive; return them."""
-    deadline_s = time.monotonic() + _WAIT_S
-    while time.monotonic() < deadline_s:
+
+    def reached() -> bool:
         states = serve.status().applications["test"].deployments[NAME].replica_states
         running = {str(name): number for name, number in states.items() if number}
-        if running == {"RUNNING": count} and len(found := replicas()) == count:
-            return found
+        # A replica that was killed is still RUNNING for a moment.
+        return running == {"RUNNING": count} and len(replicas()) == count
+
+    _wait_for(reached)
+    return replicas()
+
+
+def delete(directory: str) -> None:
+    """Remove the application, and wait until each replica says that it waits for its requests."""
+    directories = Path(directory, "session_latest/logs/serve")
+    logs = [next(directories.glob(f"replica_*_{name}.log")) for name in replicas()]
+    serve.delete("test", _blocking=False)
+    _wait_for(lambda: all(": 1 ongoing requests" in path.read_text(encoding="utf-8") for path in logs))
+
+
+def _wait_for(reached: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + _WAIT_S
+    while not reached():
+        if time.monotonic() > deadline_s:
+            raise TimeoutError(serve.status())
         time.sleep(_POLL_S)  # Ray tells nobody when it has changed.
-    raise TimeoutError(f"there are {running}, not {count} replicas")
 
 
-COMMANDS = {"deploy": deploy, "wait": wait}
+COMMANDS = {"deploy": deploy, "wait": wait, "delete": delete}
 
 
 def main(port: int, directory: str) -> None:
