@@ -65,4 +65,5 @@ async def open_gated_engine(config: Config, **settings: Any) -> AsyncIterator[En
 
     load.load_runner = load_gated  # pyright: ignore[reportAttributeAccessIssue]
     async with open_engine(config, **settings) as engine:
+        engine._pulse.stall_after_s = 3600.0  # Waiting at the gate is no fault for which Ray replaces the replica.
         yield engine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -35,19 +36,21 @@ async def in_thread(function: Any, *arguments: Any) -> Any:
         return await trio.to_thread.run_sync(function, *arguments, abandon_on_cancel=True)
 
 
-async def ask(port: int, path: str, body: dict[str, Any] | None = None) -> tuple[int, str, Any]:
-    """Return status, replica and JSON, or text, of one answer."""
+async def ask(port: int, path: str, body: dict[str, Any] | None = None, *headers: str) -> tuple[int, str, Any]:
+    """Return status, replica and body of one answer."""
     async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
-        await stream.send_all(request(path, body))
+        await stream.send_all(request(path, body, *headers))
         status, headers, data = await read_response(stream)
     return status, headers.get("x-replica", ""), data
 
 
-def request(path: str, body: dict[str, Any] | None) -> bytes:
+def request(path: str, body: dict[str, Any] | None, *headers: str) -> bytes:
     """Spell a GET, or a POST with a body."""
     if body is None:
         return http("GET", path, b"", "Connection: close")
-    return http("POST", path, json.dumps(body).encode(), "Content-Type: application/json", "Connection: close")
+    return http(
+        "POST", path, json.dumps(body).encode(), "Content-Type: application/json", "Connection: close", *headers
+    )
 
 
 async def ask_replica(port: int, name: str, path: str) -> str:
@@ -88,26 +91,39 @@ class Reading:
 
 
 @asynccontextmanager
-async def streaming(port: int, prompt: str = "What is the capital of Japan?") -> AsyncIterator[Reading]:
+async def streaming(port: int, prompt: str = "What is the capital of Japan?", *headers: str) -> AsyncIterator[Reading]:
     """Stream NUM_TOKENS tokens."""
     body = {"prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True, "stream": True}
     with trio.fail_after(DEADLINE_S):
         async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
-            await stream.send_all(request("/v1/completions", body))
+            await stream.send_all(request("/v1/completions", body, *headers))
             yield Reading(stream)
 
 
+async def sessions(port: int, replicas: dict[str, int]) -> list[str]:
+    """Return a header for each replica with which requests go to it: a session that was there before."""
+    found: dict[str, str] = {}
+    with trio.fail_after(DEADLINE_S):
+        for number in itertools.count():
+            header = f"X-Session-Id: {number}"
+            _, replica, _ = await ask(port, "/v1/completions", {"prompt": "One", "max_tokens": 1}, header)
+            found[replica] = header
+            if set(replicas) <= set(found):
+                break
+    return [found[replica] for replica in replicas]
+
+
 @asynccontextmanager
-async def on_both(cluster: Cluster) -> AsyncIterator[tuple[Reading, Reading, ExitStack]]:
+async def on_both(cluster: Cluster, replicas: dict[str, int]) -> AsyncIterator[tuple[Reading, Reading, ExitStack]]:
     """Begin a stream on each replica. They wait until the block closes the stack, which opens the gate."""
+    first, second = await sessions(cluster.port, replicas)
     with ExitStack() as gate:
         gate.enter_context(closed(cluster.gate))
-        async with streaming(cluster.port) as one:
+        async with streaming(cluster.port, "One", first) as one, streaming(cluster.port, "Two", second) as other:
             await one.until(2)
-            async with streaming(cluster.port) as other:
-                await other.until(2)
-                assert one.replica != other.replica, "the second goes to the replica with less to do"
-                yield one, other, gate
+            await other.until(2)
+            assert one.replica != other.replica
+            yield one, other, gate
 
 
 def ended_whole(data: bytes) -> bool:
@@ -147,7 +163,7 @@ async def test_a_killed_replica_loses_its_own_requests_and_is_replaced(
     cluster: Cluster, replicas: dict[str, int]
 ) -> None:
     """The other replica's stream goes on to its end, and there are two replicas again."""
-    async with on_both(cluster) as (one, other, gate):
+    async with on_both(cluster, replicas) as (one, other, gate):
         with gate:
             os.kill(replicas[one.replica], signal.SIGKILL)
             assert not ended_whole(await one.to_end())
@@ -212,7 +228,7 @@ async def test_replicas_that_are_stopped_finish_what_they_have_begun(
     cluster: Cluster, replicas: dict[str, int]
 ) -> None:
     """Both are told to stop in the middle of a stream: it goes on to its end. Nothing runs after this test."""
-    async with on_both(cluster) as (one, other, gate):
+    async with on_both(cluster, replicas) as (one, other, gate):
         with gate:
             await in_thread(cluster.call, "delete", str(cluster.gate.parent))
         assert ended_whole(await one.to_end())
