@@ -90,16 +90,17 @@ def main() -> None:
     ray.init(num_cpus=8, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     print("| replicas | requests/s | first token, median | p95 | cached |\n|---|---|---|---|---|")
-    for name, arguments in KINDS.items():
+    for number, (name, arguments) in enumerate(KINDS.items()):
+        application = f"bench-{number}"  # With one name for all, the second had the first one's router (Ray 2.60).
         config: dict[str, Any] = {"engine": ENGINE, "server": {"log_level": "warning"}}
-        serve.run(build({**arguments, "config": config}), name="bench")
+        serve.run(build({**arguments, "config": config}), name=application)
         seconds, seen = trio.run(measure, Api(f"http://127.0.0.1:{port}/v1"), given.requests, given.clients)
         p95_s = statistics.quantiles(seen.first_s, n=20)[-1]
         median_ms, p95_ms = statistics.median(seen.first_s) * 1000, p95_s * 1000
         share = seen.cached_tokens / seen.prompt_tokens
         rate = given.requests / seconds
         print(f"| {name} | {rate:.1f} | {median_ms:.0f} ms | {p95_ms:.0f} ms | {share:.0%} |", flush=True)
-        serve.delete("bench")
+        serve.delete(application)
     serve.shutdown()
     ray.shutdown()
 
