@@ -14,6 +14,7 @@
 #define STEP (INT8 ? 16 : 8)                      // weights of 16 bytes
 #define STRIDE (32 * STEP)                        // weights of a row that a warp takes in a step
 #define DEPTH (8 / PRODUCTS)                      // loads ahead of their use: 4 KB of a warp are in flight
+#define BLOCKS (M * PRODUCTS <= 8 ? 4 : 2)        // that share a multiprocessor's registers
 
 #if INT8
 typedef s8 weight_t;
@@ -98,7 +99,7 @@ DEV void normalise(io_t* shared, const io_t* x, const io_t* residual, const io_t
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     gemv(const io_t* __restrict__ x, const io_t* __restrict__ residual, const io_t* __restrict__ norm,
          const weight_t* __restrict__ weight, const io_t* __restrict__ scales, const io_t* __restrict__ bias,
          io_t* __restrict__ total, io_t* __restrict__ out, int rows, int n, int k, int row_stride, float eps) {
