@@ -325,6 +325,26 @@ def test_vllms_kv_cache_dtype_is_kv_quantization(dtype: str, expected: bool, tmp
     assert "flag --kv-cache-dtype" in result.output
 
 
+@pytest.mark.parametrize(
+    ("in_file", "environ", "words", "expected"),
+    [
+        ({"kv_cache_dtype": "fp8"}, {}, ["--kv-quantization"], (True, "auto")),
+        ({"kv_cache_dtype": "int8"}, {}, ["--no-kv-quantization"], (False, "auto")),
+        ({"kv_cache_dtype": "fp8"}, {"VLLM_KV_QUANTIZATION": "1"}, [], (True, "auto")),
+        ({}, {"VLLM_KV_QUANTIZATION": "1"}, ["--kv-cache-dtype", "fp8"], (False, "fp8")),
+        ({"kv_cache_dtype": "fp8", "kv_quantization": True}, {}, [], (True, "fp8")),
+    ],
+)
+def test_the_last_word_on_keys_and_values_counts(
+    in_file: dict[str, Any], environ: dict[str, str], words: list[str], expected: tuple[bool, str], tmp_path: Path
+) -> None:
+    """A flag or variable for one of the two settings of keys and values wins over a file's word on the other."""
+    path = tmp_path / "kv.yaml"
+    path.write_text(yaml.safe_dump({"engine": in_file}))
+    engine = load_settings(path, environ, flags_given(serve.make_context("serve", words).params)).config.engine
+    assert (engine.kv_quantization, engine.kv_cache_dtype) == expected
+
+
 def test_secrets_are_never_shown() -> None:
     """Keys stay out of repr, `--print-config` and error messages."""
     secret = "sk-very-secret-key"

@@ -65,6 +65,13 @@ def test_the_engine_takes_what_the_plan_says(engine: EngineConfig) -> None:
         runner.close()
 
 
+def test_a_choice_changes_something(engine: EngineConfig) -> None:
+    """Where keys and values have 8 bits already, no choice stores them in 8 bits."""
+    for dtype in ("int8", "fp8", "fp8_e4m3"):
+        found = choices(attrs.evolve(engine, kv_cache_dtype=dtype), Demand(users=5, context=100))
+        assert [sorted(choice.settings) for choice in found] == [[], ["quantization"]]
+
+
 def test_no_weight_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan takes headers only, and counts all that the files have."""
     monkeypatch.setattr(loader, "FileSource", lambda *args: pytest.fail("a file of weights is opened"))

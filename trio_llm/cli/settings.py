@@ -27,6 +27,8 @@ SECTIONS: Mapping[str, type] = {
     "auth": AuthConfig,
     "limits": LimitsConfig,
 }
+# Both say what keys and values are stored as.
+_KV_TYPES = ("engine.kv_quantization", "engine.kv_cache_dtype")
 DEFAULT_FILE = Path("config.yaml")
 _MAX_FILE_BYTES = 2**20
 
@@ -65,7 +67,7 @@ def load_settings(path: Path | None, environ: Mapping[str, str], flags: Mapping[
     Raises:
         ConfigError: A key is unknown or a value is not allowed; names key, value, source and what is allowed.
     """
-    given = {**_from_file(path), **_from_environment(environ), **flags}
+    given = _merged(_from_file(path), _from_environment(environ), flags)
     values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     sources: dict[str, str] = {}
     for key, attribute in fields():
@@ -76,6 +78,20 @@ def load_settings(path: Path | None, environ: Mapping[str, str], flags: Mapping[
             values[section][name] = _parse(key, attribute, entry)
     sections: dict[str, Any] = {section: cls(**values[section]) for section, cls in SECTIONS.items()}
     return Settings(Config(**sections), sources)
+
+
+def _merged(*layers: Mapping[str, Given]) -> dict[str, Given]:
+    """Return what the last layer that gives a setting says.
+
+    A layer that gives one of the two settings of keys and values decides both: a flag for one wins over a file's word
+    on the other.
+    """
+    given: dict[str, Given] = {}
+    for layer in layers:
+        if any(key in layer for key in _KV_TYPES):
+            given = {key: entry for key, entry in given.items() if key not in _KV_TYPES}
+        given.update(layer)
+    return given
 
 
 def unknown_variables(environ: Mapping[str, str]) -> dict[str, str | None]:

@@ -107,6 +107,8 @@ def _found(config: EngineConfig, demand: Demand) -> Iterator[Choice]:
     for settings, cost in _ALTERNATIVES:
         if any(getattr(config, name) for name in settings):
             continue
+        if "kv_quantization" in settings and config.kv_cache_dtype != "auto":
+            continue  # It would change nothing.
         try:
             inspected = _inspected(attrs.evolve(config, **settings), demand)
         except UnsupportedError:
