@@ -18,6 +18,7 @@ from tests.model.quantized_files import awq, gptq
 from tests.model.test_quantized import AWQ, GPTQ
 from tests.model.test_quantized_as_stored import make
 from tests.model.test_reduced_precision import errors
+from tests.model_runner.tape import Tapes
 from tests.model_runner.test_gpu_loading import PretendedGpu
 from tools.ptx_simulator import SimulatedLauncher
 from trio_llm.config import EngineConfig
@@ -124,6 +125,26 @@ def test_gates_that_fill_no_tile_are_multiplied_first(on_kernels: Dispatch) -> N
     expected = ops_torch.act_and_mul(ops_torch.linear(x, blocks), "silu")
     torch.testing.assert_close(ops.gated_linear(x, tiles, "silu"), expected, rtol=0.03, atol=0.03)
     assert on_kernels.calls == {("gated_linear", "cuda", ""): 1}
+
+
+def test_graphs_may_contain_look_ups_and_many_rows(on_kernels: Dispatch) -> None:
+    """Neither sends data from the host: a capture refuses that. A replay looks up and multiplies what is there then."""
+    torch.manual_seed(5)
+    blocks = Blocks(torch.randint(0, 256, (64, 32), dtype=torch.uint8), torch.rand(64, 2).half() / 50)
+    tiles, x, ids = Tiles.of(blocks), torch.zeros(257, 64).bfloat16(), torch.zeros(70, dtype=torch.int64)
+    out: list[torch.Tensor] = []
+
+    def work() -> None:
+        out[:] = [ops.embedding(ids, tiles, x.dtype), ops.embedding(ids, blocks, x.dtype), ops.linear(x, tiles)]
+
+    replay = Tapes().capture(work)
+    x.copy_(torch.randn(257, 64))
+    ids.copy_(torch.randint(0, 64, (70,)))
+    replay()
+    rows = ops_torch.dequantize(blocks).bfloat16()[ids]
+    assert torch.equal(out[0], rows) and torch.equal(out[1], rows)
+    torch.testing.assert_close(out[2], ops_torch.linear(x, blocks), rtol=0.02, atol=0.02)
+    assert {how for _, how, _ in on_kernels.calls} == {"cublas"}
 
 
 def test_the_log_and_the_table_say_what_is_kept_on_a_gpu(

@@ -235,7 +235,7 @@ class Tiles:
         tile, j, g = index // 32, index // 8 % 4, index % 8
         words = self.weight.unflatten(2, (8, 4)).unflatten(4, (2, 2)).permute(0, 2, 4, 1, 3, 5)[tile, g, j // 2]
         # [..., tile, t, s] to [..., tile, h, t, e, s]
-        places = torch.tensor([[0, 16], [8, 24]], device=index.device)[:, None, :, None]
+        places = 8 * torch.arange(4, device=index.device).view(2, 1, 2, 1).transpose(0, 2)  # [[0, 16], [8, 24]]
         shifts = 4 * (j % 2)[(..., *[None] * 5)] + places
         numbers = words[..., None, :, None, :] >> shifts.int() & 0xF
         weight = (numbers[..., 0] | numbers[..., 1] << 4).to(torch.uint8).flatten(-4)
