@@ -147,6 +147,20 @@ def test_graphs_may_contain_look_ups_and_many_rows(on_kernels: Dispatch) -> None
     assert {how for _, how, _ in on_kernels.calls} == {"cublas"}
 
 
+def test_gates_of_fp8_are_multiplied_first(on_kernels: Dispatch) -> None:
+    """The scaled product has no activation: that is a kernel of its own, and no norm is fused with the product."""
+    torch.manual_seed(5)
+    blocks = Blocks(torch.randn(64, 64).to(torch.float8_e4m3fn), torch.rand(64, 1) / 10)
+    x, norm, matrix = torch.randn(3, 64).bfloat16(), torch.ones(64).bfloat16(), ops.pack(blocks)
+    before = ops.AddNorm(x, None, norm, 1e-6)
+    got = ops.gated_linear(before, matrix, "silu")
+    expected = ops_torch.act_and_mul(ops_torch.linear(ops_torch.rms_norm(x, norm, 1e-6), blocks), "silu")
+    torch.testing.assert_close(got, expected, rtol=0.2, atol=0.05 * float(expected.abs().max()))
+    assert on_kernels.calls == {
+        ("pack", "cuda", ""): 1, ("rms_norm", "cuda", ""): 1, ("gated_linear", "torch", "FP8 weights"): 1,
+    }  # fmt: skip
+
+
 def test_the_log_and_the_table_say_what_is_kept_on_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
