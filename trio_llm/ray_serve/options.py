@@ -25,7 +25,7 @@ class Options:
         max_replicas: Scale up to this number with the engines' queues. None does not scale.
         upscale_delay_s: Time for which the queues have been long before that.
         downscale_delay_s: Time for which fewer replicas would do before one is removed.
-        num_gpus: GPUs of each replica; a part of one shares it.
+        num_gpus: GPUs of each replica; a part of one shares it, if the settings limit the KV cache.
         num_cpus: Cores that Ray reserves for each replica.
         owns_batches: This one replica has files and batches; there is never another.
         prefix_affinity: Send requests that begin alike to one replica.
