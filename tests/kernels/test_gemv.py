@@ -99,7 +99,8 @@ def test_weights_are_read_once(int8: bool) -> None:
     # x is read by every warp, in halves of sectors beside int8 weights; these reads hit the L1 cache.
     x_sectors = warps * 2048 * 2 // 32 * (2 if int8 else 1)
     assert moved == weights + x_sectors + (warps if int8 else 0)  # and a sector of scales
-    assert counted.issued.total() * 32 / (64 * 2048) < 8  # thread instructions per weight
+    # Thread instructions per weight, but for moves: PTX has 11,584 of them here, machine code for sm_90 has few.
+    assert (counted.issued.total() - counted.issued["mov"]) * 32 / (64 * 2048) < 5.5
 
 
 # Bytes of weights per warp instruction but for moves, which ptxas mostly leaves out: measured, less a tenth.
