@@ -54,9 +54,12 @@ INLINE void add_up(const vf (&sum)[UNROLL][ROWS][VECTORS], f32* out) {
 struct Next {
   const u8* from;
   i64 bytes;
-  template <bool FETCH>
+  // Fetch what INPUTS take: one line of 64 bytes, or with the widest vectors two.
+  template <bool FETCH, int INPUTS>
   INLINE void fetch(const Next& next, i64 input) {
-    if (FETCH) __builtin_prefetch(next.from + input * next.bytes);
+    if (!FETCH) return;
+    __builtin_prefetch(next.from + input * next.bytes);
+    if (INPUTS * next.bytes > 64) __builtin_prefetch(next.from + input * next.bytes + 64);
   }
 };
 
@@ -71,7 +74,7 @@ INLINE void add_wide(const Rows& x, const u8* weights, i64 inputs, const Next& n
     for (int v = 0; v < VECTORS; v++) one[v] = in_register(W::load(w + k * PANEL + v * LANES));
     for (int r = 0; r < ROWS; r++)
       for (int v = 0; v < VECTORS; v++) sum[u][r][v] += ((const f32*)Rows::row(x, r))[k] * one[v];
-    Next::fetch<FETCH>(next, k);
+    Next::fetch<FETCH, 1>(next, k);
   };
   i64 k = 0;
   for (; k + UNROLL <= inputs; k += UNROLL)
@@ -99,7 +102,7 @@ INLINE void add_pairs(const Rows& x, const u8* weights, i64 inputs, const Next& 
         }
       }
     }
-    Next::fetch<FETCH>(next, 2 * k);
+    Next::fetch<FETCH, 2>(next, 2 * k);
   };
   i64 k = 0;
   for (; k + UNROLL <= inputs / 2; k += UNROLL)
@@ -129,7 +132,7 @@ INLINE void add_int8(const Rows& x, const u8* w, i64 first, i64 inputs, const Ne
           else whole[r][v] = dot(whole[r][v], w + v * BYTES, a);
         }
       }
-      Next::fetch<FETCH>(next, k + step * DOT);
+      Next::fetch<FETCH, DOT>(next, k + step * DOT);
     }
     for (int r = 0; r < ROWS; r++)
       for (int v = 0; v < VECTORS; v++) {

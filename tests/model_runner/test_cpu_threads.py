@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +77,27 @@ def test_bfloat16_arithmetic_is_a_flag_of_the_processor(tmp_path: Path, flags: s
     write(tmp_path, proc__cpuinfo=f"processor : 0\nflags : fpu {flags} sse\n")
     assert has_bfloat16_arithmetic(tmp_path) == expected
     assert not has_bfloat16_arithmetic(tmp_path / "nothing")
+
+
+WATCH = """
+import os, sys
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"))
+
+sys.meta_path.insert(0, Watch())
+import trio_llm.model.load
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "found"), [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
+)
+def test_openmps_threads_do_not_wait_on_the_kernels_cores(given: dict[str, str], found: str) -> None:
+    """It is said before torch is loaded, which then reads it, and only where the user has not said otherwise."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = [sys.executable, "-c", WATCH]
+    done = subprocess.run(command, env={**inherited, **given}, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [found]
