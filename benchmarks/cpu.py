@@ -57,8 +57,6 @@ def measure_ours(model: str, kind: str, threads: int) -> dict[str, Any]:
         )
     )
     found: dict[str, Any] = {"load s": time.perf_counter() - began, "bytes": runner.budget.weight_bytes}
-    count = found["bytes"] / BYTES[kind] if kind in BYTES else _count_parameters(model)
-    found["products"] = count - runner.info.vocab_size * runner.info.hidden_size
     params, block = SamplingParams(temperature=0), runner.info.kv_groups[0].block_size
     step = 0
 
@@ -84,6 +82,8 @@ def measure_ours(model: str, kind: str, threads: int) -> dict[str, Any]:
         run(rows, 0, CONTEXT, first=True)
         times = [run(rows, CONTEXT + i, 1, first=False) for i in range(DECODES)]
         found[f"decode {rows}"] = rows / statistics.median(times[2:])
+    count = found["bytes"] / BYTES[kind] if kind in BYTES else _count_parameters(model)
+    found["products"] = count - runner.info.vocab_size * runner.info.hidden_size
     return found
 
 
