@@ -102,7 +102,8 @@ class Runner:
         sizes = [group.block_size for group in self.info.kv_groups if group.window is None]
         longest = min([self.info.max_model_len, *(self.info.num_kv_blocks * size for size in sizes)])
         tables, padding_row = self._rows.tables.tables, self._rows.tables.padding_row
-        logits = torch.empty((self._rows.num_rows, self.info.vocab_size), device=self._device.torch_device)
+        shape = self._rows.num_rows, self.info.vocab_size
+        logits = torch.empty(shape, dtype=torch.float32, device=self._device.torch_device)
         self._graphs = DecodeGraphs(self._model, self._kv, self._layout, tables, padding_row, logits, longest)
         return [self._graphs] if self._drafter is None else [self._graphs, self._drafter.decode_graphs(logits, longest)]
 

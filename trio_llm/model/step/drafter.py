@@ -148,10 +148,13 @@ class Drafter:
         """Compute tokens; return the logits [R, V] of the `wanted`, which are indices in S."""
         num_tokens = sum(map(len, tokens))
         size = None if self._graphs is None else self._graphs.size_for(num_tokens, is_mixed=is_mixed)
-        (places,) = self._device.send([wanted])
         if self._graphs is not None and size is not None:
             logits = self._graphs.replay(self._inputs.resend_decodes(rows, starts, tokens, size), self._dispatch)
-            return logits[:num_tokens] if len(wanted) == num_tokens else logits.index_select(0, places)
+            if len(wanted) == num_tokens:
+                return logits[:num_tokens]
+            (places,) = self._device.send([wanted])
+            return logits.index_select(0, places)
+        (places,) = self._device.send([wanted])
         batch = self._inputs.resend(rows, starts, tokens, self._draft.groups, self._draft.layout)
         hidden = self._draft.model.forward(batch, self._kv).index_select(0, places)
         return self._draft.model.logits(hidden) if len(wanted) else hidden
