@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import gc
 import logging
 import os
@@ -46,8 +47,10 @@ def isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def process_as_before() -> Iterator[None]:
     """Undo what a command that runs in this process sets for the whole of it: a later test meets the same process.
 
-    pytest keeps every record that the root logger's level lets through, so a level left behind looks like a leak.
+    pytest keeps every record that the root logger's level lets through, so a level left behind looks like a leak. A
+    context variable left behind chooses kernels for a later test: that is a failure, of the test that set it.
     """
+    variables = set(contextvars.copy_context())
     root, thresholds = logging.getLogger(), gc.get_threshold()
     level, handlers = root.level, root.handlers[:]
     yield
@@ -57,6 +60,7 @@ def process_as_before() -> Iterator[None]:
     root.handlers[:] = handlers
     root.setLevel(level)
     logging.captureWarnings(False)
+    assert set(contextvars.copy_context()) <= variables
 
 
 def pytest_configure(config: pytest.Config) -> None:

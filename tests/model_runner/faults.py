@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import sys
 from collections.abc import Callable, Iterator
@@ -66,7 +67,10 @@ def first_places(lines: list[Line]) -> dict[Line, int]:
 
 
 def failing_at(index: int, call: Callable[[], T]) -> T:
-    """Make a call whose `index`-th line raises instead of running."""
+    """Make a call whose `index`-th line raises instead of running.
+
+    It has context variables of its own: one that was set on the line before is not reset, as no `try` has begun.
+    """
     count = -1
 
     def at_line(line: Line) -> None:
@@ -76,7 +80,7 @@ def failing_at(index: int, call: Callable[[], T]) -> T:
             raise InjectedError(f"{Path(line[0]).name}:{line[1]}")
 
     with _tracing(at_line):
-        return call()
+        return contextvars.copy_context().run(call)
 
 
 def copy_of(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> Runner:
