@@ -12,7 +12,7 @@ from trio_llm.core.setup import CoreSetup
 from trio_llm.core.speculation import Speculation
 from trio_llm.messages import BlockAsk, BlockGrant, Commit, StepPlan, StepResult
 from trio_llm.params import Submission
-from trio_llm.replay.encoder import Encoder
+from trio_llm.replay.encoder import Encoder, KeyEncoder
 from trio_llm.replay.files import framed, write_head
 from trio_llm.replay.frames import Frame, Header, Keys
 from trio_llm.replay.state import State, capture
@@ -55,6 +55,7 @@ class Tape:
         self.begins: dict[int, tuple[int, State]] = {}
         self.loop = loop
         self.encoder = Encoder(0.0, tokens=tokens, speculates=setup.max_draft_tokens > 0)
+        self.keys = KeyEncoder({})
         self._clock = 0
         self._rows: dict[int, tuple[int, ...]] = {}
         self._watch(loop.scheduler, loop.blocks)
@@ -86,11 +87,11 @@ class Tape:
 
         def submitted(request_id: int, submission: Submission) -> None:
             submit(request_id, submission)
-            self.frames.extend(self.encoder.arrived(request_id, submission, tick()))
+            self.frames.append(self.encoder.arrived(request_id, submission, tick()))
 
         def aborted(request_id: int) -> None:
             abort(request_id)
-            self.frames.extend(self.encoder.left(request_id, "abort", tick()))
+            self.frames.append(self.encoder.left(request_id, "abort", tick()))
 
         def asked(prompt_tokens: int | None = None) -> BlockAsk | None:
             last["prompt_tokens"], last["ask"] = prompt_tokens, ask_(prompt_tokens)
@@ -106,15 +107,15 @@ class Tape:
             plan = plan_(grant)
             ask = last["ask"]
             self._rows[grant.step] = () if plan is None else plan.request_ids
-            planned = self.encoder.planned(tick(), last["prompt_tokens"], ask, grant, plan, last["chains"])
-            self.frames.extend(planned)
-            self.frames.extend(self.encoder.new_keys())
+            self.frames.append(self.encoder.planned(tick(), last["prompt_tokens"], ask, grant, plan))
+            self.frames.extend(self.keys.planned(ask.released, last["chains"]))
+            self.frames.extend(self.keys.new())
             return plan
 
         def committed(result: StepResult) -> Commit:
             commit = commit_(result)
             result = attrs.evolve(result, seconds=0.002 + 0.0005 * commit.stats.num_tokens)
-            self.frames.extend(self.encoder.committed(tick(), self._rows[result.step], result, commit))
+            self.frames.append(self.encoder.committed(tick(), self._rows[result.step], result, commit))
             self.states[result.step] = capture(scheduler, blocks, tokens=self.tokens)
             self.begins[result.step] = len(self.frames), self.states[result.step]
             return commit

@@ -1,7 +1,8 @@
 """Writes a record of every step, on a thread of its own.
 
-The event loop only appends to a queue; the thread makes frames of it and writes them. If it falls behind, calls are
-dropped and counted. Then a new file begins with the state of the core, so that every file can be replayed exactly.
+The event loop makes a small frame of each call, while what is in it is in the processor's caches, and appends it to a
+queue; the thread writes them. If it falls behind, calls are dropped and counted. Then a new file begins with the state
+of the core, so that every file can be replayed exactly.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import TypeVarTuple
 
 import trio
 from prometheus_client import CollectorRegistry, Counter
@@ -30,16 +32,16 @@ from trio_llm.messages import BlockAsk, BlockGrant, Commit, FinishReason, StepPl
 from trio_llm.model_info import ModelInfo
 from trio_llm.params import Submission
 from trio_llm.replay.directory import RecordDirectory
-from trio_llm.replay.encoder import Encoder
-from trio_llm.replay.frames import Frame, Header
+from trio_llm.replay.encoder import Encoder, KeyEncoder
+from trio_llm.replay.frames import Call, Frame, Header
 from trio_llm.replay.state import State, capture
 
 # Calls that wait to be written: many seconds of steps, in megabytes.
 _MAX_CALLS = 4096
-# How long calls are gathered before the thread writes them, so that it rarely takes the GIL. A guess.
-_GATHER_S = 0.05
+# How long calls are gathered before the thread writes them: waking up costs as much as writing dozens of them.
+_GATHER_S = 0.25
 _log = logging.getLogger(__name__)
-Encode = partial[list[Frame]]
+Ts = TypeVarTuple("Ts")
 
 
 class Recorder:
@@ -47,7 +49,7 @@ class Recorder:
 
     Args:
         files: Gets the frames.
-        encoder: Makes them.
+        encoder: Makes those of calls.
         scheduler, blocks: The core, whose state begins each file but the first.
         counters: Of calls, of bytes, and of calls dropped.
     """
@@ -63,12 +65,15 @@ class Recorder:
         self._files, self._encoder = files, encoder
         self._scheduler, self._blocks = scheduler, blocks
         self._num_calls, self._num_bytes, self._num_dropped = counters
-        self._queue = deque[Encode]()
+        # Frames, and what the thread does between them.
+        self._queue = deque[Call | partial[None]]()
         self._lost = False  # Calls were dropped, so the file cannot go on.
         # Whether calls are to be recorded, and whether some were not since a file began.
         self._on, self._paused = True, False
         self._broken = False  # No file can be written any more.
         self._waiting = False
+        self._frames: list[Frame] = []  # To be written next.
+        self._keys = KeyEncoder({})
         # Numbers of the last file that is full, and of the last one for which the state of the next was taken.
         self._full_file = self._left_file = 0
         self._wake, self._closing = threading.Event(), threading.Event()
@@ -87,43 +92,51 @@ class Recorder:
     # --- in the scheduler actor's task ----------------------------------------------------------------------------
 
     def arrived(self, request_id: int, submission: Submission, at_s: float) -> None:
-        self._put(partial(self._encoder.arrived, request_id, submission, at_s))
+        self._put(self._encoder.arrived, request_id, submission, at_s)
 
     def left(self, request_id: int, reason: FinishReason, at_s: float) -> None:
-        self._put(partial(self._encoder.left, request_id, reason, at_s))
+        self._put(self._encoder.left, request_id, reason, at_s)
 
     def planned(
         self, at_s: float, prompt_tokens: int | None, ask: BlockAsk, grant: BlockGrant, plan: StepPlan | None
     ) -> None:
         if not self._on:
             return
-        chains = self._chains([admit.request_id for admit in ask.admits]) if ask.admits else {}
-        self._put(partial(self._encoder.planned, at_s, prompt_tokens, ask, grant, plan, chains))
+        self._put(self._planned, at_s, prompt_tokens, ask, grant, plan)
         is_over = self._full_file > self._left_file or self._lost or self._paused
         if is_over and len(self._queue) < _MAX_CALLS // 2:
             state = capture(self._scheduler, self._blocks, tokens=self._encoder.tokens)
             chains = self._chains([sequence.request_id for sequence in state.blocks])
             self._left_file, self._lost, self._paused = self._full_file, False, False
-            self._put(partial(self._begin_file, state, chains))
+            self._put(partial, self._begin_file, state, chains)
 
     def committed(self, at_s: float, plan: StepPlan, result: StepResult, commit: Commit) -> None:
-        self._put(partial(self._encoder.committed, at_s, plan.request_ids, result, commit))
+        self._put(self._encoder.committed, at_s, plan.request_ids, result, commit)
 
     def ended(self, stats: RequestStats) -> None:
         pass
+
+    def _planned(
+        self, at_s: float, prompt_tokens: int | None, ask: BlockAsk, grant: BlockGrant, plan: StepPlan | None
+    ) -> Call | partial[None]:
+        frame = self._encoder.planned(at_s, prompt_tokens, ask, grant, plan)
+        if not ask.released and not ask.admits:
+            return frame
+        chains = self._chains([admit.request_id for admit in ask.admits])
+        return partial(self._take_planned, frame, ask.released, chains)
 
     def _chains(self, request_ids: list[int]) -> dict[int, Chain]:
         chains = {request_id: self._blocks.chain(request_id) for request_id in request_ids}
         return {request_id: chain for request_id, chain in chains.items() if chain is not None}
 
-    def _put(self, encode: Encode) -> None:
+    def _put(self, make: Callable[[*Ts], Call | partial[None]], *args: *Ts) -> None:
         if self._paused and not self._broken:
             return
         if self._broken or self._lost or len(self._queue) == _MAX_CALLS:
             self._lost = True
             self._num_dropped.inc()
             return
-        self._queue.append(encode)
+        self._queue.append(make(*args))
         if self._waiting:
             self._waiting = False
             self._wake.set()
@@ -156,26 +169,31 @@ class Recorder:
                 self._files.close()
 
     def _write_all(self) -> None:
-        frames: list[Frame] = []
-        while self._queue:
-            encode = self._queue.popleft()
-            if encode.func == self._begin_file:
-                self._write([*frames, *self._encoder.new_keys()])
-                frames = []
-            frames += encode()
-            self._num_calls.inc()
-        self._write([*frames, *self._encoder.new_keys()])
+        num_calls = len(self._queue)
+        for _ in range(num_calls):
+            match self._queue.popleft():
+                case partial() as act:
+                    act()
+                case frame:
+                    self._frames.append(frame)
+        self._write()
+        self._num_calls.inc(num_calls)
 
-    def _write(self, frames: list[Frame]) -> None:
+    def _write(self) -> None:
+        frames = [*self._frames, *self._keys.new()]
+        self._frames.clear()
         if frames:
             self._num_bytes.inc(self._files.write(frames))
         if self._files.full:
             self._full_file = self._files.number
 
-    def _begin_file(self, state: State, chains: dict[int, Chain]) -> list[Frame]:
+    def _take_planned(self, frame: Call, released: Iterable[int], chains: Mapping[int, Chain]) -> None:
+        self._frames += [frame, *self._keys.planned(released, chains)]
+
+    def _begin_file(self, state: State, chains: Mapping[int, Chain]) -> None:
+        self._write()
         self._num_bytes.inc(self._files.begin(state))
-        self._encoder.start_file(chains)
-        return []
+        self._keys = KeyEncoder(chains)
 
 
 @contextmanager

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import attrs
-from msgspec.structs import replace
 
 from trio_llm.core.prefix import Chain
 from trio_llm.messages import BlockAsk, BlockGrant, Commit, Finished, FinishReason, StepPlan, StepResult, Tokens
@@ -15,9 +14,9 @@ from trio_llm.replay.request import Request
 from trio_llm.replay.state import KEY_BYTES
 
 
-@attrs.define(eq=False)
+@attrs.frozen
 class Encoder:
-    """Makes the frames of one record.
+    """Makes the frames of calls. A frame is small; it keeps nothing of a plan or a grant alive.
 
     Attributes:
         start_s: Time 0 of the record, on the clock of all times that come in.
@@ -28,52 +27,33 @@ class Encoder:
     start_s: float
     tokens: bool
     speculates: bool
-    # request_id -> its keys in the prefix cache, and how many of them are in frames.
-    _chains: dict[int, tuple[Chain, int]] = attrs.field(factory=dict[int, tuple[Chain, int]])
 
-    def arrived(self, request_id: int, submission: Submission, at_s: float) -> list[Frame]:
-        return [Arrival(self._time(at_s), Request.of(request_id, submission, tokens=self.tokens))]
+    def arrived(self, request_id: int, submission: Submission, at_s: float) -> Arrival:
+        return Arrival(at_s - self.start_s, Request.of(request_id, submission, tokens=self.tokens))
 
-    def left(self, request_id: int, reason: FinishReason, at_s: float) -> list[Frame]:
-        return [Leave(self._time(at_s), request_id, reason)]
+    def left(self, request_id: int, reason: FinishReason, at_s: float) -> Leave:
+        return Leave(at_s - self.start_s, request_id, reason)
 
     def planned(
-        self,
-        at_s: float,
-        prompt_tokens: int | None,
-        ask: BlockAsk,
-        grant: BlockGrant,
-        plan: StepPlan | None,
-        chains: Mapping[int, Chain],
-    ) -> list[Frame]:
-        """Encode a plan; `chains` are those of the sequences that the ask introduces."""
+        self, at_s: float, prompt_tokens: int | None, ask: BlockAsk, grant: BlockGrant, plan: StepPlan | None
+    ) -> Planned:
         drafts = ask.drafts if any(ask.drafts) else None
-        frames: list[Frame] = [Planned(ask.step, self._time(at_s), prompt_tokens, drafts, checksum(grant, plan))]
-        for request_id in ask.released:
-            if request_id in self._chains:
-                frames += self._new_keys(request_id)
-                del self._chains[request_id]
-        for request_id, chain in chains.items():
-            self._chains[request_id] = chain, 0
-        return frames
+        return Planned(ask.step, at_s - self.start_s, prompt_tokens, drafts, checksum(grant, plan))
 
-    def committed(self, at_s: float, request_ids: Sequence[int], result: StepResult, commit: Commit) -> list[Frame]:
+    def committed(self, at_s: float, request_ids: Sequence[int], result: StepResult, commit: Commit) -> Committed:
         """Encode a result; `request_ids` are the rows of its plan."""
-        drafts = result.drafts
-        if self.tokens:
-            frame = Committed(0, 0, 0, token_ids=result.token_ids, drafts=drafts)
-        else:
-            frame = Committed(
-                0,
-                0,
-                0,
-                counts=_counts(request_ids, commit) if self.speculates else None,
-                stopped=self._stopped(commit),
-                num_drafts=None if drafts is None else tuple(map(len, drafts)),
-            )
-        failed = dict(result.failed)
-        at_s = self._time(at_s)
-        return [replace(frame, step=result.step, at_s=at_s, seconds=round(result.seconds, 6), failed=failed)]
+        tokens, drafts = self.tokens, result.drafts
+        return Committed(
+            result.step,
+            at_s - self.start_s,
+            result.seconds,
+            counts=_counts(request_ids, commit) if self.speculates and not tokens else None,
+            stopped=() if tokens else self._stopped(commit),
+            failed=dict(result.failed),
+            num_drafts=None if tokens or drafts is None else tuple(map(len, drafts)),
+            token_ids=result.token_ids if tokens else None,
+            drafts=drafts if tokens else None,
+        )
 
     def _stopped(self, commit: Commit) -> tuple[int, ...]:
         # Usually each event is one row's token, and there is no end to look for.
@@ -82,24 +62,40 @@ class Encoder:
         ends = [(request_id, event) for request_id, event in commit.events if isinstance(event, Finished)]
         return tuple(request_id for request_id, event in ends if event.reason == "stop")
 
-    def new_keys(self) -> list[Frame]:
-        """Encode the keys of all sequences that are in no frame yet."""
-        return [frame for request_id in self._chains for frame in self._new_keys(request_id)]
 
-    def start_file(self, chains: Mapping[int, Chain]) -> None:
-        """Begin a file with these sequences, whose keys it does not have yet."""
+class KeyEncoder:
+    """Makes the frames of the keys that sequences get in the prefix cache, for one file.
+
+    Args:
+        chains: Of the sequences that the core has when the file begins.
+    """
+
+    def __init__(self, chains: Mapping[int, Chain]) -> None:
+        # request_id -> its keys, and how many of them are in frames.
         self._chains = {request_id: (chain, 0) for request_id, chain in chains.items()}
 
-    def _new_keys(self, request_id: int) -> list[Frame]:
+    def planned(self, released: Iterable[int], chains: Mapping[int, Chain]) -> list[Frame]:
+        """Encode the last keys of the sequences that a plan released; `chains` are of those that it introduced."""
+        frames: list[Frame] = []
+        for request_id in released:
+            if request_id in self._chains:
+                frames += self._new(request_id)
+                del self._chains[request_id]
+        for request_id, chain in chains.items():
+            self._chains[request_id] = chain, 0
+        return frames
+
+    def new(self) -> list[Frame]:
+        """Encode the keys of all sequences that are in no frame yet."""
+        return [frame for request_id in self._chains for frame in self._new(request_id)]
+
+    def _new(self, request_id: int) -> list[Frame]:
         chain, known = self._chains[request_id]
         if len(chain.digests) == known:
             return []
         new = chain.digests[known:]
         self._chains[request_id] = chain, known + len(new)
         return [Keys(request_id, known, b"".join([digest[:KEY_BYTES] for digest in new]))]
-
-    def _time(self, at_s: float) -> float:
-        return round(at_s - self.start_s, 6)
 
 
 def _counts(request_ids: Sequence[int], commit: Commit) -> tuple[int, ...]:

@@ -32,11 +32,10 @@ def write_csv(replay: Replay, file: TextIO) -> None:
     )
     for step, request_id, chunk in rows:
         if (row := by_step.get(step)) is not None:
+            at_s, model_s = round(row.at_s, 6), round(row.seconds, 6)
             kind = "decode" if chunk.decodes else "prefill"
             about = (row.num_rows, row.num_tokens, row.num_running, row.num_waiting, row.used_blocks, row.cached_blocks)
-            writer.writerow(
-                (step, row.at_s, row.seconds, request_id, chunk.start, chunk.count, chunk.drafts, kind, *about)
-            )
+            writer.writerow((step, at_s, model_s, request_id, chunk.start, chunk.count, chunk.drafts, kind, *about))
 
 
 def _events(lives: Sequence[Life], steps: Sequence[StepRow]) -> Iterator[dict[str, Any]]:
