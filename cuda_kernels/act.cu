@@ -6,6 +6,7 @@
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     act_and_mul(const io_t* __restrict__ gate_up, io_t* __restrict__ out, int width, int row_stride) {
+  wait_for_kernels_before();
   const int at = (blockIdx.y * THREADS + threadIdx.x) * 8;
   if (at >= width) return;
   const io_t* row = gate_up + (s64)blockIdx.x * row_stride + at;

@@ -214,6 +214,18 @@ DEV float block_sum(float v, float* scratch) {
   return total;
 }
 
+// ---- programmatic dependent launch (compute capability 9.0 and newer)
+// In a CUDA graph a kernel may begin while the one before it runs: as soon as all blocks of that one have made this call,
+// or have ended. Every thread of a kernel makes it, once. What the kernels before have written is there after it; until
+// then a kernel writes nothing and reads no argument but those declared EARLY.
+#define EARLY  // of a parameter: weights, which no kernel of a step writes
+DEV void wait_for_kernels_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // ---- work that is split among blocks
 // Take a ticket for this block's split; whoever takes the last one of a tile finds what all of them wrote.
 DEV bool is_last(int* ticket, int splits, unsigned char* shared) {

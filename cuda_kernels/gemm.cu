@@ -111,6 +111,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     grouped_linear(const io_t* __restrict__ x, const weight_t* __restrict__ weights, const io_t* __restrict__ scales,
                    const io_t* __restrict__ bias, const int* __restrict__ order, const int* __restrict__ tile_expert,
                    io_t* __restrict__ out, int num_rows, int n, int k, int row_stride, int top_k) {
+  wait_for_kernels_before();
   DYN_SMEM(unsigned char, shared);  // stages, then rows of x [BM] and of out [BM]
   int *rows = reinterpret_cast<int*>(shared + STAGES * STAGE_BYTES), *results = rows + BM;
   const int expert = tile_expert ? tile_expert[blockIdx.y] : 0, first = blockIdx.x * COLUMNS;

@@ -186,6 +186,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
             const offset_t* __restrict__ offsets, const io_t* __restrict__ bias, float* __restrict__ partial,
             int* __restrict__ tickets, io_t* __restrict__ out, int rows, int n, int tiles, int groups, int span,
             int splits, int row_stride) {
+  wait_for_kernels_before();
   DYN_SMEM(unsigned char, shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = blockIdx.x * WARPS + warp;
   const int first = blockIdx.z * span, last = min(first + span, (tiles + TILES - 1) / TILES), of_group = tiles / groups;

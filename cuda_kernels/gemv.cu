@@ -101,28 +101,15 @@ DEV void normalise(io_t* shared, const io_t* x, const io_t* residual, const io_t
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     gemv(const io_t* __restrict__ x, const io_t* __restrict__ residual, const io_t* __restrict__ norm,
-         const weight_t* __restrict__ weight, const io_t* __restrict__ scales, const io_t* __restrict__ bias,
+         EARLY const weight_t* __restrict__ weight, const io_t* __restrict__ scales, const io_t* __restrict__ bias,
          io_t* __restrict__ total, io_t* __restrict__ out, int rows, int n, int k, int row_stride, float eps) {
-#if NORM
-  DYN_SMEM(io_t, own);
-  normalise(own, x, residual, norm, total, rows, k, row_stride, eps);
-  row_stride = k;
-#else
-  const io_t* own = x;
-#endif
   const int lane = threadIdx.x % 32, first = (blockIdx.x * WARPS + threadIdx.x / 32) * OUTPUTS;
-  if (first >= n) return;
   const weight_t* weights[PRODUCTS];
 #pragma unroll
   for (int j = 0; j < PRODUCTS; j++) {
     const int output = min(first + j % OUTPUTS, n - 1) + j / OUTPUTS * n;  // past the end: any row, never stored
     weights[j] = weight + (s64)output * k + lane * STEP;
   }
-  const io_t* rows_of_x[M];
-#pragma unroll
-  for (int m = 0; m < M; m++)  // past the end: any row, never stored
-    rows_of_x[m] = own + (s64)min(m, rows - 1) * row_stride + lane * STEP;
-  float sums[M][PRODUCTS] = {};
   int left = k / STRIDE;  // whole steps of the warp
   const bool rest = left * STRIDE + lane * STEP < k;
   vec16 ring[DEPTH][PRODUCTS], last[PRODUCTS];
@@ -130,6 +117,20 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
   for (int d = 0; d < DEPTH; d++)
     if (d < left) load_weights(ring[d], weights, d * STRIDE);
   if (rest) load_weights(last, weights, left * STRIDE);
+  wait_for_kernels_before();
+#if NORM
+  DYN_SMEM(io_t, own);
+  normalise(own, x, residual, norm, total, rows, k, row_stride, eps);
+  row_stride = k;
+#else
+  const io_t* own = x;
+#endif
+  if (first >= n) return;
+  const io_t* rows_of_x[M];
+#pragma unroll
+  for (int m = 0; m < M; m++)  // past the end: any row, never stored
+    rows_of_x[m] = own + (s64)min(m, rows - 1) * row_stride + lane * STEP;
+  float sums[M][PRODUCTS] = {};
   for (; left > 0; left -= DEPTH) {
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) {

@@ -105,6 +105,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 4)
              kv_t* __restrict__ k_cache, kv_t* __restrict__ v_cache, float* __restrict__ k_scales,
              float* __restrict__ v_scales, int row_stride, int num_heads, int kv_heads, int values_at, int slot_stride,
              int scale_stride, int v_norm, float eps) {
+  wait_for_kernels_before();
   const int lane = threadIdx.x % 32, head = blockIdx.y * WARPS + threadIdx.x / 32;
   if (head >= num_heads + 2 * kv_heads) return;
   const bool is_value = head >= num_heads + kv_heads;

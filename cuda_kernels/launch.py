@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from cuda_kernels import compile as compiling
+from cuda_kernels import dependent
 from cuda_kernels.signature import Parameter, entries
 
 Dim3 = tuple[int, int, int]
@@ -180,7 +181,9 @@ class _Stream:
 class CupyLauncher:
     """Runs kernels on the current CUDA device; CuPy is imported with the first launch."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, overlap: bool = True) -> None:
+        """Make a launcher; with `overlap`, kernels of a CUDA graph begin early where they can (see `dependent`)."""
+        self._overlap = overlap
         self._loaded: dict[tuple[Kernel, int], _Loaded] = {}
 
     def launch(self, kernel: Kernel, grid: Dim3, block: Dim3, shared_bytes: int, args: Sequence[Any]) -> None:
@@ -196,30 +199,40 @@ class CupyLauncher:
                 raw.append(arg)  # a numpy scalar of the declared size, or None: a null pointer
         loaded = self._loaded.get((kernel, device))
         if loaded is None:
-            loaded = self._loaded[kernel, device] = _load(kernel, device)
+            loaded = self._loaded[kernel, device] = _load(kernel, device, overlap=self._overlap)
         if shared_bytes > loaded.shared_bytes:
             loaded.function.max_dynamic_shared_size_bytes = loaded.shared_bytes = shared_bytes
         # Asked for at every launch: under graph capture the current stream is another one.
-        stream = _Stream(torch.cuda.current_stream(device).cuda_stream)
-        loaded.function(grid, block, tuple(raw), shared_mem=shared_bytes, stream=stream)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        if loaded.driver is not None and torch.cuda.is_current_stream_capturing():
+            # What the host launches now comes too late to begin early.
+            dependent.launch(loaded.driver, loaded.function.kernel.ptr, grid, block, shared_bytes, stream, raw)
+        else:
+            loaded.function(grid, block, tuple(raw), shared_mem=shared_bytes, stream=_Stream(stream))
 
 
 @dataclass
 class _Loaded:
-    """A function in a device's memory, and the most shared memory that it has asked for.
+    """A function in a device's memory.
 
-    That only ever grows: CuPy keeps one module per file, so a smaller demand would take back a larger one.
+    Attributes:
+        driver: Launches it in a graph; None where CuPy does.
+        shared_bytes: The most shared memory that it has asked for. It only ever grows: CuPy keeps one module per file,
+            so a smaller demand would take back a larger one.
     """
 
     function: Any
+    driver: Any | None
     shared_bytes: int = _FREE_SHARED_BYTES
 
 
-def _load(kernel: Kernel, device: int) -> _Loaded:
+def _load(kernel: Kernel, device: int, *, overlap: bool) -> _Loaded:
     import cupy  # pyright: ignore[reportMissingImports] - an extra
 
-    built = kernel.build(compiling.target(torch.cuda.get_device_capability(device)))
-    return _Loaded(cupy.RawModule(path=str(built.binary_path)).get_function(kernel.entry))
+    capability = torch.cuda.get_device_capability(device)
+    built = kernel.build(compiling.target(capability))
+    function = cupy.RawModule(path=str(built.binary_path)).get_function(kernel.entry)
+    return _Loaded(function, dependent.driver() if overlap and capability >= dependent.OLDEST else None)
 
 
 _launcher: Launcher = CupyLauncher()

@@ -12,6 +12,7 @@
 
 extern "C" __global__ void __launch_bounds__(128)
     route(const io_t* __restrict__ logits, float* __restrict__ weights, s64* __restrict__ ids, int tokens) {
+  wait_for_kernels_before();
   const int token = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (token >= tokens) return;
   float x[HELD];
@@ -75,6 +76,7 @@ DEV void find_first_tiles(const int* counts, int* first_tile) {
 extern "C" __global__ void __launch_bounds__(SORT_WARPS * 32)
     sort_pairs(const s64* __restrict__ ids, int* __restrict__ order, int* __restrict__ tile_expert,
                s64* __restrict__ load, int pairs, int max_tiles) {
+  wait_for_kernels_before();
   DYN_SMEM(int, counts);  // [NUM_EXPERTS], then first tiles [NUM_EXPERTS + 1]
   int *first_tile = counts + NUM_EXPERTS, held[AHEAD], places[HELD] = {};
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -121,6 +123,7 @@ extern "C" __global__ void __launch_bounds__(SORT_WARPS * 32)
 // ---- out [S, n] = the sum over choices of weights [S, top_k] times y [pairs, n]. Grid: (S, pieces of 8 * 128 columns).
 extern "C" __global__ void __launch_bounds__(128)
     combine(const io_t* __restrict__ y, const float* __restrict__ weights, io_t* __restrict__ out, int n, int top_k) {
+  wait_for_kernels_before();
   const int at = (blockIdx.y * 128 + threadIdx.x) * 8;
   if (at >= n) return;
   float sums[8] = {};

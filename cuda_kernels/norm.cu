@@ -32,6 +32,7 @@ DEV void normalise(float (*row)[8], const io_t* weight, io_t* out, float eps) {
 extern "C" __global__ void __launch_bounds__(THREADS)
     rms_norm(const io_t* __restrict__ x, const io_t* __restrict__ weight, io_t* __restrict__ out, int row_stride,
              float eps) {
+  wait_for_kernels_before();
   float row[CHUNKS][8];
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++) {
@@ -51,6 +52,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 extern "C" __global__ void __launch_bounds__(THREADS)
     add_rms_norm(const io_t* __restrict__ x, const io_t* __restrict__ residual, const io_t* __restrict__ weight,
                  io_t* __restrict__ total, io_t* __restrict__ out, int row_stride, float eps) {
+  wait_for_kernels_before();
   float row[CHUNKS][8];
 #pragma unroll
   for (int c = 0; c < CHUNKS; c++) {

@@ -37,6 +37,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BM == 128 || SPLIT ? 1 : 0
                     float* partial, float* maxima, int* tickets, io_t* __restrict__ out, int max_blocks,
                     int block_shift, int slot_stride, int scale_stride, int kv_heads, int splits, int window,
                     float scale, float softcap) {
+  wait_for_kernels_before();
   DYN_SMEM(unsigned char, shared);
   // Long tiles first: the last rows of a causal prefill see the most keys.
   const int tile = gridDim.x - 1 - blockIdx.x, b = blockIdx.z;

@@ -4,6 +4,7 @@
 
 extern "C" __global__ void primitives(const int* __restrict__ in, u32* __restrict__ out, float* __restrict__ floats,
                                       int* __restrict__ histogram, int n) {
+  wait_for_kernels_before();
   DYN_SMEM(int, counts);
   const int i = blockIdx.x * blockDim.x + threadIdx.x, lane = threadIdx.x & 31;
   const int v = i < n ? in[i] : 0;
@@ -37,6 +38,7 @@ extern "C" __global__ void primitives(const int* __restrict__ in, u32* __restric
 // (loaded with a transpose) or as its transpose [8, 16].
 extern "C" __global__ void product(const io_t* __restrict__ a, const io_t* __restrict__ b, const io_t* __restrict__ bt,
                                    float* __restrict__ out, float* __restrict__ out_t) {
+  wait_for_kernels_before();
   DYN_SMEM(io_t, s);  // a, b twice (so that four matrices can be loaded), bt twice
   const int lane = threadIdx.x;
   copy16_async(s + lane * 8, a + lane * 8, true);
@@ -61,6 +63,7 @@ extern "C" __global__ void product(const io_t* __restrict__ a, const io_t* __res
 
 // The approximate functions, [n, 7]: ex2, lg2, rcp, rsqrt, tanh, silu, gelu of x [n] (of |x| where it must be positive).
 extern "C" __global__ void approximations(const float* __restrict__ x, float* __restrict__ out, int n) {
+  wait_for_kernels_before();
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= n) return;
   const float v = x[i], positive = fabsf(v);
@@ -74,6 +77,7 @@ extern "C" __global__ void approximations(const float* __restrict__ x, float* __
 // again; the nearest integers [n].
 extern "C" __global__ void roundings(const float* __restrict__ x, u32* __restrict__ bits, float* __restrict__ back,
                                      int* __restrict__ integers, int n) {
+  wait_for_kernels_before();
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= n) return;
   const u32 pair = pack_io(x[i], -x[i]);
@@ -87,6 +91,7 @@ extern "C" __global__ void roundings(const float* __restrict__ x, u32* __restric
 
 // 32 threads copy 16 bytes each, then 4 bytes each, of which only the even threads' are there: zeros fill the rest.
 extern "C" __global__ void copies(const u32* __restrict__ in, u32* __restrict__ out) {
+  wait_for_kernels_before();
   DYN_SMEM(u32, s);
   const int lane = threadIdx.x;
   const bool ok = lane % 2 == 0;
@@ -106,6 +111,7 @@ extern "C" __global__ void copies(const u32* __restrict__ in, u32* __restrict__ 
 
 // Read all of x (n pieces of 16 bytes) as fast as memory gives it: the ceiling that kernels which only read are held to.
 extern "C" __global__ void read_all(const vec16* __restrict__ x, u32* __restrict__ out, int n) {
+  wait_for_kernels_before();
   u32 all = 0;
   const int stride = gridDim.x * blockDim.x;
 #pragma unroll 4
@@ -118,5 +124,6 @@ extern "C" __global__ void read_all(const vec16* __restrict__ x, u32* __restrict
 
 // What a launch costs when there is nothing to do.
 extern "C" __global__ void nothing(int* x) {
+  wait_for_kernels_before();
   if (x) *x = 1;
 }

@@ -6,6 +6,7 @@
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     quantize_rows(const io_t* __restrict__ dense, s8* __restrict__ weight, io_t* __restrict__ scale, int k) {
+  wait_for_kernels_before();
   DYN_SMEM(float, scratch);
   const io_t* row = dense + (s64)blockIdx.x * k;
   float largest = 0.f;

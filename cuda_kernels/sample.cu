@@ -185,6 +185,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
            const s64* __restrict__ biased, const float* __restrict__ bias, const s64* __restrict__ seen,
            const float* __restrict__ penalties, const u32* __restrict__ masks, s64* __restrict__ ids, int vocab,
            int words) {
+  wait_for_kernels_before();
   DYN_SMEM(u64, scratch);  // [WARPS]
   const int r = blockIdx.x;
   Row row = {logits + (s64)r * vocab, hashes, nullptr, vocab, 0.f, 1.f, 0u, 0u};
@@ -212,6 +213,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     token_logprobs(const float* __restrict__ logits, const s64* __restrict__ ids, float* __restrict__ logprobs,
                    s64* __restrict__ ranks, int vocab) {
+  wait_for_kernels_before();
   DYN_SMEM(u64, scratch);
   const s64 r = blockIdx.x;
   const Row row = {logits + r * vocab, nullptr, nullptr, vocab, 0.f, 1.f, 0u, 0u};

@@ -13,6 +13,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                  int* __restrict__ context, int* __restrict__ cu_q, u8* __restrict__ padding, float* __restrict__ cos,
                  float* __restrict__ sin, int num_blocks, int row_stride, int block_size, int half, int padding_row,
                  float factor) {
+  wait_for_kernels_before();
   const int b = blockIdx.x;
   const s64 row = rows[b], position = positions[b];
   if (table) {

@@ -165,5 +165,6 @@ def test_signatures_are_read_from_the_source() -> None:
         Parameter("y", "float", pointer=True, read_only=False),
         Parameter("n", "int", pointer=False, read_only=False),
     )
+    assert [p.name for p in entries(compiling.expand("gemv.cu"))["gemv"] if p.early] == ["weight"]
     with pytest.raises(ValueError, match="double"):
         entries('extern "C" __global__ void f(double x) {}')

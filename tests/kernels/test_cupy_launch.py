@@ -32,12 +32,15 @@ class OnGpu(torch.Tensor):
 class FakeCupy(ModuleType):
     """What of CuPy 14 the launcher touches; one module per file, as CuPy keeps it."""
 
+    POINTER = 0xABCD  # of any function
+
     def __init__(self) -> None:
         super().__init__("cupy")
         self.limits: dict[str, int] = {}  # file and function -> shared memory it may have
         self.launches: list[tuple[Any, ...]] = []
         self.loaded: list[str] = []
         self.current_stream = 1
+        self.capturing = False
 
     def RawModule(self, *, path: str) -> SimpleNamespace:  # noqa: N802 - CuPy's name
         self.loaded.append(path)
@@ -49,6 +52,7 @@ class FakeFunction:
 
     def __init__(self, cupy: FakeCupy, name: str) -> None:
         self._cupy, self._name = cupy, name
+        self.kernel = SimpleNamespace(ptr=cupy.POINTER)
 
     @property
     def max_dynamic_shared_size_bytes(self) -> int:
@@ -74,6 +78,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> FakeCupy:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     stream = lambda device: SimpleNamespace(cuda_stream=fake.current_stream)  # noqa: E731
     monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: fake.capturing)
     return fake
 
 

@@ -230,6 +230,12 @@ BUGS = {
     "half of the squares": Bug(
         "gemv.cu", "squares += io_low(v.x[i]) * io_low(v.x[i]) +", "squares +=", check_normed_gemv
     ),
+    "a product that waits for no kernel": Bug("gemv.cu", "  wait_for_kernels_before();\n", "", check_gemv),
+    "a norm that waits for no kernel": Bug("norm.cu", "  wait_for_kernels_before();\n", "", check_norm),
+    "heads past the end wait for no kernel": Bug(
+        "kv_write.cu", "  wait_for_kernels_before();\n", "  if (threadIdx.x < 128) wait_for_kernels_before();\n",
+        check_kv_write,
+    ),
     "an output past the end": Bug("gemv.cu", "|| output >= n) return", ") return", check_gemv),
     "weights past the end": Bug("gemv.cu", "if (rest) {", "if (true) {", check_gemv),
     "the gate's scale for both": Bug("gemv.cu", "scales[output + half * n])", "scales[output])", check_gemv),

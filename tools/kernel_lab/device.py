@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cuda_kernels import compile as compiling
-from cuda_kernels.launch import Dim3, Kernel, Launcher, launcher, using
+from cuda_kernels.launch import CupyLauncher, Dim3, Kernel, Launcher, launcher, using
 from tools.ptx_simulator import SimulatedLauncher
 from tools.ptx_simulator.machine import ORDERS
 
@@ -61,6 +61,10 @@ class Gpu:
     def otherwise(self) -> contextlib.AbstractContextManager[None]:
         """Run again as differently as this device can: here, as it comes."""
         return contextlib.nullcontext()
+
+    def waiting(self) -> contextlib.AbstractContextManager[None]:
+        """Let every kernel of a graph begin after the one before it inside the block."""
+        return using(CupyLauncher(overlap=False))
 
     def capture(self, calls: Sequence[Call]) -> Captured:
         """Put calls into one graph, after having done each once: that compiles, loads modules and fills caches."""
@@ -124,6 +128,10 @@ class Simulated:
     def otherwise(self) -> contextlib.AbstractContextManager[None]:
         """With the last warp first."""
         return using(SimulatedLauncher(self.arch, order=ORDERS[-1]))
+
+    def waiting(self) -> contextlib.AbstractContextManager[None]:
+        """Run on: no two kernels are simulated at once."""
+        return contextlib.nullcontext()
 
     def capture(self, calls: Sequence[Call]) -> Captured:
         """Stand in for a graph: results are empty until they are replayed."""

@@ -26,7 +26,7 @@ def environment(device: Device) -> dict[str, Any]:
         "compiler": compiler_version(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("cupy-cuda12x", "cupy-cuda13x", "transformers")},
+        **{name: _version(name) for name in ("cupy-cuda12x", "cupy-cuda13x", "cuda-bindings", "transformers")},
     }
     if device.sim:
         return {**found, "gpu": "simulated"}
@@ -63,6 +63,7 @@ def ceilings(device: Device) -> list[tuple[str, Call]]:
         ("bf16_tflop_s", lambda: _matmul(device)),
         ("launch_us", lambda: _launch(device)),
         ("graph_node_us", lambda: _graph_node(device)),
+        ("graph_node_waiting_us", lambda: _waiting_node(device)),
     ]
 
 
@@ -128,3 +129,9 @@ def _graph_node(device: Device) -> float:
     empty = kernel("primitives.cu", "nothing")
     count = 2 if device.sim else 1000
     return _us(device, device.capture([lambda: empty((1, 1, 1), (32, 1, 1), 0, None)] * count), count)
+
+
+def _waiting_node(device: Device) -> float:
+    """Return the same where each kernel begins after the one before: what programmatic dependent launch saves."""
+    with device.waiting():
+        return _graph_node(device)

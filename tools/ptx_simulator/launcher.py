@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cuda_kernels.dependent import OLDEST
 from cuda_kernels.launch import Kernel
 from tools.ptx_simulator import arithmetic, conversion, transfer, warp
 from tools.ptx_simulator.counters import Counters
@@ -19,6 +20,7 @@ from tools.ptx_simulator.program import Program, parse
 
 INSTRUCTION_SETS = (arithmetic, conversion, transfer, warp)  # importing them registers their decoders
 _MAX_LANES = 8192  # blocks run side by side up to this many lanes; a guess at where numpy's overhead is spread well
+_DEPENDENT = 10 * OLDEST[0] + OLDEST[1]
 _MAX_SHARED_BYTES = 227 * 1024  # what a block of an H100 may have
 
 
@@ -36,25 +38,33 @@ class SimulatedLauncher:
 
     def launch(self, kernel: Kernel, grid: Dim3, block: Dim3, shared_bytes: int, args: Sequence[Any]) -> None:
         written = [not p.read_only for p in kernel.parameters]
-        self.launch_ptx(kernel.build(self._arch).ptx, kernel.entry, grid, block, shared_bytes, args, written)
+        early = [p.early for p in kernel.parameters] if int(self._arch.split("_")[1]) >= _DEPENDENT else None
+        self.launch_ptx(kernel.build(self._arch).ptx, kernel.entry, grid, block, shared_bytes, args, written, early)
 
     def launch_ptx(
         self, ptx: str, entry: str, grid: Dim3, block: Dim3, shared_bytes: int, args: Sequence[Any],
-        written: Sequence[bool],
+        written: Sequence[bool], early: Sequence[bool] | None = None,
     ) -> None:  # fmt: skip
-        """Run a kernel of a PTX text; `written` says which tensors it may write."""
+        """Run a kernel of a PTX text.
+
+        Args:
+            written: Which tensors it may write.
+            early: Which it may read before it has waited for the kernels before it; None where it begins after them.
+        """
         assert shared_bytes <= _MAX_SHARED_BYTES, f"{entry}: {shared_bytes} bytes of shared memory"
         program, code = _prepare(ptx, entry)
         tensors = [(arg, w) for arg, w in zip(args, written, strict=True) if isinstance(arg, torch.Tensor)]
-        memory = GlobalMemory(tensors)
+        chosen = [arg for arg, e in zip(args, early, strict=True) if e] if early else []
+        memory = GlobalMemory(tensors, [arg for arg in chosen if arg is not None])
         arguments = {name: _bits(arg, kind, memory) for (name, kind), arg in zip(program.parameters, args, strict=True)}
         side_by_side = max(1, _MAX_LANES // int(np.prod(block)))
         total = int(np.prod(grid))
         for first in range(0, total, side_by_side):
             blocks = np.arange(first, min(first + side_by_side, total))
             batch = Machine(
-                program, code, arguments, memory, blocks, grid, block, shared_bytes, self._order, self._counters
-            )
+                program, code, arguments, memory, blocks, grid, block, shared_bytes, self._order, self._counters,
+                is_dependent=early is not None,
+            )  # fmt: skip
             batch.run()
 
 

@@ -50,6 +50,7 @@ class Machine:
         arguments: Parameter name -> its bits, an array of one element.
         addresses_of: Shared variable -> its address.
         commits: Per lane, groups of asynchronous copies committed so far.
+        is_ahead: Which lanes have yet to wait for the kernels before this one; None where it follows them anyway.
     """
 
     def __init__(
@@ -64,6 +65,8 @@ class Machine:
         shared_bytes: int,
         order: int,
         counters: Counters | None,
+        *,
+        is_dependent: bool,
     ) -> None:
         self._program, self._code, self._order = program, code, order
         self.arguments, self.memory, self.counters = arguments, memory, counters
@@ -83,6 +86,7 @@ class Machine:
         self.shared = SharedMemory(count, size)
         self.copies: list[tuple[Integers, ...]] = []
         self.commits = np.zeros(len(self.lanes), np.int64)
+        self.is_ahead = np.ones(len(self.lanes), np.bool_) if is_dependent else None
         self._pc = np.zeros(len(self.lanes), np.int64)
         self._alive = np.ones(len(self.lanes), np.bool_)
         self._waiting = np.zeros(len(self.lanes), np.bool_)
@@ -153,7 +157,7 @@ class Machine:
             pc = target
         self._pc[lanes] = pc
         if pc >= len(self._code):
-            self._alive[lanes] = False
+            self._end(lanes)
 
     def _gather_warps(self, lanes: Lanes, pc: int) -> Lanes | None:
         """Return the whole warps that have come to a collective instruction, and park the lanes of others."""
@@ -178,8 +182,13 @@ class Machine:
             self.require_whole_warps(chosen, "bar.sync")
             self._waiting[chosen] = True
         else:
-            self._alive[chosen] = False
+            self._end(chosen)
         return None
+
+    def _end(self, lanes: Lanes) -> None:
+        if self.is_ahead is not None and self.is_ahead[lanes].any():
+            raise KernelFaultError("a thread ends that has not waited for the kernels before: the next may pass them")
+        self._alive[lanes] = False
 
     def _guarded(self, lanes: Lanes, guard: Register) -> Lanes | None:
         """Return the lanes whose guard holds; None if the instruction has no guard."""
@@ -189,6 +198,14 @@ class Machine:
         return self.narrow(lanes, held) if held.any() else None
 
     # ---- for instructions
+
+    def touch_global(self, lanes: Lanes, addresses: Integers, text: str, *, write: bool = False) -> None:
+        """Refuse an access that may come before the writes, or the reads, of a kernel before this one."""
+        if self.is_ahead is None:
+            return
+        ahead = self.is_ahead[lanes]
+        if ahead.any() and (write or not self.memory.is_early(addresses[ahead])):
+            raise KernelFaultError(f"{text}: before griddepcontrol.wait, of what is not declared EARLY")
 
     def narrow(self, lanes: Lanes, mask: NDArray[np.bool_]) -> Lanes:
         return self.lanes[lanes][mask]

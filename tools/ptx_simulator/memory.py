@@ -36,22 +36,33 @@ def _offset_bytes(tensor: torch.Tensor) -> int:
     return int(tensor.storage_offset()) * tensor.element_size()
 
 
+def _span_bytes(tensor: torch.Tensor) -> int:
+    """Return the bytes from a tensor's first to its last element."""
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(last + 1) * tensor.element_size()
+
+
 class GlobalMemory:
     """The tensors a kernel was given. It reads and writes their very storage; what lies outside them raises."""
 
-    def __init__(self, tensors: Sequence[tuple[torch.Tensor, bool]]) -> None:
-        """Map tensors, each with whether the kernel may write it (its parameter is not a pointer to const)."""
+    def __init__(self, tensors: Sequence[tuple[torch.Tensor, bool]], early: Sequence[torch.Tensor]) -> None:
+        """Map tensors, each with whether the kernel may write it (its parameter is not a pointer to const).
+
+        Args:
+            early: Those of them that may be read before the kernel has waited for those before it.
+        """
         self._segments: list[_Segment] = []
         self._of_storage: dict[int, int] = {}
         for tensor, writable in tensors:
             if tensor.numel():
                 self._map(tensor, writable)
+        starts = [(self.address(tensor), tensor) for tensor in early if tensor.numel()]
+        self._early = [(start, start + _span_bytes(tensor)) for start, tensor in starts]
 
     def _map(self, tensor: torch.Tensor, writable: bool) -> None:
         storage = tensor.untyped_storage()
         start = _offset_bytes(tensor)
-        span = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        end = int(start + span * tensor.element_size())
+        end = start + _span_bytes(tensor)
         index = self._of_storage.setdefault(storage.data_ptr(), len(self._segments))
         if index == len(self._segments):
             data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
@@ -67,6 +78,11 @@ class GlobalMemory:
             return 0
         index = self._of_storage[tensor.untyped_storage().data_ptr()]
         return (index + 1 << _SPAN_BITS) + _offset_bytes(tensor)
+
+    def is_early(self, addresses: Integers) -> bool:
+        """Return whether all these may be read before the kernel has waited for those before it."""
+        inside = [(addresses >= start) & (addresses < end) for start, end in self._early]
+        return bool(np.any(inside, axis=0).all()) if inside else False
 
     def _parts(
         self, addresses: Integers, width: int, what: str, *, write: bool = False

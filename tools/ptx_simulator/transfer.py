@@ -33,12 +33,14 @@ def _count(m: Machine, ins: Instruction, lanes: Lanes, addresses: Integers, widt
 
 def _read(m: Machine, space: str, lanes: Lanes, addresses: Integers, width: int, item: int, text: str) -> Words:
     if space == "global":
+        m.touch_global(lanes, addresses, text)
         return m.memory.load(addresses, width, item, text)
     return m.shared.load(m.block_of[lanes], addresses, width, item, text)
 
 
 def _write(m: Machine, space: str, lanes: Lanes, addresses: Integers, values: Words, text: str) -> None:
     if space == "global":
+        m.touch_global(lanes, addresses, text, write=True)
         m.memory.store(addresses, values, text)
     else:
         m.shared.store(m.block_of[lanes], addresses, values, text)
@@ -98,6 +100,22 @@ def _store(ins: Instruction, program: Program) -> Operate:
     return run
 
 
+@instruction("griddepcontrol")
+def _dependent_launch(ins: Instruction, _: Program) -> Operate:
+    """Wait for the kernels before this one, or let the next one begin: that it may is always assumed."""
+    operands(ins, 0)
+    if ins.modifiers == ("launch_dependents",):
+        return lambda _m, _lanes: None
+    if ins.modifiers != ("wait",):
+        raise UnsupportedError(ins.text)
+
+    def wait(m: Machine, lanes: Lanes) -> None:
+        if m.is_ahead is not None:
+            m.is_ahead[lanes] = False
+
+    return wait
+
+
 @instruction("cp")
 def _copy(ins: Instruction, program: Program) -> Operate:
     if ins.modifiers == ("async", "commit_group"):
@@ -134,6 +152,7 @@ def _copy_async(ins: Instruction, program: Program) -> Operate:
             raise UnsupportedError(f"{ins.text}: copies a part and fills the rest")
         whole = used > 0
         if whole.any():
+            m.touch_global(numbers[whole], sources[whole], ins.text)
             m.memory.load(sources[whole], width, width // 4 if width == 4 else 4, ins.text)  # checks the addresses
             _count(m, ins, numbers[whole], sources[whole], width, "global")
         m.shared.poison(blocks, targets, width, ins.text)

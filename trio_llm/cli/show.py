@@ -13,7 +13,7 @@ from trio_llm.cli.settings import Settings, fields
 
 _PACKAGES = (
     "trio", "quart", "quart-trio", "hypercorn", "h11", "torch", "numpy", "safetensors", "tokenizers", "attrs",
-    "msgspec", "prometheus-client", "cupy-cuda12x", "cupy-cuda13x",
+    "msgspec", "prometheus-client", "cupy-cuda12x", "cupy-cuda13x", "cuda-bindings",
 )  # fmt: skip
 
 
