@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from cpu_kernels import weight_memory
 from cpu_kernels.library import DTYPES, kernels, loaded
 
 OUTER = 256  # inputs that share an outer scale
@@ -65,7 +66,7 @@ def pack_blocks(
     kind = BlockKind(
         weight.dtype, scale.dtype, 0 if offset is None else 1 if zero is not None else 2, inputs // scale.shape[-1]
     )
-    packed = torch.empty((*leading, loaded().packed_bytes(outputs, inputs, kind.code)), dtype=torch.uint8)
+    packed = weight_memory.empty((*leading, loaded().packed_bytes(outputs, inputs, kind.code)))
     parts = [None if part is None else part.contiguous() for part in (weight, scale, offset, outer)]
     for index, out in enumerate(packed.view(-1, packed.shape[-1])):
         stored = [
