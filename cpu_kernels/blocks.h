@@ -77,22 +77,20 @@ struct GroupScales {
 };
 
 // Add to the sums out [ROWS][PANEL] of rows with one panel. PIECE inputs are added up as integers.
-template <int TYPE, int PIECE, int ROWS>
-INLINE void add_blocks(const Scaling& s, const Rows& x, const u8* panel, i64 inputs, f32* out) {
+template <int TYPE, int PIECE, int ROWS, bool FETCH>
+INLINE void add_blocks(const Scaling& s, const Rows& x, const u8* panel, i64 inputs, const Next& next, f32* out) {
   constexpr int HALF = VECTORS / 2;
+  const u8* const begin = panel;
   GroupScales scales;
   i64 piece = 0;
   for (i64 k = 0; k < inputs; k += s.group) {
     panel = GroupScales::read(scales, s, panel, k);
     for (const i64 end = (k + s.group) / PIECE; piece < end; piece++) {
       vi whole[ROWS][VECTORS] = {};
-      __builtin_prefetch(panel + 4096);
       if constexpr (TYPE == B4) {
-        __builtin_prefetch(panel + 4096 + 64);
-        __builtin_prefetch(panel + 4096 + 128);
-        __builtin_prefetch(panel + 4096 + 192);
 #pragma GCC unroll 8
         for (int step = 0; step < PIECE / 4; step++, panel += PANEL * 2) {
+          Next::fetch<FETCH>(next, panel - begin, PANEL * 2);
           for (int v = 0; v < HALF; v++) {
             const vu both = load_bits<vu>(panel + v * LANES * 4);
             const vu low = both & 0x0f0f0f0fu, high = both >> 4 & 0x0f0f0f0fu;
@@ -107,11 +105,13 @@ INLINE void add_blocks(const Scaling& s, const Rows& x, const u8* panel, i64 inp
         for (int r = 0; r < ROWS; r++)
           for (int v = 0; v < VECTORS; v++) whole[r][v] = all(x.start[r * x.pieces + piece]);
 #pragma GCC unroll 4
-        for (int step = 0; step < PIECE / DOT; step++, panel += PANEL * DOT)
+        for (int step = 0; step < PIECE / DOT; step++, panel += PANEL * DOT) {
+          Next::fetch<FETCH>(next, panel - begin, PANEL * DOT);
           for (int r = 0; r < ROWS; r++) {
             const u32 a = ((const u32*)Rows::row(x, r))[piece * (PIECE / DOT) + step];
             for (int v = 0; v < VECTORS; v++) whole[r][v] = dot(whole[r][v], panel + v * LANES * DOT, a);
           }
+        }
       }
       for (int r = 0; r < ROWS; r++) {
         const f32 row_scale = x.scale[r * x.blocks + piece * PIECE / BLOCK];

@@ -29,7 +29,7 @@ import kernel_cache
 
 SOURCES = Path(__file__).parent
 # The slowest to compile first.
-NAMES = ("linear", "attention", "pack", "pool", "kv_write", "moe", "act", "norm", "sample", "logprobs", "mask")
+NAMES = ("linear", "attention", "pack", "pool", "kv_write", "moe", "act", "norm", "sample", "logprobs", "mask", "step")
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-pthread")
 NATIVE = ("-march=native",)
 NO_COMPILER = "no C++ compiler was found: install g++ or clang++, or pip install 'trio-llm[cpu]'"

@@ -6,6 +6,7 @@ namespace {
 
 constexpr int TILES_AT_ONCE = 16;  // whose rows stay in the second-level cache while panels pass (a guess)
 constexpr i64 MOST_NARROW_TILES = 2;  // more of them share a widened piece
+constexpr i64 AHEAD = 8192;  // bytes from what few rows read to what they fetch (a guess)
 
 void lay_rows(const Product& p, const Layout& layout) {
   const i64 pieces = p.rows * layout.inputs < 16384 ? 1 : std::min<i64>(p.rows, num_threads() * 4);
@@ -26,9 +27,12 @@ void add_tile(const Piece& piece, const Rows& x, i64 rows, const Next& next, f32
 
 // Compute sums [rows][PANEL] of the tiles from `first` to `last` with a panel. One tile reads the panel as it is; more
 // read a piece of it after another, and many a widened piece. Blocks are always read as they are, group after group.
-void add_tiles(i64 kind, const Layout& layout, i64 first, i64 last, const u8* panel, f32* sums) {
+// `following` is the panel that is read next.
+void add_tiles(
+    i64 kind, const Layout& layout, i64 first, i64 last, const u8* panel, const u8* following, f32* sums) {
   alignas(64) u8 room[PIECE * PANEL * 4];
-  const i64 bytes = PANEL * size_of(kind), begin = layout.first_row(first);
+  const i64 bytes = is_blocks(kind) ? 1 : PANEL * size_of(kind), begin = layout.first_row(first);
+  const u8* end = panel + panel_bytes(kind, layout.inputs);
   const i64 most = last - first > 1 && !is_blocks(kind) ? PIECE : layout.inputs;
   const bool wide = last - first > MOST_NARROW_TILES && !is_blocks(kind);
   memset(sums, 0, (layout.first_row(last) - begin) * PANEL * 4);
@@ -36,7 +40,7 @@ void add_tiles(i64 kind, const Layout& layout, i64 first, i64 last, const u8* pa
     const i64 inputs = std::min(most, layout.inputs - k);
     const u8* stored = panel + k * bytes;
     const Piece piece{wide ? widened(kind, panel, k, inputs, room) : stored, kind, k, inputs, wide};
-    const Next next{stored + (wide ? inputs * bytes : AHEAD), bytes};
+    const Next next{stored + (wide ? inputs * bytes : AHEAD), bytes, end, following - end};
     for (i64 tile = first; tile < last; tile++) {
       const i64 row = layout.first_row(tile);
       const auto add = tile == first ? add_tile<true> : add_tile<false>;
@@ -45,22 +49,32 @@ void add_tiles(i64 kind, const Layout& layout, i64 first, i64 last, const u8* pa
   }
 }
 
-// Multiply all rows by the panels `begin` to `end`, a group of tiles after another.
+// Multiply all rows by the panels `begin` to `end`, a group of tiles after another. Of a gated matrix, several panels are
+// read before their partners: at each change from one to the other, memory has to be waited for.
 void multiply_panels(const Product& p, const Layout& layout, i64 begin, i64 end) {
   constexpr i64 MOST = TILES_AT_ONCE * MOST_ROWS;
-  alignas(64) f32 sum[MOST * PANEL], next[MOST * PANEL], up[MOST * 2 * PANEL];
+  alignas(64) f32 sums[MOST * PANEL], up[2 * MOST * PANEL];
   const i64 bytes = panel_bytes(p.kind, p.inputs);
   for (i64 first = 0; first < layout.tiles; first += TILES_AT_ONCE) {
     const i64 last = std::min<i64>(first + TILES_AT_ONCE, layout.tiles), row = layout.first_row(first);
+    const i64 size = (layout.first_row(last) - row) * PANEL, together = MOST * PANEL / size;
     const i64 rows = std::min(layout.first_row(last), p.rows) - row;
-    for (i64 panel = begin; panel < end; panel++) {
-      add_tiles(p.kind, layout, first, last, p.weight + panel * bytes, sum);
-      const Partner partner(p, panel);
-      for (i64 i = 0; i < partner.count; i++) {
-        add_tiles(p.kind, layout, first, last, p.weight + (partner.first + i) * bytes, next);
-        for (i64 r = 0; r < rows; r++) memcpy(up + (2 * r + i) * PANEL, next + r * PANEL, PANEL * 4);
+    for (i64 panel = begin; panel < end; panel += together) {
+      const i64 stop = std::min(panel + together, end);
+      const Partners partners(p, panel, stop);
+      const u8 *own = p.weight + panel * bytes, *others = p.weight + partners.first * bytes, *after = own;
+      for (i64 i = 0; i < stop - panel; i++) {
+        after = i + 1 < stop - panel || !partners.count ? own + (i + 1) * bytes : others;
+        add_tiles(p.kind, layout, first, last, own + i * bytes, after, sums + i * size);
       }
-      store_rows(p, panel, row, rows, sum, up);
+      for (i64 i = 0; i < partners.count; i++) {
+        after = i + 1 < partners.count ? others + (i + 1) * bytes : p.weight + stop * bytes;
+        add_tiles(p.kind, layout, first, last, others + i * bytes, after, up + i * size);
+      }
+      for (i64 i = 0; i < stop - panel; i++) {
+        const f32* behind = i + 1 < partners.count ? up + (i + 1) * size : nullptr;
+        store_rows(p, panel + i, row, rows, sums + i * size, up + i * size, behind);
+      }
     }
   }
 }
@@ -85,19 +99,17 @@ void multiply_by_tiles(const Product& p) {
     }
   });
   parallel_ranges(num_panels(p.activation ? p.outputs / 2 : p.outputs), 1, [&](i64 begin, i64 end) {
-    alignas(64) f32 sum[TILE_ROWS * PANEL], next[TILE_ROWS * PANEL], up[TILE_ROWS * 2 * PANEL];
+    alignas(64) f32 sum[TILE_ROWS * PANEL], up[2][TILE_ROWS * PANEL];
     begin_tiles();
     for (i64 panel = begin; panel < end; panel++) {
-      const Partner partner(p, panel);
+      const Partners partners(p, panel, panel + 1);
       for (i64 row = 0; row < rows; row += TILE_ROWS) {
         const u8* x = memory + row * stride;
         const i64 here = std::min(TILE_ROWS, p.rows - row);
         multiply_tiles(x, stride, here > 16, p.weight + panel * bytes, inputs / 32, sum);
-        for (i64 i = 0; i < partner.count; i++) {
-          multiply_tiles(x, stride, here > 16, p.weight + (partner.first + i) * bytes, inputs / 32, next);
-          for (i64 r = 0; r < here; r++) memcpy(up + (2 * r + i) * PANEL, next + r * PANEL, PANEL * 4);
-        }
-        store_rows(p, panel, row, here, sum, up);
+        for (i64 i = 0; i < partners.count; i++)
+          multiply_tiles(x, stride, here > 16, p.weight + (partners.first + i) * bytes, inputs / 32, up[i]);
+        store_rows(p, panel, row, here, sum, up[0], partners.count > 1 ? up[1] : nullptr);
       }
     }
     end_tiles();
@@ -123,10 +135,10 @@ struct LinearArgs {
   const f32* scale;    // [outputs], or null
   const f32* bias;     // [outputs], or null
   void* y;             // [rows, outputs], dense; [rows, outputs / 2] where gated
-  i64 x_dtype, y_dtype, x_stride, rows, outputs, inputs, kind, activation;
+  i64 x_dtype, y_dtype, rounding, x_stride, rows, outputs, inputs, kind, activation;
 };
 
 extern "C" void linear(const LinearArgs* a) {
   multiply({a->x, a->x_dtype, a->x_stride, nullptr, (const u8*)a->weight, a->scale, a->bias, a->y, a->y_dtype,
-            a->activation ? a->outputs / 2 : a->outputs, a->rows, a->outputs, a->inputs, a->kind, a->activation});
+            a->activation ? a->outputs / 2 : a->outputs, a->rows, a->outputs, a->inputs, a->kind, a->activation, a->rounding});
 }

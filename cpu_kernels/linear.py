@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cpu_kernels import weight_memory
 from cpu_kernels.act import ACTIVATIONS
 from cpu_kernels.blocks import Kind, code_of
 from cpu_kernels.library import DTYPES, empty, kernels, loaded, unfit
@@ -25,7 +26,7 @@ def pack(weight: Tensor, kind: Kind | None = None) -> Tensor:
     """
     *leading, outputs, inputs = weight.shape
     code = code_of(kind or weight.dtype)
-    packed = torch.empty((*leading, loaded().packed_bytes(outputs, inputs, code)), dtype=torch.uint8)
+    packed = weight_memory.empty((*leading, loaded().packed_bytes(outputs, inputs, code)))
     parts = weight.reshape(-1, outputs, inputs)
     for part, out in zip(parts, packed.view(len(parts), -1), strict=True):
         kernels()["pack"](part.contiguous(), out, outputs, inputs, code)
@@ -41,6 +42,7 @@ def linear(
     scale: Tensor | None = None,
     bias: Tensor | None = None,
     activation: Literal["silu", "gelu_tanh"] | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Return x times the weight's transpose, then the epilogue; sums in float32.
 
@@ -49,12 +51,14 @@ def linear(
         packed: Of `pack` or `pack_blocks`, from a weight of `shape` [N, K] and `kind`.
         scale, bias: [N] float32.
         activation: The first half of the N outputs is a gate: act(gate) * up comes out, [S, N / 2].
+        out: Memory for the result, of x's dtype or float32, dense: rounded to x's dtype all the same.
     """
     outputs, inputs = shape
-    out = empty((len(x), outputs // 2 if activation else outputs), x.dtype)
+    if out is None:
+        out = empty((len(x), outputs // 2 if activation else outputs), x.dtype)
     kernels()["linear"](
-        x, packed, scale, bias, out, DTYPES[x.dtype], DTYPES[x.dtype], x.stride(0), len(x), outputs, inputs,
-        code_of(kind), ACTIVATIONS[activation],
+        x, packed, scale, bias, out, DTYPES[x.dtype], DTYPES[out.dtype], DTYPES[x.dtype], x.stride(0), len(x), outputs,
+        inputs, code_of(kind), ACTIVATIONS[activation],
     )  # fmt: skip
     return out
 

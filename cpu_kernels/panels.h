@@ -53,6 +53,24 @@ INLINE i64 place(i64 kind, i64 output, i64 input) {
   return (input / step * PANEL + output % PANEL) * step + input % step;
 }
 
+// What is fetched from memory while a panel, or a piece of its inputs, is computed. Behind the panel's end that is not
+// its neighbour where a gate's panel is followed by its partner's.
+struct Next {
+  const u8* from;  // what is fetched with the first input
+  i64 bytes;       // of an input; 1 where blocks count in bytes
+  const u8* end;   // of the panel
+  i64 jump;        // from there to the panel that is read next
+  // Fetch `count` bytes, those that belong to the input `at`.
+  template <bool FETCH>
+  INLINE void fetch(const Next& next, i64 at, i64 count) {
+    if (!FETCH) return;
+    const u8* line = next.from + at * next.bytes;
+    if (line >= next.end) line += next.jump;
+    __builtin_prefetch(line);
+    if (count > 64) __builtin_prefetch(line + 64);
+  }
+};
+
 // One product with a matrix of panels. `rows` of x are chosen by `index` where it is given.
 struct Product {
   const void* x;        // [*, inputs], rows x_stride apart
@@ -65,5 +83,6 @@ struct Product {
   i64 y_dtype, y_stride;
   i64 rows, outputs, inputs, kind;
   i64 activation;       // gated where it is not NO_ACTIVATION: act(first half) * second half
+  i64 rounding = F32;   // the type to which results are rounded before they are stored as float32
 };
 void multiply(const Product& p);

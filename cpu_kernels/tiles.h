@@ -6,7 +6,6 @@
 #include "blocks.h"
 
 constexpr int PIECE = 4096 / PANEL;   // inputs that are widened at a time: 16 KiB
-constexpr i64 AHEAD = 4096;           // bytes from what few rows read to what they fetch (a guess)
 
 constexpr bool is_wide(i64 kind) { return kind == F32 || (kind == S8 && DOT == 4) || (kind == BF16 && BF16_DOT); }
 
@@ -50,19 +49,6 @@ INLINE void add_up(const vf (&sum)[UNROLL][ROWS][VECTORS], f32* out) {
     }
 }
 
-// What is fetched from memory while a tile is computed: `bytes` for each of its inputs.
-struct Next {
-  const u8* from;
-  i64 bytes;
-  // Fetch what INPUTS take: one line of 64 bytes, or with the widest vectors two.
-  template <bool FETCH, int INPUTS>
-  INLINE void fetch(const Next& next, i64 input) {
-    if (!FETCH) return;
-    __builtin_prefetch(next.from + input * next.bytes);
-    if (INPUTS * next.bytes > 64) __builtin_prefetch(next.from + input * next.bytes + 64);
-  }
-};
-
 // Add to the sums of ROWS rows with weights. UNROLL inputs have sums of their own: few rows would wait for their own
 // additions.
 template <class W, int ROWS, int UNROLL, bool FETCH>
@@ -74,7 +60,7 @@ INLINE void add_wide(const Rows& x, const u8* weights, i64 inputs, const Next& n
     for (int v = 0; v < VECTORS; v++) one[v] = in_register(W::load(w + k * PANEL + v * LANES));
     for (int r = 0; r < ROWS; r++)
       for (int v = 0; v < VECTORS; v++) sum[u][r][v] += ((const f32*)Rows::row(x, r))[k] * one[v];
-    Next::fetch<FETCH, 1>(next, k);
+    Next::fetch<FETCH>(next, k, next.bytes);
   };
   i64 k = 0;
   for (; k + UNROLL <= inputs; k += UNROLL)
@@ -102,7 +88,7 @@ INLINE void add_pairs(const Rows& x, const u8* weights, i64 inputs, const Next& 
         }
       }
     }
-    Next::fetch<FETCH, 2>(next, 2 * k);
+    Next::fetch<FETCH>(next, 2 * k, 2 * next.bytes);
   };
   i64 k = 0;
   for (; k + UNROLL <= inputs / 2; k += UNROLL)
@@ -132,7 +118,7 @@ INLINE void add_int8(const Rows& x, const u8* w, i64 first, i64 inputs, const Ne
           else whole[r][v] = dot(whole[r][v], w + v * BYTES, a);
         }
       }
-      Next::fetch<FETCH, DOT>(next, k + step * DOT);
+      Next::fetch<FETCH>(next, k + step * DOT, DOT * next.bytes);
     }
     for (int r = 0; r < ROWS; r++)
       for (int v = 0; v < VECTORS; v++) {
@@ -166,8 +152,8 @@ INLINE void add_piece(const Piece& piece, const Rows& x, const Next& next, f32* 
   const bool wide = piece.wide;
   if (is_blocks(kind)) {
     if constexpr (ROWS <= FEWER_ROWS) with_piece(kind, [&](auto size) __attribute__((always_inline)) {
-      if (type_of(kind) == B4) add_blocks<B4, decltype(size)::value, ROWS>(Scaling(kind), x, w, inputs, out);
-      else add_blocks<B8, decltype(size)::value, ROWS>(Scaling(kind), x, w, inputs, out);
+      if (type_of(kind) == B4) add_blocks<B4, decltype(size)::value, ROWS, FETCH>(Scaling(kind), x, w, inputs, next, out);
+      else add_blocks<B8, decltype(size)::value, ROWS, FETCH>(Scaling(kind), x, w, inputs, next, out);
     });
   } else if (kind == BF16 && (BF16_DOT || !wide)) add_pairs<ROWS, UNROLL, FETCH>(x, w, inputs, next, out);
   else if (kind == S8 && wide && DOT == 2) add_int8<ROWS, true, FETCH>(x, w, first, inputs, next, out);

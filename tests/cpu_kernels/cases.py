@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cpu_kernels import act, attention, kv_write, library, linear, logprobs, moe, norm, sample
+from cpu_kernels import act, attention, kv_write, library, linear, logprobs, moe, norm, sample, step
 from cpu_kernels import compile as compiling
 from cpu_kernels.blocks import Kind
 from tests.cpu_kernels import block_cases, logits_cases
@@ -36,7 +36,7 @@ def poisoned() -> Generator[None]:
         return torch.full(shape, torch.nan if dtype.is_floating_point else 99, dtype=dtype)
 
     with contextlib.ExitStack() as stack:
-        for module in (act, attention, kv_write, linear, logprobs, moe, norm, sample):
+        for module in (act, attention, kv_write, linear, logprobs, moe, norm, sample, step):
             stack.enter_context(mock.patch.object(module, "empty", empty))
         yield
 
@@ -64,6 +64,9 @@ def check_linear() -> None:
         x, weight, bias = wide[:, :inputs], torch.randn(outputs, inputs).to(dtype), torch.randn(outputs)
         got = linear.linear(x, linear.pack(weight), (outputs, inputs), dtype, bias=bias)
         close(got, x.double() @ weight.double().T + bias.double(), 4)
+        wider = torch.full((rows, outputs), torch.nan)
+        linear.linear(x, linear.pack(weight), (outputs, inputs), dtype, bias=bias, out=wider)
+        assert torch.equal(wider, got.float())  # rounded all the same
 
 
 def check_gated() -> None:
@@ -343,6 +346,20 @@ def check_isolation() -> None:
             others = [0, 1, 2, 3, 5, 6, 7, 8]
             assert torch.equal(got[others], want[others])
         assert not bool(norm.rms_norm(x, None, 1e-6)[4].isfinite().all())
+
+
+def check_prepare() -> None:
+    """Look up tables of two groups, of which a part of the columns is wanted, and the slots of rows in any order."""
+    rows, positions = torch.tensor([3, 5, 0, 3]), torch.tensor([7, 0, 9, 32])
+    sizes = [(16, 4), (40, 3)]
+    tables = [torch.randint(1, 99, (6, 40), dtype=torch.int32) for _ in sizes]
+    groups = [(table, width, size) for table, (width, size) in zip(tables, sizes, strict=True)]
+    done = step.prepare(rows, positions, groups, padding_row=5)
+    assert done.cu_q.tolist() == [0, 1, 2, 3, 4] and done.context.tolist() == [8, 1, 10, 33]
+    assert done.padding.tolist() == [False, True, False, False]
+    for (table, width, size), own, slots in zip(groups, done.tables, done.slots, strict=True):
+        assert torch.equal(own, table[rows, :width])
+        assert torch.equal(slots, table[rows, positions // size].long() * size + positions % size)
 
 
 CHECKS: dict[str, Callable[[], None]] = {

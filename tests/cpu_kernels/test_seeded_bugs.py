@@ -43,6 +43,9 @@ BUGS = {
         "act",
     ),
     "one activation for both": Bug("act", "kind == SILU ? silu(x)", "true ? silu(x)", "act"),
+    "a row does not see its token": Bug("step", "a->positions[i] + 1", "a->positions[i]", "prepare"),
+    "tables in the order of the batch": Bug("step", "a->rows[i] * a->table_stride", "i * a->table_stride", "prepare"),
+    "logits are not rounded": Bug("linear", "if (dtype == F32) return v;", "return v;", "linear"),
     "rotated the other way": Bug("kv_write", "first * c - second * s", "first * c + second * s", "write_kv"),
     "padding is written": Bug(
         "kv_write", "a.writes ? a.slots[t] : -1", "a.writes ? std::max<i64>(a.slots[t], 1) : -1", "write_kv"

@@ -83,9 +83,9 @@ class Vocabulary:
 
     def logits(self, hidden: Tensor, head: ops.Matrix, out: Tensor | None = None) -> Tensor:
         """Return [R, V] float32 for hidden [R, H], in `out` if given; on ranks other than 0, their part of it."""
-        logits = ops.linear(hidden, head)
-        if self._group.size > 1:
-            logits = self._group.gather(logits)[:, : self._size]
+        if self._group.size == 1 and out is not None:
+            return ops.logits(hidden, head, out)
+        logits = self._group.gather(ops.linear(hidden, head))[:, : self._size]
         return logits.float() if out is None else out.copy_(logits)
 
 

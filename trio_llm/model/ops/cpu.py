@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from cpu_kernels import act, attention, kv_write, library, norm, sample
+from cpu_kernels import act, attention, kv_write, library, norm, sample, step
 from cpu_kernels import linear as products
 from cpu_kernels import logprobs as scoring
 from cpu_kernels import mask as masking
@@ -16,7 +16,7 @@ from cpu_kernels.blocks import pack_blocks
 from trio_llm.model.ops import torch_reference as ops_torch
 from trio_llm.model.ops.matrices import Activation, Blocks, Dense, Experts, Int8, Matrix, Panels, keeps_integers
 from trio_llm.model.paged.attention_batch import AttentionBatch
-from trio_llm.model.paged.kv_cache import AttentionSpec, LayerKV
+from trio_llm.model.paged.kv_cache import AttentionSpec, KVLayout, LayerKV
 from trio_llm.model.paged.rope import Rope
 
 NAME = "native"
@@ -54,10 +54,15 @@ def gated_linear(x: Tensor, gate_up: Panels, kind: Activation) -> Tensor:
     return _product(x, gate_up, kind)
 
 
-def _product(x: Tensor, matrix: Panels, activation: Activation | None) -> Tensor:
+def logits(x: Tensor, head: Panels, out: Tensor) -> Tensor:
+    """See `seam.logits`."""
+    return _product(x, head, None, out)
+
+
+def _product(x: Tensor, matrix: Panels, activation: Activation | None, out: Tensor | None = None) -> Tensor:
     return products.linear(
         x if matrix.order is None else x.index_select(1, matrix.order), matrix.weight, matrix.shape, matrix.kind,
-        scale=matrix.scale, bias=matrix.bias, activation=activation,
+        scale=matrix.scale, bias=matrix.bias, activation=activation, out=out,
     )  # fmt: skip
 
 
@@ -71,6 +76,25 @@ def embedding(token_ids: Tensor, matrix: Matrix, dtype: torch.dtype) -> Tensor:
 rms_norm = norm.rms_norm
 add_rms_norm = norm.add_rms_norm
 act_and_mul = act.act_and_mul
+
+
+def prepare_decodes(
+    inputs: Tensor,
+    tables: Sequence[Tensor],
+    padding_row: int,
+    layout: KVLayout,
+    _: Sequence[Rope],
+    max_context: int,
+) -> AttentionBatch:
+    """See `ops_torch.prepare_decodes`."""
+    rows, token_ids, positions = inputs.unbind(0)
+    sizes = [group.block_size for group in layout.groups]
+    groups = [(table, -(-max_context // size), size) for table, size in zip(tables, sizes, strict=True)]
+    done = step.prepare(rows, positions, groups, padding_row)
+    return AttentionBatch(
+        token_ids, positions, done.cu_q, done.context, done.tables, done.slots, layout,
+        max_q=1, max_context=max_context, padding=done.padding,
+    )  # fmt: skip
 
 
 def write_kv(
@@ -138,6 +162,10 @@ def _linear(x: Tensor, matrix: Matrix, *_: object) -> str | None:
     return products.supports(x)
 
 
+def _logits(x: Tensor, head: Matrix, out: Tensor) -> str | None:
+    return _linear(x, head) or (None if out.is_contiguous() else "strided results")
+
+
 def _cache(kv: LayerKV) -> str | None:
     return "keys and values of FP8" if kv.k.dtype == torch.float8_e4m3fn else None
 
@@ -155,10 +183,12 @@ WHY_NOT: Mapping[str, Callable[..., str | None]] = {
     "pack": lambda weight: None if weight.dtype in (*library.DTYPES, torch.uint8) else f"weights of {weight.dtype}",
     "linear": _linear,
     "gated_linear": _linear,
+    "logits": _logits,
     "embedding": _embedding,
     "rms_norm": norm.supports,
     "add_rms_norm": norm.supports,
     "act_and_mul": act.supports,
+    "prepare_decodes": lambda _: None,
     "write_kv": lambda qkv, kv: _cache(kv) or kv_write.supports(qkv, kv.k),
     "paged_attention": lambda q, _, kv: _cache(kv) or attention.supports(q),
     "route": experts_on_cpu.supports_route,

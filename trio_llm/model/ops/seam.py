@@ -50,6 +50,7 @@ __all__ = [
     "gated_linear",
     "keeps_integers",
     "linear",
+    "logits",
     "moe",
     "pack",
     "paged_attention",
@@ -141,6 +142,12 @@ def gated_linear(x: Tensor | AddNorm, gate_up: Matrix, kind: Activation) -> Tens
         return gated_linear(x.value, gate_up, kind) if fused is None else fused
     kernels = None if isinstance(gate_up, Stacked) else choose("gated_linear", x, gate_up)
     return kernels.gated_linear(x, gate_up, kind) if kernels else act_and_mul(linear(x, gate_up), kind)
+
+
+def logits(hidden: Tensor, head: Matrix, out: Tensor) -> Tensor:
+    """Return `linear` of hidden [R, H] as float32, in `out` [R, V]."""
+    kernels = choose_fused("logits", hidden, head, out)
+    return kernels.logits(hidden, head, out) if kernels else out.copy_(linear(hidden, head))
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
