@@ -71,8 +71,12 @@ def check_linear() -> None:
 
 def check_gated() -> None:
     """Scale by a gate whose half ends in the middle of a panel, or at its end."""
-    for dtype, width, kind in itertools.product(DTYPES, (5, 32, 100), ("silu", "gelu_tanh")):
-        x, weight = torch.randn(4, 40).to(dtype), (torch.randn(2 * width, 40) / 6).to(dtype)
+    sizes = (
+        *itertools.product((4,), (5, 32, 100)),
+        *itertools.product((1, 30, 210), (810, 32)),
+    )  # panels of several groups
+    for dtype, (rows, width), kind in itertools.product(DTYPES, sizes, ("silu", "gelu_tanh")):
+        x, weight = torch.randn(rows, 40).to(dtype), (torch.randn(2 * width, 40) / 6).to(dtype)
         bias = torch.randn(2 * width)
         got = linear.linear(x, linear.pack(weight), (2 * width, 40), dtype, bias=bias, activation=kind)  # type: ignore[arg-type]
         gate, up = (x.double() @ weight.double().T + bias.double()).chunk(2, dim=-1)

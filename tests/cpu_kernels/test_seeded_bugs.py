@@ -89,7 +89,9 @@ BUGS = {
     "the last inputs are lost": Bug("linear", "for (; k < inputs; k++) add(k, 0);", "", "linear"),
     "no bias": Bug("linear", "if (p.bias) sum +=", "if (false) sum +=", "linear"),
     "the gate's bias for both": Bug("linear", "finished(p, scaled, at + width)", "finished(p, scaled, at)", "gated"),
-    "the half inside a panel": Bug("linear", "shift = width % PANEL;\n    count", "shift = 0;\n    count", "gated"),
+    "the half inside a panel": Bug("linear", "shift = width % PANEL;", "shift = 0;", "gated"),
+    "no panel behind the partner": Bug("linear", "i + 1 < partners.count ? up", "false ? up", "gated"),
+    "the first partner for all": Bug("linear", "up + i * size, behind", "up, behind", "gated"),
     "weights packed a row late": Bug(
         "pack",
         "place(a->kind, n, k) * size, row + k * size",
@@ -142,7 +144,7 @@ BUGS = {
         "linear", "std::max<i64>(0, tile - large) * small_rows", "std::max<i64>(0, tile - large) * MOST_ROWS", "linear"
     ),
     "the first tiles again": Bug(
-        "linear", "layout, first, last, p.weight + panel", "layout, 0, last - first, p.weight + panel", "linear"
+        "linear", "layout, first, last, own + i", "layout, 0, last - first, own + i", "linear"
     ),
     "pairs widened in the other order": Bug(
         "linear",

@@ -155,5 +155,5 @@ def test_every_entry_point_is_declared() -> None:
     """Each kernel's struct could be read from its source."""
     assert set(kernels()) == {
         "act", "draw", "embed", "linear", "logprobs", "mask", "moe", "norm", "pack", "pack_blocks", "paged_attention",
-        "rope_angles", "route", "write_kv",
+        "prepare_contexts", "prepare_tables", "rope_angles", "route", "write_kv",
     }  # fmt: skip
