@@ -13,6 +13,7 @@ from tools.kernel_lab import __main__ as script
 from tools.kernel_lab import ledger, table
 
 PAGE = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+BEGIN, END = "<!-- kernels: begin -->", "<!-- kernels: end -->"
 H200 = {"gpu": "H200", "driver": "580", "compiler": "nvrtc 13.0", "torch": "2.13", "multiprocessors": 132}
 FINE: dict[str, Any] = {"error": 0.1, "limit": 0.2}
 TIMED: dict[str, Any] = {
@@ -93,7 +94,7 @@ def test_the_table_is_made_of_the_ledger(path: Path, monkeypatch: pytest.MonkeyP
 
 def test_the_page_holds_the_table() -> None:
     """Between its marks stands what `python -m tools.kernel_lab table --write docs/benchmarks.md` puts there."""
-    assert table.put(table.measured(), PAGE) == PAGE
+    assert table.put(table.measured(), PAGE, "kernels") == PAGE
 
 
 def test_the_commands_print_ledger_and_table(path: Path, tmp_path: Path) -> None:
@@ -105,10 +106,10 @@ def test_the_commands_print_ledger_and_table(path: Path, tmp_path: Path) -> None
         and told.output == f"not verified on any GPU in their current version: {', '.join(ledger.sources())}\n"
     )
     document = tmp_path / "benchmarks.md"
-    document.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     printed = runner.invoke(script.main, ["table"]).output
     assert runner.invoke(script.main, ["table", "--write", str(document)]).exit_code == 0
-    assert document.read_text() == f"before\n{table.BEGIN}\n{printed}{table.END}\nafter\n"
+    assert document.read_text() == f"before\n{BEGIN}\n{printed}{END}\nafter\n"
 
 
 def test_a_run_ends_with_forty_lines_at_most() -> None:

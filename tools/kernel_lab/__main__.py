@@ -12,6 +12,7 @@ import torch
 from cuda_kernels import compile as compiling
 from tools.kernel_lab import bench as benching
 from tools.kernel_lab import check as checking
+from tools.kernel_lab import estimate as estimating
 from tools.kernel_lab import run_all as running
 from tools.kernel_lab import table as tables
 from tools.kernel_lab import worker
@@ -36,6 +37,11 @@ def _run(command: Callable[..., None]) -> Callable[..., None]:
     path = click.Path(path_type=Path, dir_okay=False)
     command = click.option("--out", type=path, help="JSON file, written after each phase.")(command)
     return click.option("--budget", default=560.0, help="Seconds for everything.")(_sim(command))
+
+
+def _write(command: Callable[..., None]) -> Callable[..., None]:
+    path = click.Path(path_type=Path, exists=True, dir_okay=False)
+    return click.option("--write", type=path, help="A page with the marks.")(command)
 
 
 def _device(*, sim: bool) -> Device:
@@ -131,14 +137,24 @@ def ledger() -> None:
 
 
 @main.command()
-@click.option("--write", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A page with the marks.")
+@_write
 def table(*, write: Path | None) -> None:
     """Print what docs/benchmarks.md says of speed on a GPU, or write it there."""
-    text = tables.measured()
-    if write is None:
+    _print_or_write(tables.measured(), write, "kernels")
+
+
+@main.command()
+@_write
+def estimate(*, write: Path | None) -> None:
+    """Print what docs/gpu.md estimates of steps on an H200, or write it there."""
+    _print_or_write(estimating.table(), write, "estimate")
+
+
+def _print_or_write(text: str, page: Path | None, name: str) -> None:
+    if page is None:
         click.echo(text)
     else:
-        write.write_text(tables.put(text, write.read_text(encoding="utf-8")), encoding="utf-8")
+        page.write_text(tables.put(text, page.read_text(encoding="utf-8"), name), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from typing import Any
 
 from tools.kernel_lab import ledger
 
-BEGIN, END = "<!-- kernels: begin -->", "<!-- kernels: end -->"
 HEAD = ("kernel", "measurement", "µs", "of floor", "first / good", "reached", "fastest peer", "times as fast")
 MAX_LINES = 40
 
@@ -35,10 +34,11 @@ def measured(path: Path | None = None) -> str:
     return "\n".join(lines).strip()
 
 
-def put(text: str, document: str) -> str:
-    """Return a document with the text between its marks replaced."""
-    before, rest = document.split(BEGIN)
-    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
+def put(text: str, document: str, name: str) -> str:
+    """Return a document with the text between the marks of a name replaced."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, rest = document.split(begin)
+    return f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
 
 
 def _markdown(rows: Iterator[tuple[str, ...]]) -> Iterator[str]:

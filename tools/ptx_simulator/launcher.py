@@ -33,8 +33,12 @@ def _prepare(ptx: str, entry: str) -> tuple[Program, tuple[Operate | None, ...]]
 class SimulatedLauncher:
     """Runs kernels compiled for `arch`, warps in a given order (see machine.ORDERS)."""
 
-    def __init__(self, arch: str = "compute_90", order: int = LOCKSTEP, counters: Counters | None = None) -> None:
-        self._arch, self._order, self._counters = arch, order, counters
+    def __init__(
+        self, arch: str = "compute_90", order: int = LOCKSTEP, counters: Counters | None = None,
+        most_blocks: int | None = None,
+    ) -> None:  # fmt: skip
+        """Make a launcher; with `most_blocks` it runs only so many blocks of a grid, from all over it: to count."""
+        self._arch, self._order, self._counters, self._most_blocks = arch, order, counters, most_blocks
 
     def launch(self, kernel: Kernel, grid: Dim3, block: Dim3, shared_bytes: int, args: Sequence[Any]) -> None:
         written = [not p.read_only for p in kernel.parameters]
@@ -59,8 +63,10 @@ class SimulatedLauncher:
         arguments = {name: _bits(arg, kind, memory) for (name, kind), arg in zip(program.parameters, args, strict=True)}
         side_by_side = max(1, _MAX_LANES // int(np.prod(block)))
         total = int(np.prod(grid))
-        for first in range(0, total, side_by_side):
-            blocks = np.arange(first, min(first + side_by_side, total))
+        count = min(total, self._most_blocks or total)
+        numbers = np.arange(count) * total // count
+        for first in range(0, count, side_by_side):
+            blocks = numbers[first : first + side_by_side]
             batch = Machine(
                 program, code, arguments, memory, blocks, grid, block, shared_bytes, self._order, self._counters,
                 is_dependent=early is not None,
