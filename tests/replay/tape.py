@@ -14,7 +14,7 @@ from trio_llm.messages import BlockAsk, BlockGrant, Commit, StepPlan, StepResult
 from trio_llm.params import Submission
 from trio_llm.replay.encoder import Encoder, KeyEncoder
 from trio_llm.replay.files import framed, write_head
-from trio_llm.replay.frames import Frame, Header, Keys
+from trio_llm.replay.frames import Frame, Header, Keys, decisions
 from trio_llm.replay.state import State, capture
 
 
@@ -107,7 +107,8 @@ class Tape:
             plan = plan_(grant)
             ask = last["ask"]
             self._rows[grant.step] = () if plan is None else plan.request_ids
-            self.frames.append(self.encoder.planned(tick(), last["prompt_tokens"], ask, grant, plan))
+            columns = last["prompt_tokens"], ask.drafts, decisions(grant, plan)
+            self.frames.append(self.encoder.planned(ask.step, tick(), *columns))
             self.frames.extend(self.keys.planned(ask.released, last["chains"]))
             self.frames.extend(self.keys.new())
             return plan

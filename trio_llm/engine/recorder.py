@@ -33,7 +33,7 @@ from trio_llm.model_info import ModelInfo
 from trio_llm.params import Submission
 from trio_llm.replay.directory import RecordDirectory
 from trio_llm.replay.encoder import Encoder, KeyEncoder
-from trio_llm.replay.frames import Call, Frame, Header
+from trio_llm.replay.frames import Call, Frame, Header, decisions
 from trio_llm.replay.state import State, capture
 
 # Calls that wait to be written: many seconds of steps, in megabytes.
@@ -42,6 +42,8 @@ _MAX_CALLS = 4096
 _GATHER_S = 0.25
 _log = logging.getLogger(__name__)
 Ts = TypeVarTuple("Ts")
+# The arguments of `Encoder.planned`.
+_Planned = tuple[int, float, int | None, tuple[int, ...], bytes]
 
 
 class Recorder:
@@ -118,12 +120,11 @@ class Recorder:
 
     def _planned(
         self, at_s: float, prompt_tokens: int | None, ask: BlockAsk, grant: BlockGrant, plan: StepPlan | None
-    ) -> Call | partial[None]:
-        frame = self._encoder.planned(at_s, prompt_tokens, ask, grant, plan)
-        if not ask.released and not ask.admits:
-            return frame
-        chains = self._chains([admit.request_id for admit in ask.admits])
-        return partial(self._take_planned, frame, ask.released, chains)
+    ) -> partial[None]:
+        # The checksum is left to the thread: its tables are in no cache here.
+        columns = ask.step, at_s, prompt_tokens, ask.drafts, decisions(grant, plan)
+        chains = self._chains([admit.request_id for admit in ask.admits]) if ask.admits else {}
+        return partial(self._take_planned, columns, ask.released, chains)
 
     def _chains(self, request_ids: list[int]) -> dict[int, Chain]:
         chains = {request_id: self._blocks.chain(request_id) for request_id in request_ids}
@@ -187,8 +188,8 @@ class Recorder:
         if self._files.full:
             self._full_file = self._files.number
 
-    def _take_planned(self, frame: Call, released: Iterable[int], chains: Mapping[int, Chain]) -> None:
-        self._frames += [frame, *self._keys.planned(released, chains)]
+    def _take_planned(self, columns: _Planned, released: Iterable[int], chains: Mapping[int, Chain]) -> None:
+        self._frames += [self._encoder.planned(*columns), *self._keys.planned(released, chains)]
 
     def _begin_file(self, state: State, chains: Mapping[int, Chain]) -> None:
         self._write()

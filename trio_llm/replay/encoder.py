@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from zlib import crc32
 
 import attrs
 
 from trio_llm.core.prefix import Chain
-from trio_llm.messages import BlockAsk, BlockGrant, Commit, Finished, FinishReason, StepPlan, StepResult, Tokens
+from trio_llm.messages import Commit, Finished, FinishReason, StepResult, Tokens
 from trio_llm.params import Submission
-from trio_llm.replay.frames import Arrival, Committed, Frame, Keys, Leave, Planned, checksum
+from trio_llm.replay.frames import Arrival, Committed, Frame, Keys, Leave, Planned
 from trio_llm.replay.request import Request
 from trio_llm.replay.state import KEY_BYTES
 
 
 @attrs.frozen
 class Encoder:
-    """Makes the frames of calls. A frame is small; it keeps nothing of a plan or a grant alive.
+    """Makes the frames of calls. They are small, and keep no plan or grant alive.
 
     Attributes:
         start_s: Time 0 of the record, on the clock of all times that come in.
@@ -35,10 +36,10 @@ class Encoder:
         return Leave(at_s - self.start_s, request_id, reason)
 
     def planned(
-        self, at_s: float, prompt_tokens: int | None, ask: BlockAsk, grant: BlockGrant, plan: StepPlan | None
+        self, step: int, at_s: float, prompt_tokens: int | None, drafts: tuple[int, ...], decisions: bytes
     ) -> Planned:
-        drafts = ask.drafts if any(ask.drafts) else None
-        return Planned(ask.step, at_s - self.start_s, prompt_tokens, drafts, checksum(grant, plan))
+        """Encode a plan; `drafts` is the column of the ask, and `decisions` are those of the grant and the plan."""
+        return Planned(step, at_s - self.start_s, prompt_tokens, drafts if any(drafts) else None, crc32(decisions))
 
     def committed(self, at_s: float, request_ids: Sequence[int], result: StepResult, commit: Commit) -> Committed:
         """Encode a result; `request_ids` are the rows of its plan."""

@@ -9,8 +9,6 @@ prompts begin alike, and no text.
 
 from __future__ import annotations
 
-from zlib import crc32
-
 import msgspec
 from msgspec import Struct
 
@@ -62,7 +60,7 @@ class Planned(Struct, frozen=True, array_like=True, tag=3):
     Attributes:
         prompt_tokens: The argument of `Scheduler.ask`.
         drafts: Column `drafts` of the ask if there are any; by prompt look-up they depend on the tokens.
-        check: `checksum` of grant and plan.
+        check: CRC-32 of `decisions`.
     """
 
     step: int
@@ -114,21 +112,19 @@ encode = msgspec.msgpack.Encoder().encode
 decode = msgspec.msgpack.Decoder(Frame).decode
 
 
-def checksum(grant: BlockGrant, plan: StepPlan | None) -> int:
-    """Return a number that differs, almost surely, if a grant or a plan does. Their tokens are not in it."""
+def decisions(grant: BlockGrant, plan: StepPlan | None) -> bytes:
+    """Return what a grant and a plan decide, as bytes. Their tokens are not in it."""
     planned = () if plan is None else (plan.request_ids, plan.samples, plan.dropped, plan.draft_limits)
-    return crc32(
-        encode(
-            (
-                grant.request_ids,
-                grant.starts,
-                grant.counts,
-                grant.new_blocks,
-                grant.num_admitted,
-                grant.preempted,
-                grant.drafts,
-                grant.capacities,
-                planned,
-            )
+    return encode(
+        (
+            grant.request_ids,
+            grant.starts,
+            grant.counts,
+            grant.new_blocks,
+            grant.num_admitted,
+            grant.preempted,
+            grant.drafts,
+            grant.capacities,
+            planned,
         )
     )

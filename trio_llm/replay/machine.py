@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from zlib import crc32
 
 import attrs
 
@@ -14,7 +15,7 @@ from trio_llm.core.scheduler import Scheduler
 from trio_llm.core.setup import CoreSetup
 from trio_llm.errors import RecordError
 from trio_llm.messages import Admit, BlockAsk, BlockGrant, Commit, StepPlan, StepResult, TokenLogprobs
-from trio_llm.replay.frames import Arrival, Call, Committed, Leave, Planned, checksum
+from trio_llm.replay.frames import Arrival, Call, Committed, Leave, Planned, decisions
 from trio_llm.replay.request import PLAIN, STOP, Request
 from trio_llm.replay.state import KEY_BYTES, State, capture, restore
 
@@ -149,7 +150,7 @@ class Machine:
         grant = self.blocks.reserve(ask)
         plan = self.scheduler.plan(grant)
         self.scheduler.take_ended()
-        if checksum(grant, plan) != frame.check:
+        if crc32(decisions(grant, plan)) != frame.check:
             raise RecordError(f"step {frame.step} is planned differently from the record: {DIFFERENT}")
         self.planned[frame.step] = planned = PlannedStep(ask, grant, plan)
         return planned
