@@ -120,6 +120,14 @@ def test_a_gpu_is_planned_for_without_one(engine: EngineConfig) -> None:
     assert (choice.budget.available_bytes, choice.threads) == (GIB // 2, None)
 
 
+def test_each_rank_of_a_replica_is_a_gpu(engine: EngineConfig) -> None:
+    """Two ranks on GPUs are two devices a replica, each with its part; on a CPU they share the one."""
+    on_gpus, on_cpu = (attrs.evolve(engine, device=device, tensor_parallel_size=2) for device in ("cuda", "cpu"))
+    first = choices(on_gpus, Demand(users=2, context=64, device_bytes=GIB))[0]
+    assert (first.devices, first.users, first.budget.ranks) == (2, 2, 2)
+    assert choices(on_cpu, Demand(users=2, context=64, device_bytes=GIB))[0].devices == 1
+
+
 @pytest.mark.parametrize(
     ("demand", "key", "says"),
     [

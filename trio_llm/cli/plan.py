@@ -34,6 +34,8 @@ def run(config: EngineConfig, demand: Demand, *, as_json: bool) -> None:
 
 def _in_words(choice: Choice, demand: Demand) -> str:
     replicas = "1 device" if choice.devices == 1 else f"{choice.devices} devices with a replica of the model each"
+    if choice.threads is None and (ranks := choice.budget.ranks) > 1:
+        replicas = f"{choice.devices} GPUs, {ranks} for each replica of the model"
     words = [f"{replicas}, {choice.users} users and {choice.budget.num_kv_blocks} blocks on each"]
     if choice.threads is not None:
         words.append(f"threads: {choice.threads}")

@@ -51,12 +51,12 @@ class Demand:
 
 @attrs.frozen(kw_only=True)
 class Choice:
-    """One way to meet a demand, by replicas of the model, each on its own device.
+    """One way to meet a demand, by replicas of the model, each on its own device or, with ranks, its own GPUs.
 
     Attributes:
         settings: What is set beyond what was asked.
         cost: What these settings cost, in words.
-        devices: How many replicas.
+        devices: How many, of all replicas.
         users: Users of each.
         budget: Memory of each.
         threads: Threads that compute on a CPU; None on a GPU.
@@ -150,14 +150,14 @@ def _choose(inspected: _Inspected, demand: Demand, settings: dict[str, object], 
     fewest_too_many = bisect_left(range(1, most + 1), True, key=lambda users: not _serves(inspected, users, demand)) + 1
     if fewest_too_many == 1:
         return None
-    devices = math.ceil(demand.users / (fewest_too_many - 1))
-    users = math.ceil(demand.users / devices)
+    replicas = math.ceil(demand.users / (fewest_too_many - 1))
+    users = math.ceil(demand.users / replicas)
     budget = inspected.budget(users)
     step_bytes = _step_bytes(budget, users)
     return Choice(
         settings=settings,
         cost=cost,
-        devices=devices,
+        devices=replicas * (inspected.config.tensor_parallel_size if inspected.on_gpu else 1),
         users=users,
         budget=budget,
         threads=None if inspected.on_gpu else num_threads(inspected.config, budget.weight_bytes),
