@@ -45,6 +45,10 @@ class Recorder(Protocol):
         """Return memory for a result; every replay writes to it."""
         ...
 
+    def add_call(self, function: Callable[..., object], tensors: tuple[Tensor, ...]) -> None:
+        """Do and record a call that is neither a kernel's nor an operation of torch."""
+        ...
+
 
 recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
 
@@ -53,6 +57,15 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Return memory for a kernel's result."""
     recording = recorder.get()
     return torch.empty(shape, dtype=dtype) if recording is None else recording.empty(shape, dtype)
+
+
+def call(function: Callable[..., object], *tensors: Tensor) -> None:
+    """Call a function that writes to these tensors and is neither a kernel nor an operation of torch."""
+    recording = recorder.get()
+    if recording is None:
+        function(*tensors)
+    else:
+        recording.add_call(function, tensors)
 
 
 class Kernel:

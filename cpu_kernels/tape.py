@@ -1,8 +1,8 @@
 """Record a step of kernels once and replay it by one call, like a CUDA graph.
 
 Recorded calls run while they are recorded. Results are in an arena, which reuses memory when no reference to a result
-is left, so a tape takes as much memory as one run, and the tapes of an arena share it. Operations of torch between the
-kernels are also recorded, and replayed one by one.
+is left, so a tape takes as much memory as one run, and the tapes of an arena share it. Operations of torch and
+collectives between the kernels are also recorded, and replayed one by one.
 """
 
 from __future__ import annotations
@@ -126,6 +126,13 @@ class Tape:
         """Return memory for a kernel's result."""
         with _disable_current_modes():
             return self._arena.empty(shape, dtype)
+
+    def add_call(self, function: Callable[..., object], tensors: tuple[Tensor, ...]) -> None:
+        """Do and record a call of Python on these tensors, e.g. a collective."""
+        with _disable_current_modes():
+            function(*tensors)
+            own = [self._own(tensor) for tensor in tensors]
+        self._calls.append(lambda: function(*own))
 
     def add_operation(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run and record an operation of torch; return its result, in the arena."""

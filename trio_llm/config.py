@@ -255,7 +255,7 @@ class EngineConfig:
     )
     tensor_parallel_size: int = setting(
         1,
-        "Number of processes (ranks) that share every layer, on this machine. Only 1 on a GPU.",
+        "Number of processes (ranks) that share every layer, on this machine. On GPUs each has one of its own.",
         env="VLLM_TENSOR_PARALLEL_SIZE",
         flags=("--tensor-parallel-size", "-t", "-tp"),
         at_least=1,

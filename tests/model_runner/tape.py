@@ -8,6 +8,7 @@ replays the memory of a graph belongs to others, so every replay first fills wha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import attrs
@@ -31,6 +32,7 @@ REFUSED_FUNCTIONS = {
     torch.tensor, torch.as_tensor, torch.from_numpy,
 }  # fmt: skip
 RUBBISH = 0x5A5A
+_capturing: ContextVar[Graph | None] = ContextVar("capturing", default=None)
 
 
 class CaptureError(Exception):
@@ -51,6 +53,14 @@ class Graph:
             tensor.fill_(torch.nan if tensor.is_floating_point() else RUBBISH % 127 if tensor.dtype.itemsize < 4 else 0)
         for call in self.calls:
             call()
+
+
+def call(function: Callable[[], None]) -> None:
+    """Call what a library queues by itself, which is in the graph that this thread captures, too."""
+    if (graph := _capturing.get()) is not None:
+        graph.calls.append(function)
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        function()
 
 
 class _Recorder(TorchDispatchMode):
@@ -98,16 +108,10 @@ class _HostForbidden(TorchFunctionMode):
 class _RecordedLauncher:
     """Puts kernels on a tape and runs them."""
 
-    graph: Graph
     inner: Launcher
 
     def launch(self, kernel: Kernel, grid: Dim3, block: Dim3, shared_bytes: int, args: Sequence[Any]) -> None:
-        def run() -> None:
-            self.inner.launch(kernel, grid, block, shared_bytes, args)
-
-        self.graph.calls.append(run)
-        with _disable_current_modes(), torch._C.DisableTorchFunction():
-            run()
+        call(lambda: self.inner.launch(kernel, grid, block, shared_bytes, args))
 
 
 @attrs.frozen
@@ -119,9 +123,18 @@ class Tapes:
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Do what `Cuda.capture` does."""
+        with launch.using(_RecordedLauncher(launch.launcher())):
+            return self.capture_operations(work)
+
+    def capture_operations(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Do so for work without CUDA kernels of this project, on any thread; they are launched by one for all."""
         graph = Graph()
-        with launch.using(_RecordedLauncher(graph, launch.launcher())), _Recorder(graph), _HostForbidden():
-            work()
+        token = _capturing.set(graph)
+        try:
+            with _Recorder(graph), _HostForbidden():
+                work()
+        finally:
+            _capturing.reset(token)
         self.graphs.append(graph)
         number = len(self.num_replays)
         self.num_replays.append(0)

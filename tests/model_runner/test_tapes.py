@@ -17,7 +17,8 @@ import attrs
 import pytest
 import torch
 
-from cpu_kernels.tape import Arena
+from cpu_kernels import library
+from cpu_kernels.tape import Arena, record
 from tests.model.families import FAMILIES
 from tests.model_runner.conftest import NUM_GENERATED, Golden
 from tests.model_runner.drive import least_blocks, poison, run
@@ -303,3 +304,27 @@ def test_tapes_of_more_and_more_rows_share_their_memory() -> None:
         logits, hidden = arena.empty((rows, 1000), torch.float32), arena.empty((rows, 30), torch.float32)
         del logits, hidden
     assert sum(map(len, arena._blocks)) < 4 * MAX_ROWS * 1030 * 4
+
+
+def test_a_call_of_python_is_on_the_tape() -> None:
+    """It runs while it is recorded and at each replay, on the memory of the tape: what a collective needs."""
+    x, out, arena = torch.tensor([1.0, 2.0]), torch.zeros(2), Arena()
+    seen: list[list[float]] = []
+
+    def add_up(given: torch.Tensor) -> None:
+        seen.append(given.tolist())
+        given.add_(1)
+
+    def work() -> None:
+        doubled = x * 2
+        library.call(add_up, doubled)
+        out.copy_(doubled)
+
+    tape = record(work, arena)
+    assert out.tolist() == [3.0, 5.0]
+    x.copy_(torch.tensor([10.0, 20.0]))
+    for _ in range(2):
+        out.zero_()
+        tape()
+        assert out.tolist() == [21.0, 41.0]
+    assert seen == [[2.0, 4.0], [20.0, 40.0], [20.0, 40.0]]

@@ -1,6 +1,6 @@
 """A rank that dies, stops or raises where a test wants it: FAULT, PHASE and TRIGGER, then what a rank is called with.
 
-In the phase `step` it does so in the first forward pass that finds the file TRIGGER.
+In the phase `step` it does so in the first step that finds the file TRIGGER. `measure` comes before that, on a GPU.
 """
 
 from __future__ import annotations
@@ -27,21 +27,26 @@ def main() -> int:
         fail()
     from trio_llm.model import rank
 
-    load, forward = rank.load_model, rank.Follower._forward
+    load, obey = rank.load_model, rank.Follower.obey
 
     def faulty_load(*args: Any) -> Any:
         fail()
         return load(*args)
 
-    def faulty_forward(self: rank.Follower, command: Any) -> None:
+    def faulty_measure(*args: Any) -> Any:
+        fail()
+
+    def faulty_obey(self: rank.Follower, command: Any) -> None:
         if TRIGGER.exists():
             fail()
-        forward(self, command)
+        obey(self, command)
 
     if PHASE == "load":
         rank.load_model = faulty_load
+    elif PHASE == "measure":
+        rank.measure_room = faulty_measure
     elif PHASE == "step":
-        rank.Follower._forward = faulty_forward
+        rank.Follower.obey = faulty_obey
     return rank.main(int(sys.argv[4]), int(sys.argv[5]))
 
 

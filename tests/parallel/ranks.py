@@ -32,7 +32,7 @@ def in_ranks(size: int, meeting_place: Path, work: Callable[[Group], T]) -> list
     def rank(number: int) -> T:
         group = Group(number, size)
         ready.wait(TIMEOUT_S)
-        group.connect(str(meeting_place), TIMEOUT_S)
+        group.connect(str(meeting_place), TIMEOUT_S, CPU)
         return work(group)
 
     with ThreadPoolExecutor(size) as pool:

@@ -1,6 +1,6 @@
 """A rank that dies, hangs or raises, at every phase: the engine ends soon, names the cause, and leaves nothing behind.
 
-Here ranks are processes. One of them does what the test wants; see faulty_rank.py.
+Here ranks are processes. One of them does what the test wants; see faulty_rank.py. GPUs are pretended; see gpus.py.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ import trio
 
 from tests.engine.fakes import FakeTokenizer
 from tests.model.families import VOCAB
+from tests.parallel import gpus
 from trio_llm.config import EngineConfig
 from trio_llm.engine.engine import Engine
 from trio_llm.engine.supervisor import run_engine
 from trio_llm.errors import EngineDeadError
 from trio_llm.model.load import load_runner
+from trio_llm.model.parallel import ranks as ranks_module
 from trio_llm.model.parallel.group import Group
 from trio_llm.model.parallel.ranks import Ranks
+from trio_llm.model.parallel.silence import Silence
 from trio_llm.params import SamplingParams, Submission
 
 WRITE = Submission([5, 6, 7], SamplingParams(temperature=0, max_tokens=150, ignore_eos=True))
@@ -46,12 +49,12 @@ class Letters(FakeTokenizer):
 
 
 @pytest.fixture
-def make_faulty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str, str], Path]:
+def make_faulty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
     """Return a function that gives ranks a fault in a phase; it returns the file that triggers one in a step."""
-    script, trigger = Path(__file__).parent / "faulty_rank.py", tmp_path / "trigger"
+    trigger = tmp_path / "trigger"
     popen, connect, group_connect = subprocess.Popen, Ranks.connect, Group.connect
 
-    def patient_until_stopped(self: Ranks, start: Any, tick: Callable[[int], None]) -> None:
+    def patient_until_stopped(self: Ranks, tick: Callable[[int], None]) -> None:
         """Give a rank time to begin, and none once it has stopped."""
 
         def look(loaded: int) -> None:
@@ -59,16 +62,25 @@ def make_faulty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[st
                 self._timeout_s = 0.5
             tick(loaded)
 
-        connect(self, start, look)
+        connect(self, look)
 
-    def make(fault: str, phase: str) -> Path:
+    def make(fault: str, phase: str, device: str = "cpu") -> Path:
+        script = Path(__file__).parent / ("faulty_rank.py" if device == "cpu" else "faulty_gpu_rank.py")
+
         def start(command: list[str], **options: Any) -> Any:
             words = [command[0], str(script), fault, phase, str(trigger), *command[-2:]]
             return popen(words, **{**options, "stderr": subprocess.DEVNULL})
 
+        if device == "gpu":
+            gpus.pretend(monkeypatch, [gpus.RankGpu(), gpus.RankGpu()])
+            monkeypatch.setattr(ranks_module, "Silence", lambda mark, _: Silence(mark, PATIENCE_S))
         monkeypatch.setattr(subprocess, "Popen", start)
         monkeypatch.setattr(Ranks, "connect", patient_until_stopped)
-        monkeypatch.setattr(Group, "connect", lambda self, path, _: group_connect(self, path, PATIENCE_S))
+        monkeypatch.setattr(
+            Group,
+            "connect",
+            lambda self, path, _, *args, **options: group_connect(self, path, PATIENCE_S, *args, **options),
+        )
         return trigger
 
     return make
@@ -100,17 +112,18 @@ def children(pid: int | None = None) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("fault", "phase", "says"),
+    ("fault", "phase", "device", "says"),
     [
-        *[(fault, "start", AT_START[fault]) for fault in CAUSES],
-        *[(fault, "load", CAUSES[fault]) for fault in CAUSES],
+        *[(fault, "start", "cpu", AT_START[fault]) for fault in CAUSES],
+        *[(fault, "load", "cpu", CAUSES[fault]) for fault in CAUSES],
+        *[(fault, "measure", "gpu", CAUSES[fault]) for fault in CAUSES],
     ],
 )
 def test_a_rank_that_fails_before_it_serves_ends_loading(
-    checkpoint: Callable[[str], Path], make_faulty: Callable[[str, str], Path], fault: str, phase: str, says: str
+    checkpoint: Callable[[str], Path], make_faulty: Callable[..., Path], fault: str, phase: str, device: str, says: str
 ) -> None:
     """Loading raises why, and no process, socket or file of the ranks is left."""
-    make_faulty(fault, phase)
+    make_faulty(fault, phase, device)
     files, processes = open_files(), children()
     with pytest.raises(EngineDeadError, match=says):
         load_runner(settings(checkpoint("llama")))
@@ -118,13 +131,13 @@ def test_a_rank_that_fails_before_it_serves_ends_loading(
     assert open_files() == files
 
 
-@pytest.mark.parametrize("phase", ["step", "drain"])
+@pytest.mark.parametrize(("phase", "device"), [("step", "cpu"), ("drain", "cpu"), ("step", "gpu")])
 @pytest.mark.parametrize("fault", CAUSES)
 async def test_a_rank_that_fails_in_a_step_ends_the_engine(
-    checkpoint: Callable[[str], Path], make_faulty: Callable[[str, str], Path], fault: str, phase: str
+    checkpoint: Callable[[str], Path], make_faulty: Callable[..., Path], fault: str, phase: str, device: str
 ) -> None:
     """The open request ends with an error, the engine raises the cause, health is dead, no process is left."""
-    trigger = make_faulty(fault, "step")
+    trigger = make_faulty(fault, "step", device)
     processes, engines = children(), list[Engine]()
     config = settings(checkpoint("llama"))
 

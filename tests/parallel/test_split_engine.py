@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -27,10 +28,12 @@ from trio_llm.llm import LLM
 from trio_llm.model.load import load_runner
 from trio_llm.model.parallel.ranks import Ranks
 from trio_llm.model.runner import Runner
+from trio_llm.model.step.decode_graphs import DecodeGraphs
 from trio_llm.params import PoolingParams, SamplingParams
 from trio_llm.tokenizer import Tokenizer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+OPTIONS: dict[str, Any] = {"block_size": 4, "num_kv_blocks": 640, "max_batch_size": 16}
 Checkpoints = Callable[[str], Path]
 
 
@@ -42,7 +45,7 @@ def _thread_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 def both(directory: Path, **settings: Any) -> Iterator[Runner]:
     """Yield a runner of one rank, then one of two, each closed before the next."""
     for size in (1, 2):
-        options = {"block_size": 4, "num_kv_blocks": 640, "max_batch_size": 16, **settings}
+        options = {**OPTIONS, **settings}
         with closing(load_runner(EngineConfig(model=str(directory), tensor_parallel_size=size, **options))) as runner:
             yield runner
 
@@ -77,6 +80,29 @@ def test_every_family_says_the_same_under_preemption(checkpoint: Checkpoints, fa
     assert two.hit_tokens == one.hit_tokens > 0
 
 
+def test_decodes_are_tapes_of_every_rank(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ranks replay the same sizes in the same order, more often than they record, and say what eager ones say."""
+    monkeypatch.setenv("TRIO_LLM_KERNELS", "native")
+    replay, sizes = DecodeGraphs.replay, defaultdict[int, list[int]](list)
+
+    def noted(self: DecodeGraphs, decodes: torch.Tensor, *args: Any) -> torch.Tensor:
+        sizes[id(self)].append(decodes.shape[1])
+        return replay(self, decodes, *args)
+
+    monkeypatch.setattr(DecodeGraphs, "replay", noted)
+    requests: list[tuple[list[int], Params]] = [(prompt, GREEDY) for prompt in make_prompts()]
+    eager = outcomes(checkpoint("gemma4-26b"), requests, chunk=7, enforce_eager=True)
+    assert not sizes
+    with closing(
+        load_runner(EngineConfig(model=str(checkpoint("gemma4-26b")), tensor_parallel_size=2, **OPTIONS))
+    ) as two:
+        outcome = run(two, requests, chunk=7, num_blocks=2 * least_blocks(two, 60, 7), batch_size=8)
+    assert outcome.token_ids == eager[0].token_ids == eager[1].token_ids
+    of_rank_0, of_rank_1 = sizes.values()
+    assert of_rank_0 == of_rank_1
+    assert len(of_rank_0) > 2 * len(set(of_rank_0)) > 4
+
+
 @pytest.mark.parametrize("family", ["llama3-rope-gqa-tied", "qwen2-window", "mixtral", "gemma4-e2b"])
 def test_every_kind_of_request_is_told_the_same(checkpoint: Checkpoints, family: str) -> None:
     """Seeds, penalties, bans, log-probabilities of output and prompt, vectors: ranks know nothing of them."""
@@ -98,7 +124,7 @@ def test_drafts_from_the_prompt_change_nothing(checkpoint: Checkpoints, family: 
     """Prompt look-up on two ranks, with INT8 too, gives what two ranks give without drafts."""
     requests: list[tuple[list[int], Params]] = [(prompt * 2, GREEDY) for prompt in make_prompts()[:6]]
     directory = checkpoint(family)
-    options = {"num_kv_blocks": 640, "block_size": 4, "max_batch_size": 16, **settings}
+    options = {**OPTIONS, **settings}
     with closing(load_runner(EngineConfig(model=str(directory), tensor_parallel_size=2, **options))) as runner:
         plain = run(runner, requests, chunk=16)
         drafted = run(runner, requests, chunk=16, speculation=LOOKUP)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 from tests.model import families
 from tests.model.families import FAMILIES, VOCAB, save
 from tests.model.paged import Paged, load
-from tests.parallel.ranks import in_ranks, load_part, split_logits
+from tests.parallel.ranks import TIMEOUT_S, in_ranks, load_part, split_logits
 from trio_llm.config import EngineConfig
 from trio_llm.errors import ConfigError
 from trio_llm.model.loading.loader import inspect_model
@@ -130,6 +132,28 @@ def test_ranks_have_the_same_bits_after_a_sum(tmp_path: Path) -> None:
 
     parts = in_ranks(4, tmp_path / "ranks", work)
     assert all(part.equal(parts[0]) for part in parts)
+
+
+def test_an_error_keeps_no_connection(tmp_path: Path) -> None:
+    """What failed may be kept and looked at: torch frees a connection's store by its path, which must not be later."""
+    gone = threading.Barrier(2)
+
+    def work(group: Group) -> tuple[BaseException | None, object]:
+        kept, error = weakref.ref(group._processes), None
+        if group.rank:
+            group.disconnect()
+        gone.wait(TIMEOUT_S)
+        if group.rank == 0:
+            with pytest.raises(RanksError) as caught:
+                group.all_reduce(torch.ones(2))
+            error = caught.value
+            group.disconnect()
+        return error, kept()
+
+    (error, kept), _ = in_ranks(2, tmp_path / "ranks", work)
+    assert isinstance(error, RanksError)
+    assert error.__traceback__ is not None
+    assert kept is None
 
 
 def test_a_group_that_is_not_connected_says_so() -> None:

@@ -7,26 +7,27 @@ import importlib
 import logging
 import os
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from types import ModuleType
+from typing import Protocol
 
 import attrs
 import torch
 
 from cpu_kernels.compile import CompileError
 from trio_llm.config import EngineConfig
-from trio_llm.errors import ConfigError, UnsupportedError
+from trio_llm.errors import ConfigError
 from trio_llm.model.checkpoint.hub import model_name
 from trio_llm.model.checkpoint.tensors import FLOATS
-from trio_llm.model.device.device import Cpu, Device, Gpu
+from trio_llm.model.device.device import Capture, Cpu, Device, Gpu
 from trio_llm.model.loading.cpu_threads import has_bfloat16_arithmetic, usable_cores
 from trio_llm.model.loading.draft_model import DraftPlan, inspect_draft
-from trio_llm.model.loading.loader import ModelPlan, inspect_model, load_model
+from trio_llm.model.loading.loader import LoadedModel, ModelPlan, inspect_model, load_model
 from trio_llm.model.loading.memory_budget import MemoryBudget, available_bytes, make_budget
-from trio_llm.model.loading.pool_size import size_pool, usable_bytes
+from trio_llm.model.loading.pool_size import measure_room, size_pool, usable_bytes
 from trio_llm.model.ops.dispatch import Dispatch, Mode, dispatching, mode_from_environment
 from trio_llm.model.ops.matrices import keeps_integers
-from trio_llm.model.parallel.messages import Start
+from trio_llm.model.parallel.messages import Measured, Start
 from trio_llm.model.parallel.ranks import Ranks
 from trio_llm.model.runner import Runner
 from trio_llm.model_info import ModelInfo, Progress
@@ -63,10 +64,11 @@ def load_runner(
         CheckpointError: The model's files are damaged or do not fit together.
         UnsupportedError: A feature that is not supported; names it.
         ConfigError: Settings that do not fit the model or the machine; a TRIO_LLM_KERNELS that is no mode.
+        EngineDeadError: A rank failed.
     """
-    mode = mode_from_environment()
-    device = open_device(config)
-    dispatch = Dispatch(mode, find_kernels(mode, device, report or (lambda _: None)), device.torch_device.type)
+    report = report or (lambda _: None)
+    mode, device = mode_from_environment(), open_device(config)
+    dispatch = Dispatch(mode, find_kernels(mode, device, report), device.torch_device.type)
     config = config.decided(on_gpu=isinstance(device, Gpu))
     plan = _plan(config, device, dispatch.kernels, as_stored, eos_token_id)
     draft = inspect_draft(config, plan)
@@ -78,33 +80,48 @@ def load_runner(
         loaded = load_model(plan, device.torch_device, report)
         drafter = draft and draft.load(device.torch_device, report)
         _return_freed_memory()
+        _connect(ranks, report)
         if isinstance(device, Gpu):
-            budget = size_pool(budget, loaded, config, device)
+            budget = size_pool(budget, config, _rooms(loaded, config, device, ranks))
             info = _info(plan, config, budget, device)
-        _connect(ranks, info, report or (lambda _: None))
         dispatch.take()  # do not count the calls of loading and measuring in a step
         runner = Runner(
-            loaded.model,
-            loaded.kv_layout,
-            info,
-            budget,
-            max_batch_size=config.max_batch_size,
-            device=device,
-            dispatch=dispatch,
-            draft=drafter,
-            ranks=ranks,
-        )
-        if not config.enforce_eager and ranks is None:  # a collective is in no tape
-            _record_decodes(runner, device, dispatch, report or (lambda _: None))
+            loaded.model, loaded.kv_layout, info, budget,
+            max_batch_size=config.max_batch_size, device=device, dispatch=dispatch, draft=drafter, ranks=ranks,
+        )  # fmt: skip
+        if ranks is not None:
+            ranks.start(Start(info.num_kv_blocks, info.max_model_len))
+        if not config.enforce_eager:
+            with nullcontext() if ranks is None else ranks.together():
+                record_decodes(runner, device, dispatch, _heard(report, ranks))
     return runner
 
 
-def _record_decodes(runner: Runner, device: Device, dispatch: Dispatch, report: Callable[[Progress], None]) -> None:
-    """Make decodes graphs on a GPU, tapes on native CPU kernels."""
+class Recorded(Protocol):
+    """What has decodes that can be recorded, on rank 0 or another."""
+
+    def capture_decodes(self, capture: Capture, report: Callable[[Progress], None]) -> None: ...
+
+    def record_decodes(self, record: Capture) -> None: ...
+
+
+def record_decodes(model: Recorded, device: Device, dispatch: Dispatch, report: Callable[[Progress], None]) -> None:
+    """Make decodes graphs on a GPU, tapes on native CPU kernels. All ranks do so at the same time."""
     if isinstance(device, Gpu):
-        runner.capture_decodes(device.capture, report)
+        model.capture_decodes(device.capture, report)
     elif isinstance(device, Cpu) and getattr(dispatch.kernels, "NAME", "") == "native":
-        runner.record_decodes(device.record)
+        model.record_decodes(device.record)
+
+
+def _heard(report: Callable[[Progress], None], ranks: Ranks | None) -> Callable[[Progress], None]:
+    """Return `report`, which also tells that ranks have not been silent."""
+
+    def heard(progress: Progress) -> None:
+        if ranks is not None:
+            ranks.begin_turn()
+        report(progress)
+
+    return heard
 
 
 @contextmanager
@@ -113,11 +130,12 @@ def _other_ranks(plan: ModelPlan, config: EngineConfig, device: Device) -> Gener
     if plan.group.size == 1:
         yield None
         return
-    ranks = Ranks(plan.group, config.distributed_timeout_s)
+    mark = device.mark if isinstance(device, Gpu) else None
+    ranks = Ranks(plan.group, config.distributed_timeout_s, device.torch_device, mark)
     try:
         dtype = str(plan.dtype).removeprefix("torch.")
         kind = device.torch_device.type
-        ranks.spawn(attrs.evolve(config, model=str(plan.path), dtype=dtype, device=kind, spec_method="none"))
+        ranks.spawn(attrs.evolve(config, model=str(plan.path), dtype=dtype, device=kind))
         yield ranks
     except BaseException:
         ranks.kill()
@@ -125,14 +143,19 @@ def _other_ranks(plan: ModelPlan, config: EngineConfig, device: Device) -> Gener
         raise
 
 
-def _connect(ranks: Ranks | None, info: ModelInfo, report: Callable[[Progress], None]) -> None:
+def _connect(ranks: Ranks | None, report: Callable[[Progress], None]) -> None:
+    if ranks is not None:
+        total = len(ranks.pids)
+        ranks.connect(lambda loaded: report(Progress("waiting for ranks", loaded, total, "ranks")))
+
+
+def _rooms(loaded: LoadedModel, config: EngineConfig, device: Gpu, ranks: Ranks | None) -> list[Measured]:
+    """Measure steps on this GPU, at the same time as the other ranks on theirs; return what all have measured."""
     if ranks is None:
-        return
-    total = len(ranks.pids)
-    ranks.connect(
-        Start(info.num_kv_blocks, info.max_model_len),
-        lambda loaded: report(Progress("waiting for ranks", loaded, total, "ranks")),
-    )
+        return [measure_room(loaded, config, device)]
+    with ranks.together():
+        own = measure_room(loaded, config, device)
+    return [own, *ranks.measured()]
 
 
 def _log_what_changes(plan: ModelPlan, draft: DraftPlan | None, why_widened: Callable[[ModelPlan], str]) -> None:
@@ -176,21 +199,17 @@ def _megabytes(formats: Mapping[str, int]) -> str:
     return ", ".join(f"{name} ({nbytes / 1e6:.0f} MB)" for name, nbytes in formats.items())
 
 
-def open_device(config: EngineConfig) -> Device:
-    """Return the device that the settings name.
+def open_device(config: EngineConfig, rank: int = 0) -> Device:
+    """Return the device of a rank that the settings name.
 
     Raises:
-        ConfigError: There is none.
-        UnsupportedError: The settings name more than one GPU.
+        ConfigError: There is none, or there are fewer GPUs than ranks.
     """
     if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
         return Cpu()
-    if config.tensor_parallel_size > 1:
-        ranks = f"--tensor-parallel-size {config.tensor_parallel_size}"
-        raise UnsupportedError(f"{ranks}: several GPUs are not supported yet; --device cpu has ranks")
     from trio_llm.model.device.cuda import open_cuda
 
-    return open_cuda()
+    return open_cuda(rank, config.tensor_parallel_size)
 
 
 def find_kernels(mode: Mode, device: Device, report: Callable[[Progress], None]) -> ModuleType | None:

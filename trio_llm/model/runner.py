@@ -35,7 +35,7 @@ from trio_llm.model.sampling.acceptance import accepted_tokens
 from trio_llm.model.sampling.prompt_logprobs import PromptScorer, is_finite
 from trio_llm.model.sampling.row_params import SamplingRows
 from trio_llm.model.sampling.sampler import FAILURES, NOT_FINITE, Sampled, Sampler
-from trio_llm.model.step.decode_graphs import DecodeGraphs
+from trio_llm.model.step.decode_graphs import DecodeGraphs, longest_context
 from trio_llm.model.step.drafter import Drafter
 from trio_llm.model.step.input_rows import InputRows, PlanRows, StepColumns
 from trio_llm.model.step.last_tokens import LastTokens
@@ -99,8 +99,7 @@ class Runner:
 
     def _decode_graphs(self) -> list[DecodeGraphs]:
         """Return graphs of the model and the draft model. They share their logits: only one at a time needs them."""
-        sizes = [group.block_size for group in self.info.kv_groups if group.window is None]
-        longest = min([self.info.max_model_len, *(self.info.num_kv_blocks * size for size in sizes)])
+        longest = longest_context(self.info.kv_groups, self.info.num_kv_blocks, self.info.max_model_len)
         tables, padding_row = self._rows.tables.tables, self._rows.tables.padding_row
         shape = self._rows.num_rows, self.info.vocab_size
         logits = torch.empty(shape, dtype=torch.float32, device=self._device.torch_device)
@@ -123,7 +122,7 @@ class Runner:
         """
         try:
             with fatal_if_lost(self._device), self._device.working(), dispatching(self._dispatch):
-                return partial(_collect, self._queue(plan), self._device)
+                return partial(_collect, self._queue(plan), self._device, self.ranks)
         except Exception:
             self._undo(plan)
             raise
@@ -195,7 +194,8 @@ class Runner:
         """Replay a graph; return the logits [R, V] to sample from."""
         assert self._graphs is not None
         decodes, sent = self._rows.send_decodes(rows, at, size)
-        logits = self._graphs.replay(decodes, self._dispatch)
+        with nullcontext() if self.ranks is None else self.ranks.decodes(decodes, rows.additions):
+            logits = self._graphs.replay(decodes, self._dispatch)
         num_sampled = len(sent.sampled_from)
         whole = num_sampled == len(rows.token_ids)
         return logits[:num_sampled] if whole else logits.index_select(0, sent.sampled_from), sent
@@ -317,8 +317,11 @@ class Runner:
         return None if before is None or after is None else self._device.to_host((after - before).sum(0))
 
 
-def _collect(launched: PendingStep, device: Device) -> StepResult:
+def _collect(launched: PendingStep, device: Device, ranks: Ranks | None) -> StepResult:
     with fatal_if_lost(device):
+        launched.done.wait()
+        if ranks is not None:
+            ranks.check()
         return launched.collect()
 
 

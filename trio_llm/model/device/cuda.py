@@ -25,6 +25,9 @@ class _Event:
     def wait(self) -> None:
         self.event.synchronize()
 
+    def has_passed(self) -> bool:
+        return self.event.query()
+
     def seconds_since(self, earlier: Mark) -> float:
         assert isinstance(earlier, _Event)
         return earlier.event.elapsed_time(self.event) / 1000
@@ -103,16 +106,21 @@ class Cuda:
         return torch.cuda.mem_get_info(self.torch_device)
 
 
-def open_cuda() -> Cuda:
-    """Take the current CUDA device.
+def open_cuda(rank: int = 0, ranks: int = 1) -> Cuda:
+    """Take the current CUDA device, or with several ranks the visible one with the rank's number, for this thread.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is none, or there are fewer than ranks.
     """
     if not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         allowed = f"no CUDA device is available (torch {torch.__version__}, {built}); use --device cpu"
         raise ConfigError("device", "cuda", "machine", allowed)
+    if ranks > 1:
+        if ranks > (visible := torch.cuda.device_count()):
+            allowed = f"at most {visible}, the number of GPUs that CUDA sees; --device cpu has ranks on its cores"
+            raise ConfigError("tensor_parallel_size", ranks, "machine", allowed)
+        torch.cuda.set_device(rank)
     return Cuda()
 
 

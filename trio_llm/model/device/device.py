@@ -27,6 +27,10 @@ class Mark(Protocol):
         """Wait until all work queued before it is done. Any thread may call this."""
         ...
 
+    def has_passed(self) -> bool:
+        """Return whether all that work is done, without a wait. Any thread may call this."""
+        ...
+
     def seconds_since(self, earlier: Mark) -> float:
         """Return the time between two points that have passed."""
         ...
@@ -87,6 +91,9 @@ class _Now:
 
     def wait(self) -> None:
         pass
+
+    def has_passed(self) -> bool:
+        return True
 
     def seconds_since(self, earlier: Mark) -> float:
         assert isinstance(earlier, _Now)

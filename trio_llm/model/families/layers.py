@@ -82,10 +82,13 @@ class Vocabulary:
         return self._group.all_reduce(rows.masked_fill(absent.view(-1, *[1] * (rows.ndim - 1)), 0))
 
     def logits(self, hidden: Tensor, head: ops.Matrix, out: Tensor | None = None) -> Tensor:
-        """Return [R, V] float32 for hidden [R, H], in `out` if given; on ranks other than 0, their part of it."""
+        """Return [R, V] float32 for hidden [R, H], in `out` if given; on ranks other than 0, only their part."""
         if self._group.size == 1 and out is not None:
             return ops.logits(hidden, head, out)
-        logits = self._group.gather(ops.linear(hidden, head))[:, : self._size]
+        logits = self._group.gather(ops.linear(hidden, head))
+        if self._group.rank:
+            return logits
+        logits = logits[:, : self._size]
         return logits.float() if out is None else out.copy_(logits)
 
 

@@ -122,5 +122,5 @@ class Llama:
         return torch.stack([experts.load for experts in self.experts]) if self.experts else None
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return [R, V] float32 for hidden rows [R, H], in `out` if given; on ranks other than 0, their part of it."""
+        """Return [R, V] float32 for hidden rows [R, H], in `out` if given; on ranks other than 0, only their part."""
         return self.vocabulary.logits(hidden, self.head, out)

@@ -50,7 +50,7 @@ class Model(Protocol):
         ...
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return [R, V] float32 for hidden rows [R, H], in `out` if given; on ranks other than 0, their part of it."""
+        """Return [R, V] float32 for hidden rows [R, H], in `out` if given; on ranks other than 0, only their part."""
         ...
 
 

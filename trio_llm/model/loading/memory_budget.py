@@ -15,6 +15,7 @@ from trio_llm.config import EngineConfig
 from trio_llm.errors import ConfigError
 from trio_llm.model.loading.loader import ModelPlan, inspect_model
 from trio_llm.model.paged.kv_cache import KVLayout
+from trio_llm.model.parallel.messages import Measured
 from trio_llm.model_info import KVGroup
 
 GIB = 2**30
@@ -36,6 +37,7 @@ class MemoryBudget:
         available_bytes: Available when the budget was made.
         draft_weight_bytes, draft_block_bytes: The draft model's; 0 without one.
         ranks: Number of ranks. All else is of rank 0, which has the draft model; the others take as much without it.
+        rooms: On GPUs, what the other ranks measured on theirs, from rank 1 on.
     """
 
     weight_bytes: int
@@ -52,6 +54,7 @@ class MemoryBudget:
     workspace_note: str = "estimated"
     weight_note: str = ""
     ranks: int = 1
+    rooms: tuple[Measured, ...] = ()
 
     @property
     def kv_bytes(self) -> int:
@@ -90,11 +93,26 @@ class MemoryBudget:
         lines.append(_line("workspace", self.workspace_bytes, self.workspace_note))
         if self.loading_bytes:
             lines.append(_line("loading", self.loading_bytes, "estimated, before the KV cache and the workspace"))
-        to_each = f" to each of {self.ranks} ranks" if self.ranks > 1 else ""
+        to_each = "" if self.ranks == 1 else " to rank 0" if self.rooms else f" to each of {self.ranks} ranks"
         lines.append(_line("total", self.total_bytes, f"of {self.available_bytes / GIB:.2f} GiB available{to_each}"))
         if self.ranks > 1:
-            lines.append(_line("all ranks", self.ranks * self.total_bytes - (self.ranks - 1) * self.draft_bytes, ""))
+            lines += self._of_other_ranks()
         return "\n".join(lines)
+
+    def _of_other_ranks(self) -> list[str]:
+        each = self.total_bytes - self.draft_bytes
+        totals = [each] * (self.ranks - 1)
+        if self.rooms:
+            totals = [each - self.workspace_bytes + room.workspace_bytes for room in self.rooms]
+        lines = [
+            _line(
+                f"rank {rank}",
+                total,
+                f"on a GPU with {(room.usable_bytes + self.weight_bytes) / GIB:.2f} GiB available",
+            )
+            for rank, (total, room) in enumerate(zip(totals, self.rooms, strict=False), 1)
+        ]
+        return [*lines, _line("all ranks", self.total_bytes + sum(totals), "")]
 
 
 def _line(what: str, num_bytes: int, note: str) -> str:

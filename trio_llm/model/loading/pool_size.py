@@ -1,9 +1,13 @@
 """The size of a GPU's KV pool: the usable memory minus the measured peak of the largest steps.
 
+With several ranks, each on a GPU of its own, all pools have as many blocks as the fullest GPU has room for.
+
 Letters: B rows of a step.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import attrs
 import numpy as np
@@ -16,6 +20,7 @@ from trio_llm.model.loading.loader import LoadedModel, Model
 from trio_llm.model.loading.memory_budget import GIB, MemoryBudget, max_sampled_tokens
 from trio_llm.model.paged.attention_batch import AttentionBatch, lay_out
 from trio_llm.model.paged.kv_cache import KVCache, KVLayout
+from trio_llm.model.parallel.messages import Measured
 
 
 def usable_bytes(device: Gpu, config: EngineConfig) -> int:
@@ -24,27 +29,44 @@ def usable_bytes(device: Gpu, config: EngineConfig) -> int:
     return max(0, free - int((1 - config.gpu_memory_utilization) * total))
 
 
-def size_pool(budget: MemoryBudget, loaded: LoadedModel, config: EngineConfig, device: Gpu) -> MemoryBudget:
-    """Return the budget with a measured workspace and with the requested blocks, else as many as fit.
+def measure_room(loaded: LoadedModel, config: EngineConfig, device: Gpu) -> Measured:
+    """Measure the largest steps. All weights are on the device, the pool is not.
 
-    All weights are on the device, the pool is not. A draft model's steps are smaller, and run after the model's. Blocks
-    beyond those that `max_batch_size` of the longest sequences can own would serve only the prefix cache, and cost the
-    block manager time.
+    A draft model's steps are smaller, and run after the model's.
+    """
+    workspace = measure_workspace(loaded.model, loaded.kv_layout, config, device)
+    return Measured(workspace, usable_bytes(device, config))
 
+
+def size_pool(budget: MemoryBudget, config: EngineConfig, rooms: Sequence[Measured]) -> MemoryBudget:
+    """Return the budget with a measured workspace and with the requested blocks, else as many as fit on all ranks.
+
+    Blocks beyond those that `max_batch_size` of the longest sequences can own would serve only the prefix cache, and
+    cost the block manager time.
+
+    Args:
+        rooms: What each rank measured. Only rank 0 has a draft model.
     Raises:
         ConfigError: The requested blocks do not fit, or none do.
     """
-    workspace = measure_workspace(loaded.model, loaded.kv_layout, config, device)
-    room = usable_bytes(device, config) - workspace
-    fitting = max(0, room // (budget.block_bytes + budget.draft_block_bytes))
-    num_blocks = config.num_kv_blocks or min(fitting, budget.blocks_for(config.max_batch_size))
     note = "measured" if config.enforce_eager else "measured, graphs included"
-    budget = attrs.evolve(budget, num_kv_blocks=num_blocks, workspace_bytes=workspace, workspace_note=note)
+    budget = attrs.evolve(
+        budget, workspace_bytes=rooms[0].workspace_bytes, workspace_note=note, rooms=tuple(rooms[1:])
+    )  # fmt: skip
+    fits = [
+        (room.usable_bytes - room.workspace_bytes) // (budget.block_bytes + (0 if rank else budget.draft_block_bytes))
+        for rank, room in enumerate(rooms)
+    ]
+    fullest = min(range(len(rooms)), key=fits.__getitem__)
+    fitting = max(0, fits[fullest])
+    num_blocks = config.num_kv_blocks or min(fitting, budget.blocks_for(config.max_batch_size))
     if 2 <= num_blocks <= fitting:
-        return budget
+        return attrs.evolve(budget, num_kv_blocks=num_blocks)
+    workspace, usable = rooms[fullest].workspace_bytes, rooms[fullest].usable_bytes
+    of_rank = f" on the GPU of rank {fullest}" if len(rooms) > 1 else ""
     left = (
         f"with weights of {budget.weight_bytes / GIB:.2f} GiB and a workspace of {workspace / GIB:.2f} GiB, "
-        f"{max(0, room) / GIB:.2f} GiB are left of what --gpu-memory-utilization allows"
+        f"{max(0, usable - workspace) / GIB:.2f} GiB are left{of_rank} of what --gpu-memory-utilization allows"
     )
     if fitting >= 2:
         raise ConfigError("num_kv_blocks", num_blocks, "memory", f"{left}; --kv-blocks {fitting} would fit")

@@ -4,16 +4,23 @@ Every rank runs the same layers, each on its own heads, columns and rows. After 
 `all_reduce` adds the parts up, so all ranks have the same hidden states. Rank 0 alone needs the logits and samples.
 
 A group is made before it is connected: a checkpoint's headers are checked without other processes.
+
+On CPUs a collective is done when it returns, and fails after a timeout. On GPUs it is queued, in the caller's stream or
+graph, and waits there for the other ranks as long as the group is connected: see `silence`.
 """
 
 from __future__ import annotations
 
+import os
+import threading
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cpu_kernels import library
 from trio_llm.errors import ConfigError
 from trio_llm.model.parallel.span import Span
 
@@ -28,6 +35,9 @@ class Group:
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
         self._processes: Any = None
+        self._options: dict[str, Any] = {}
+        self._on_gpu = False
+        self._aborting: threading.Thread | None = None
 
     def share(self, size: int) -> Span:
         """Return this rank's part of a dimension; parts are equally long, and zeros fill the last ones up."""
@@ -51,12 +61,15 @@ class Group:
             return self.share(num_heads), self.share(num_kv_heads)
         return self.share(num_heads), Span(num_kv_heads, self.rank * num_kv_heads // self.size, 1, 1)
 
-    def connect(self, path: str, timeout_s: float) -> None:
+    def connect(self, path: str, timeout_s: float, device: torch.device, *, on_gpu: bool = False) -> None:
         """Connect to the other ranks, on this machine.
 
         Args:
-            path: A file that all ranks can open and lock, empty at first; they find each other through it.
-            timeout_s: Seconds after which a collective fails, also this one.
+            path: A file that all ranks can open and lock, empty at first; they find each other through it. It is there
+                until `wait_disconnected`: torch opens it once more when the connections are freed, whatever it is then.
+            timeout_s: Seconds after which a collective on a CPU fails, and this call.
+            device: Of the tensors of collectives.
+            on_gpu: That is a GPU, of this rank alone.
         Raises:
             RanksError: A rank did not come.
         """
@@ -64,48 +77,74 @@ class Group:
         import torch.distributed
 
         distributed: Any = torch.distributed  # torch's type stubs lack this store
+        c10d, timeout = distributed.distributed_c10d, timedelta(seconds=timeout_s)
+        self._options = {
+            "allreduce": c10d.AllreduceOptions(), "broadcast": c10d.BroadcastOptions(), "gather": c10d.GatherOptions(),
+        }  # fmt: skip
+        for options in self._options.values():
+            options.asyncOp = False  # NCCL: in the current stream
+        self._on_gpu = on_gpu
         try:
             store = distributed.FileStore(path, self.size)
-            store.set_timeout(timedelta(seconds=timeout_s))
-            self._processes = _gloo(store, self.rank, self.size, timedelta(seconds=timeout_s))
+            store.set_timeout(timeout)
+            self._processes = (_nccl if on_gpu else _gloo)(store, self.rank, self.size, timeout)
         except RuntimeError as error:
             raise RanksError(_first_line(error)) from error
+        finally:
+            store = None  # An exception would keep it.
+        self.all_reduce(torch.zeros(1, device=device))  # NCCL connects in its first collective.
 
     def disconnect(self) -> None:
-        """Close the connections; collectives fail from now on."""
-        self._processes = None
+        """Close the connections; collectives fail from now on, and those that wait on a GPU end. Does not block."""
+        processes, self._processes = self._processes, None
+        if processes is not None and self._on_gpu:
+            # NCCL tells what waits to end, then it waits itself until no captured graph is left.
+            self._aborting = threading.Thread(target=_abort, args=(processes,), name="trio-llm-abort", daemon=True)
+            self._aborting.start()
+
+    def wait_disconnected(self, timeout_s: float) -> bool:
+        """Wait until what the connections had is free, at most for `timeout_s`; return whether it is."""
+        if self._aborting is None:
+            return True
+        self._aborting.join(timeout_s)
+        return not self._aborting.is_alive()
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Add up x over the ranks, in place; all get the same bits."""
         if self.size > 1:
-            self._wait("allreduce", [x])
+            library.call(lambda x: self._wait("allreduce", [x]), x)
         return x
 
     def gather(self, x: Tensor) -> Tensor:
         """Return the columns of all ranks on rank 0, [R, N * size] for x [R, N]; x on the others."""
         if self.size == 1:
             return x
-        from torch.distributed.distributed_c10d import GatherOptions
-
-        options = GatherOptions()
-        options.rootRank = 0
-        parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else []
-        self._wait("gather", [parts] if parts else [], [x.contiguous()], options)
-        return torch.cat(parts, dim=-1) if parts else x
+        x = x.contiguous()
+        if self.rank:
+            library.call(lambda x: self._wait("gather", [], [x]), x)
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        library.call(lambda x, *parts: self._wait("gather", [list(parts)], [x]), x, *parts)
+        return torch.cat(parts, dim=-1)
 
     def broadcast(self, x: Tensor) -> None:
         """Overwrite x [*] with that of rank 0."""
         if self.size > 1:
-            self._wait("broadcast", [x])
+            library.call(lambda x: self._wait("broadcast", [x]), x)
 
-    def _wait(self, collective: str, *args: Any) -> None:
-        """Do a collective. The root is rank 0, torch's default."""
-        if self._processes is None:
+    def _wait(self, collective: str, *tensors: Any) -> None:
+        """Do a collective, or queue it on a GPU. The root is rank 0, torch's default."""
+        processes = self._processes
+        if processes is None:
             raise RanksError("the ranks are not connected")
         try:
-            getattr(self._processes, collective)(*args).wait()
+            work = getattr(processes, collective)(*tensors, self._options[collective])
+            if work is not None:  # NCCL's has no work to wait for: it is in the current stream.
+                work.wait()
         except RuntimeError as error:
             raise RanksError(f"{collective}: {_first_line(error)}") from error
+        finally:
+            del processes  # An exception would keep it after `disconnect`.
 
 
 def _gloo(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
@@ -117,6 +156,26 @@ def _gloo(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
     # Only the loopback interface: other machines must not reach the ranks' sockets.
     options._devices = [gloo.create_device(hostname="127.0.0.1")]
     return gloo(store, rank, size, options)
+
+
+def _nccl(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
+    # Not imported by name: torch for CPUs has no such class.
+    from torch.distributed import distributed_c10d
+
+    # As above, for how ranks find each other; tensors go over NVLink, PCIe or shared memory. "=": this very name.
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "=lo")
+    # torch's own watchdog ends the process without a word, and never sees a graph's collectives. With this it has
+    # nothing to watch. What the variable is named after does not happen: the current stream is not waited for.
+    os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"
+    nccl: Any = distributed_c10d.ProcessGroupNCCL
+    options = nccl.Options()
+    options._timeout = timeout
+    return nccl(store, rank, size, options)
+
+
+def _abort(processes: Any) -> None:
+    with suppress(RuntimeError):  # It took longer than the timeout, or the device is lost.
+        processes.abort()
 
 
 def _first_line(error: Exception) -> str:

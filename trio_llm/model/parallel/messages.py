@@ -29,8 +29,12 @@ class Load(msgspec.Struct, tag="load", frozen=True):
     meeting_place: str
 
 
+class Connect(msgspec.Struct, tag="connect", frozen=True):
+    """Connect to the other ranks: every rank has loaded its part. On a GPU, measure steps and report `Measured`."""
+
+
 class Start(msgspec.Struct, tag="start", frozen=True):
-    """Connect to the other ranks and allocate the KV pool: every rank has loaded its part."""
+    """Allocate the KV pool, and record decodes."""
 
     num_blocks: int
     max_model_len: int
@@ -51,6 +55,17 @@ class Forward(msgspec.Struct, tag="forward", frozen=True):
     additions: list[bytes]
 
 
+class Decodes(msgspec.Struct, tag="decodes", frozen=True):
+    """Replay the graph of `size` single tokens, which follow in a broadcast with their rows and positions.
+
+    Attributes:
+        additions: As in `Forward`.
+    """
+
+    size: int
+    additions: list[bytes]
+
+
 class Logits(msgspec.Struct, tag="logits", frozen=True):
     """Compute a part of the logits of `num_rows` hidden states, which follow in a broadcast."""
 
@@ -63,6 +78,18 @@ class Loading(msgspec.Struct, tag="loading", frozen=True):
 
 class Loaded(msgspec.Struct, tag="loaded", frozen=True):
     """The rank's weights are in memory."""
+
+
+class Measured(msgspec.Struct, tag="measured", frozen=True):
+    """What a rank measured on its GPU, with its weights loaded.
+
+    Attributes:
+        workspace_bytes: Memory of the largest steps.
+        usable_bytes: That may be allocated for steps and the KV pool.
+    """
+
+    workspace_bytes: int
+    usable_bytes: int
 
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):
@@ -78,8 +105,8 @@ class Failed(msgspec.Struct, tag="failed", frozen=True):
     by_others: bool
 
 
-Command = Load | Start | Forward | Logits
-Report = Loading | Loaded | Failed
+Command = Load | Connect | Start | Forward | Decodes | Logits
+Report = Loading | Loaded | Measured | Failed
 
 
 class Channel(Generic[T]):

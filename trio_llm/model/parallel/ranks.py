@@ -21,6 +21,7 @@ from typing import Any
 
 import attrs
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -30,18 +31,24 @@ from trio_llm.model.parallel.group import Group, RanksError
 from trio_llm.model.parallel.messages import (
     Channel,
     Command,
+    Connect,
+    Decodes,
     Failed,
     Forward,
     Load,
     Loaded,
     Logits,
+    Measured,
     Report,
     Start,
 )
+from trio_llm.model.parallel.silence import Mark, Silence
 
 _PACKAGE_ROOT = Path(__file__).parents[3]
 # Seconds between signs that loading goes on, for whoever wants to cancel it.
 _TICK_S = 0.2
+# Seconds between looks whether ranks on GPUs are silent.
+_LOOK_S = 1.0
 # Seconds that a rank has to die after a collective has failed because of it, and to end when it is told. Guesses.
 _LAST_WORDS_S, _END_S = 2.0, 10.0
 
@@ -81,13 +88,20 @@ class Ranks:
     Only one thread sends commands; `failure` may be called on any.
     """
 
-    def __init__(self, group: Group, timeout_s: float) -> None:
+    def __init__(
+        self, group: Group, timeout_s: float, device: torch.device, mark: Callable[[], Mark] | None = None
+    ) -> None:
         """Begin without processes.
 
         Args:
             timeout_s: Seconds of silence after which a rank counts as hung.
+            device: That of rank 0.
+            mark: On GPUs, returns the end of rank 0's queue. None on a CPU.
         """
-        self._group, self._timeout_s = group, timeout_s
+        self._group, self._timeout_s, self._device = group, timeout_s, device
+        self._silence = None if mark is None else Silence(mark, timeout_s)
+        self._watcher: threading.Thread | None = None
+        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._ranks: list[_Rank] = []
         self._ended = select.epoll()
         self._pidfds: list[int] = []
@@ -130,7 +144,7 @@ class Ranks:
             process_group=0,  # Ctrl+C is for rank 0, which ends the others.
         )
 
-    def connect(self, start: Start, tick: Callable[[int], None]) -> None:
+    def connect(self, tick: Callable[[int], None]) -> None:
         """Wait until all ranks have loaded, then connect them.
 
         Args:
@@ -150,11 +164,13 @@ class Ranks:
                 raise self.failure(RanksError(f"no sign of loading in {self._timeout_s:g} s"))
             for fd in readable:
                 self._hear(loading, fd)
-        try:
-            self._send(start)
-            self._group.connect(self._meeting_place, self._timeout_s)
-        except (OSError, RanksError) as error:
-            raise self.failure(error) from error
+        on_gpu = self._silence is not None
+        if on_gpu:
+            self._watcher = threading.Thread(target=self._watch, name="trio-llm-ranks", daemon=True)
+            self._watcher.start()
+        with self.together():
+            self._send(Connect())
+            self._group.connect(self._meeting_place, self._timeout_s, self._device, on_gpu=on_gpu)
 
     def _hear(self, loading: dict[int, _Rank], fd: int) -> None:
         rank = loading[fd]
@@ -167,6 +183,51 @@ class Ranks:
                 raise CheckpointError(report.text)
             raise self.failure(RanksError("a rank ended while loading"))
 
+    def measured(self) -> list[Measured]:
+        """Wait for what the other ranks have measured on their GPUs.
+
+        Raises:
+            EngineDeadError: A rank failed.
+        """
+        with self.together():
+            return [self._measured(rank) for rank in self._ranks]
+
+    def _measured(self, rank: _Rank) -> Measured:
+        report = rank.channel.receive()
+        if isinstance(report, Measured):
+            return report
+        rank.failed = report if isinstance(report, Failed) else None
+        raise RanksError("a rank ended while it measured steps")
+
+    def start(self, command: Start) -> None:
+        """Let the other ranks allocate their pools; then they record decodes as this one does.
+
+        Raises:
+            EngineDeadError: A rank has died.
+        """
+        with self.together():
+            self._send(command)
+
+    @contextmanager
+    def together(self) -> Generator[None]:
+        """Do what all ranks do at the same time.
+
+        Raises:
+            EngineDeadError: The block raised, or a rank does not take part. No step can run again.
+        """
+        try:
+            self.begin_turn()
+            yield
+            if self._silence is not None:
+                self._silence.end()
+        except Exception as error:
+            raise self.failure(error) from error
+
+    def begin_turn(self) -> None:
+        """Count from now on how long ranks are silent."""
+        if self._silence is not None:
+            self._silence.begin()
+
     @contextmanager
     def forward(
         self, rows: NDArray[Any], starts: NDArray[Any], counts: NDArray[Any], additions: Sequence[NDArray[Any]],
@@ -178,10 +239,19 @@ class Ranks:
             EngineDeadError: The block raised, or a rank does not take part. No step can run again.
         """
         command = Forward(
-            rows.astype(np.int64, copy=False).tobytes(), starts.tobytes(), counts.tobytes(),
-            [column.tobytes() for column in additions],
+            rows.astype(np.int64, copy=False).tobytes(), starts.tobytes(), counts.tobytes(), _bytes(additions)
         )  # fmt: skip
         with self._doing(command, token_ids):
+            yield
+
+    @contextmanager
+    def decodes(self, decodes: Tensor, additions: Sequence[NDArray[Any]]) -> Generator[None]:
+        """Let the other ranks replay their graph of tokens [3, B], as the block does: see `Decodes`.
+
+        Raises:
+            EngineDeadError: As `forward`.
+        """
+        with self._doing(Decodes(decodes.shape[1], _bytes(additions)), decodes):
             yield
 
     @contextmanager
@@ -196,12 +266,10 @@ class Ranks:
 
     @contextmanager
     def _doing(self, command: Command, x: Tensor) -> Generator[None]:
-        try:
+        with self.together():
             self._send(command)
             self._group.broadcast(x)
             yield
-        except Exception as error:
-            raise self.failure(error) from error
 
     def _send(self, command: Command) -> None:
         for rank in self._ranks:
@@ -221,7 +289,27 @@ class Ranks:
             if self._failure is None:
                 self._failure = EngineDeadError(self._cause(error))
                 self.kill()
+                self._group.disconnect()
             return self._failure
+
+    def check(self) -> None:
+        """Raise if no step can run again: what a GPU has computed is worth nothing then.
+
+        Raises:
+            EngineDeadError: A rank failed.
+        """
+        if self._failure is not None:
+            raise self._failure
+
+    def _watch(self) -> None:
+        """On GPUs, find out that a rank has ended or is silent: rank 0 may wait for its GPU meanwhile."""
+        assert self._silence is not None
+        while not (readable := _readable([self._ended.fileno(), self._stop_fd], _LOOK_S)):
+            if self._silence.is_too_long():
+                self.failure(RanksError(f"no answer in {self._timeout_s:g} s"))
+                return
+        if self._stop_fd not in readable:
+            self.failure()
 
     def _cause(self, error: Exception | None) -> str:
         """Name the rank that failed first: the others then fail too, as their collectives do."""
@@ -252,6 +340,9 @@ class Ranks:
 
     def close(self) -> None:
         """End the processes: those that do not end by themselves are killed."""
+        if self._watcher is not None:
+            os.eventfd_write(self._stop_fd, 1)
+            self._watcher.join()
         self._group.disconnect()
         for rank in self._ranks:
             rank.channel.close()
@@ -263,8 +354,14 @@ class Ranks:
                 rank.process.kill()
                 rank.process.wait()
         self._ended.close()
-        for fd in (*self._pidfds, self._meeting_fd):
+        for fd in (*self._pidfds, self._stop_fd):
             os.close(fd)
+        if self._group.wait_disconnected(max(0.0, deadline_s - time.monotonic())):
+            os.close(self._meeting_fd)
+
+
+def _bytes(columns: Sequence[NDArray[Any]]) -> list[bytes]:
+    return [column.tobytes() for column in columns]
 
 
 def _readable(fds: Sequence[int], timeout_s: float) -> list[int]:

@@ -12,6 +12,9 @@ tokens: in every layer all keys and values are written before any token attends,
 On a CPU a graph is a tape of kernel calls, recorded when its size is first needed: that costs as much as one step
 without a tape.
 
+With several ranks each has graphs of its own part, with collectives in them. All capture and replay the same sizes in
+the same order.
+
 Letters: B rows of a graph, V vocabulary.
 """
 
@@ -31,7 +34,7 @@ from trio_llm.model.loading.loader import Model
 from trio_llm.model.ops import seam as ops
 from trio_llm.model.ops.dispatch import Dispatch, dispatching
 from trio_llm.model.paged.kv_cache import KVCache, KVLayout
-from trio_llm.model_info import Progress
+from trio_llm.model_info import KVGroup, Progress
 
 _log = logging.getLogger(__name__)
 _ROWS = 0
@@ -42,6 +45,12 @@ def graph_sizes(max_batch_size: int) -> list[int]:
     return sorted(
         {*(size for size in (1, 2, 4) if size < max_batch_size), *range(8, max_batch_size, 8), max_batch_size}
     )
+
+
+def longest_context(groups: Sequence[KVGroup], num_blocks: int, max_model_len: int) -> int:
+    """Return the most tokens that a sequence of the model or of its pool can have."""
+    sizes = [group.block_size for group in groups if group.window is None]
+    return min([max_model_len, *(num_blocks * size for size in sizes)])
 
 
 _MAX_EXACT = 32  # recorded sizes are exact up to here, then multiples of eight
@@ -75,8 +84,8 @@ class DecodeGraphs:
         Args:
             tables: Per KV group of the layout [rows, M] int32.
             padding_row: The row of tokens that only fill a batch up.
-            logits: [most tokens of a graph, V] float32. All graphs share it: a buffer for each of 35 sizes up to 256
-                rows would take gigabytes. The conversion to float32 writes to it.
+            logits: [most tokens of a graph, V] float32, [.., 0] on ranks other than 0. All graphs share it: a buffer
+                for each of 35 sizes up to 256 rows would take gigabytes. The conversion to float32 writes to it.
             max_context: Kernels divide a context among blocks by this bound, as how long the contexts are is known when
                 a graph is replayed, not when it is captured. Short ones leave some of the blocks without work, which
                 costs less than a graph per length.

@@ -43,8 +43,7 @@ class PendingStep:
     done: Mark
 
     def collect(self) -> StepResult:
-        """Wait for the device and return the result. Queues no work, so any thread may call it."""
-        self.done.wait()
+        """Return the result, once `done` has passed. Queues no work, so any thread may call it."""
         failed = dict(self.failed)
         token_ids = self._token_ids(failed)
         return StepResult(
