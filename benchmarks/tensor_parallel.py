@@ -117,7 +117,7 @@ def main() -> None:
         print(f"{size} rank{'s' * (size > 1)}")
         for rows in (1, 8):
             options = {"max_batch_size": 8, "num_kv_blocks": 256, "cpu_threads": 2, "tensor_parallel_size": size}
-            with loaded(SHAPE, enforce_eager=True, **options) as runner:
+            with loaded(SHAPE, **options) as runner:
                 measure(runner, rows)
 
 
