@@ -177,7 +177,7 @@ async def run_engine(engine: Engine, rows: int, tokens: int, *, read: bool) -> d
 async def alone(model: str, rows: list[int], tokens: int, rounds: int) -> None:
     """Print the table of the engine without HTTP."""
     config = Config(engine=EngineConfig(model=model, max_batch_size=max(rows), num_kv_blocks=blocks(max(rows), tokens)))
-    async with open_engine(config) as engine:
+    async with open_engine(config, tune_interpreter=True) as engine:
         for num in rows:
             for read in (False, True):
                 found = [await run_engine(engine, num, tokens, read=read) for _ in range(rounds + 1)][1:]

@@ -54,6 +54,8 @@ async def open_engine(
     def load() -> Runner:
         from trio_llm.model.load import load_runner
 
+        if tune_interpreter:
+            gc.freeze()  # The imports: else the collection after loading walks all of them, a twentieth of the start.
         return load_runner(config.engine, report_unless_cancelled, eos_token_id=tokenizer.eos_token_id)
 
     name = next(iter(config.server.served_model_name), None)
