@@ -344,11 +344,21 @@ template <class F>
 void parallel(i64 count, F&& f) {
   run_parallel(count, [](void* context, i64 index) { (*(F*)context)(index); }, (void*)&f);
 }
-// The same in pieces of neighbours: f(begin, end). Some more pieces than threads, so that a late thread gets less.
+// The same in pieces of neighbours: f(begin, end). In each round every thread gets half of its share of what is left, so
+// pieces are long streams at first and short at the end, and a late thread gets less.
 template <class F>
 void parallel_ranges(i64 count, i64 least, F&& f) {
-  const i64 pieces = std::max<i64>(1, std::min(count / std::max<i64>(1, least), num_threads() * 4));
-  parallel(pieces, [&](i64 i) { f(count * i / pieces, count * (i + 1) / pieces); });
+  constexpr i64 MOST_ROUNDS = 5;
+  const i64 threads = num_threads(), most = std::max<i64>(1, count / std::max<i64>(1, least));
+  if (most < threads) return parallel(most, [&](i64 i) { f(count * i / most, count * (i + 1) / most); });
+  i64 rounds = 1;
+  while (rounds < MOST_ROUNDS && threads << rounds <= most) rounds++;
+  const auto bound = [&](i64 i) {
+    const i64 round = std::min(i / threads, rounds - 1), left = i64(1) << (rounds - 1 - round);
+    const i64 done = threads * ((i64(1) << (rounds - 1)) - left) + (i - round * threads) * std::max<i64>(1, left / 2);
+    return count * done / (threads << (rounds - 1));
+  };
+  parallel(rounds * threads, [&](i64 i) { f(bound(i), bound(i + 1)); });
 }
 // Memory of the calling thread, good until its next call of this function.
 void* scratch(size_t num_bytes);

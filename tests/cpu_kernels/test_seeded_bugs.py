@@ -143,6 +143,7 @@ BUGS = {
     "a smaller tile's row": Bug(
         "linear", "std::max<i64>(0, tile - large) * small_rows", "std::max<i64>(0, tile - large) * MOST_ROWS", "linear"
     ),
+    "the last panels left out": Bug("linear", "* std::max<i64>(1, left / 2)", "* (left / 2)", "linear"),
     "the first tiles again": Bug(
         "linear", "layout, first, last, own + i", "layout, 0, last - first, own + i", "linear"
     ),
