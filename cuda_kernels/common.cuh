@@ -20,6 +20,7 @@ struct alignas(16) vec16 { u32 x[4]; };  // what one thread moves at once
   T* name = reinterpret_cast<T*>(name##_raw)
 #define FULL_WARP 0xffffffffu
 #define NEG_INF (-1e30f)  // finite: NEG_INF - NEG_INF is 0, not NaN
+#define INF __uint_as_float(0x7f800000u)
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
 
@@ -144,6 +145,14 @@ DEV vec16 load16(const void* p) {  // read once, by this thread alone: not kept 
 DEV float2 load_pair(const float* p) {  // what another block may have written in this launch: not from L1
   float2 r;
   asm volatile("ld.relaxed.gpu.global.v2.f32 {%0,%1}, [%2];" : "=f"(r.x), "=f"(r.y) : "l"(p) : "memory");
+  return r;
+}
+DEV float4 load_quad(const float* p) {  // likewise
+  float4 r;
+  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(r.x), "=f"(r.y), "=f"(r.z), "=f"(r.w)
+               : "l"(p)
+               : "memory");
   return r;
 }
 DEV u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +14,11 @@ from cuda_kernels.tickets import take_tickets
 from cuda_kernels.tuning import BY_ARCHITECTURE, Tuning, tuning
 
 HEAD_DIMS = (64, 128, 256, 512)
-MAX_SPLITS = 64  # two for each lane of the warp that joins them
+MAX_PARTS = 64  # of a context, as in paged_attn_tile.cuh
+PART_BYTES = 96  # what a block is doing, as in paged_attn_tile.cuh
+RESERVED_BYTES = 1024  # of shared memory by CUDA, for each block
+REGISTERS = 65536
+MAX_STAGES = 4  # guessed: three tiles on their way
 MAX_GROUP = 64  # query heads per key head (guessed: no model has more)
 
 
@@ -54,7 +59,18 @@ class Tile:
     def shared_bytes(self, head_dim: int, *, int8: bool) -> int:
         stage = 2 * self.keys * (head_dim * (1 if int8 else 2) + (4 if int8 else 0))
         exchange = self.rows * self.keys * 2 + self.warps_n * self.rows * 4 if self.warps_n > 1 else 0
-        return self.stages * stage + self.rows * head_dim * 2 + exchange
+        return self.stages * stage + self.rows * head_dim * 2 + exchange + PART_BYTES
+
+    def blocks(self, head_dim: int, device: Device, *, int8: bool) -> int:
+        """Return how many blocks fit on a multiprocessor: in its shared memory and its registers."""
+        registers = REGISTERS // (self.threads * (128 if self.rows == 16 else 256))
+        own = self.shared_bytes(head_dim, int8=int8) + RESERVED_BYTES
+        return min(registers, (device.shared_bytes + RESERVED_BYTES) // own)
+
+    def deepened(self, blocks: int, head_dim: int, device: Device, *, int8: bool) -> Tile:
+        """Return the same with all tiles in flight for which `blocks` on a multiprocessor leave room."""
+        deeper = (replace(self, stages=stages) for stages in range(MAX_STAGES, self.stages, -1))
+        return next((tile for tile in deeper if tile.blocks(head_dim, device, int8=int8) >= blocks), self)
 
 
 @functools.cache
@@ -71,14 +87,16 @@ def choose_tile(packed_rows: int, head_dim: int, device: Device, *, int8: bool) 
     else:
         rows, keys, warps_n = 128, 64, 1
     two = Tile(rows, keys, warps_n, stages=2)
-    return two if two.shared_bytes(head_dim, int8=int8) <= device.shared_bytes else Tile(rows, keys, warps_n, stages=1)
+    return two if two.shared_bytes(head_dim, int8=int8) <= device.shared_bytes else replace(two, stages=1)
 
 
-def choose_splits(blocks: int, max_keys: int, device: Device) -> int:
-    """Split the context where `blocks` are too few to fill the device."""
-    own = device.tuning
-    wanted = -(-own.waves * device.multiprocessors // blocks)
-    return max(1, min(wanted, max_keys // own.least_split_keys, own.max_splits, MAX_SPLITS))
+def choose_blocks(row_tiles: int, sequences: int, kv_heads: int, max_keys: int, resident: int, own: Tuning) -> int:
+    """Return how many blocks share the work of a key head; 0 for a block of its own for each tile of rows."""
+    tiles = row_tiles * sequences
+    if row_tiles > 1 and tiles * kv_heads >= resident:
+        return 0
+    useful = tiles * min(MAX_PARTS, -(-max_keys // own.least_split_keys))
+    return max(1, min(resident // kv_heads, useful))
 
 
 def supports(q: Tensor, k_cache: Tensor, block_size: int) -> str | None:
@@ -113,7 +131,7 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     tile: Tile | None = None,
-    splits: int | None = None,
+    blocks: int | None = None,
 ) -> Tensor:
     """Attend every token to its sequence's cached keys and values up to itself.
 
@@ -127,43 +145,94 @@ def paged_attention(
         cu_q: [B + 1] int32, where each sequence's tokens begin in S.
         block_size: Tokens per block, a power of two.
         max_q, max_context: Bounds on tokens of this step and on context over the sequences; they size the grid.
-        tile, splits: Instead of what is chosen by these bounds; at most MAX_SPLITS.
+        tile, blocks: Instead of what is chosen by these bounds. Blocks share the work of a key head; 0 is one for each
+            tile of rows.
     Returns:
         [S, Hq, D] in q's dtype, accumulated in float32.
     """
     _, heads, head_dim = q.shape
     kv_heads, sequences = k_cache.shape[1], len(tables)
     int8, device = k_scale is not None, device_of(q.device)
-    packed = max_q * (heads // kv_heads)
-    tile = tile or choose_tile(packed, head_dim, device, int8=int8)
-    tiles = -(-packed // tile.rows)
     visible = max_context if window is None else min(max_context, window + max_q)
-    splits = splits or choose_splits(tiles * kv_heads * sequences, visible, device)
+    packed = max_q * (heads // kv_heads)
+    shape = _shape(packed, sequences, kv_heads, head_dim, visible, device, int8=int8, tile=tile, blocks=blocks)
+    tile = shape.tile
     out = torch.empty_like(q)
-    partial, maxima = _partial(q, splits)
-    attend = _kernel(head_dim, heads // kv_heads, tile, k_cache.dtype, split=splits > 1, fp16=io_define(q.dtype) or 0)
-    tickets = take_tickets(q.device, tiles * kv_heads * sequences) if splits > 1 else None
+    parts = (shape.blocks, kv_heads, 2, tile.rows)
+    partial, maxima = (q.new_empty(*parts, n, dtype=torch.float32) for n in (head_dim, 2))
+    attend = _kernel(
+        head_dim, heads // kv_heads, tile, shape.together, k_cache.dtype, split=shape.blocks > 0,
+        window=window is not None, softcap=softcap is not None, fp16=io_define(q.dtype) or 0,
+    )  # fmt: skip
     attend(
-        (tiles, kv_heads * splits, sequences), (tile.threads, 1, 1), tile.shared_bytes(head_dim, int8=int8),
-        q, k_cache, v_cache, k_scale, v_scale, tables, context_lens, cu_q, partial, maxima, tickets, out,
-        tables.stride(0), block_size.bit_length() - 1, k_cache.stride(0), 0 if k_scale is None else k_scale.stride(0),
-        kv_heads, splits, window or 0, scale, softcap or 0.0,
+        shape.grid, (tile.threads, 1, 1), tile.shared_bytes(head_dim, int8=int8),
+        q, k_cache, v_cache, k_scale, v_scale, tables, context_lens, cu_q, partial, maxima,
+        take_tickets(q.device, shape.blocks * kv_heads), out, sequences, tables.stride(0),
+        block_size.bit_length() - 1, k_cache.stride(0), 0 if k_scale is None else k_scale.stride(0),
+        shape.least_tiles, window or 0, scale, softcap or 0.0,
     )  # fmt: skip
     return out
 
 
-def _partial(q: Tensor, splits: int) -> tuple[Tensor | None, Tensor | None]:
-    """Make room for what the splits of a context leave to the last of them: rows, and their maxima and sums."""
-    if splits == 1:
-        return None, None
-    rows, maxima = (q.new_empty(*q.shape[:2], splits, n, dtype=torch.float32) for n in (q.shape[2], 2))
-    return rows, maxima
+@dataclass(frozen=True)
+class _Shape:
+    """How a launch is laid out.
+
+    Attributes:
+        together: Blocks that fit on a multiprocessor.
+        blocks: That share the work of a key head; 0 for one per tile of rows.
+        least_tiles: Of keys, that are worth a block.
+    """
+
+    tile: Tile
+    together: int
+    blocks: int
+    least_tiles: int
+    grid: tuple[int, int, int]
+
+
+@functools.lru_cache(maxsize=1024)
+def _shape(
+    packed: int,
+    sequences: int,
+    kv_heads: int,
+    head_dim: int,
+    visible: int,
+    device: Device,
+    *,
+    int8: bool,
+    tile: Tile | None,
+    blocks: int | None,
+) -> _Shape:
+    chosen, least_tiles = tile or choose_tile(packed, head_dim, device, int8=int8), 1
+    row_tiles, together = -(-packed // chosen.rows), chosen.blocks(head_dim, device, int8=int8)
+    if blocks is None:
+        least_tiles = device.tuning.least_split_keys // chosen.keys
+        resident = together * device.multiprocessors
+        blocks = choose_blocks(row_tiles, sequences, kv_heads, visible, resident, device.tuning)
+    grid = (blocks, kv_heads, 1) if blocks else (row_tiles, kv_heads, sequences)
+    if tile is None:
+        fewest = min(together, -(-math.prod(grid) // device.multiprocessors))
+        chosen = chosen.deepened(fewest, head_dim, device, int8=int8)
+    return _Shape(chosen, together, blocks, least_tiles, grid)
 
 
 @functools.cache
-def _kernel(head_dim: int, group: int, tile: Tile, cache: torch.dtype, *, split: bool, fp16: int) -> Kernel:
+def _kernel(
+    head_dim: int,
+    group: int,
+    tile: Tile,
+    together: int,
+    cache: torch.dtype,
+    *,
+    split: bool,
+    window: bool,
+    softcap: bool,
+    fp16: int,
+) -> Kernel:
     return kernel(
         "paged_attn.cu", "paged_attention", HEAD_DIM=head_dim, GQA=group, BM=tile.rows, BN=tile.keys,
-        WARPS_N=tile.warps_n, STAGES=tile.stages, KV_8BIT=int(cache.itemsize == 1),
-        KV_FP8=int(cache == torch.float8_e4m3fn), SPLIT=int(split), IO_FP16=fp16,
+        WARPS_N=tile.warps_n, STAGES=tile.stages, BLOCKS=together, KV_8BIT=int(cache.itemsize == 1),
+        KV_FP8=int(cache == torch.float8_e4m3fn), SPLIT=int(split), WINDOW=int(window), SOFTCAP=int(softcap),
+        IO_FP16=fp16,
     )  # fmt: skip

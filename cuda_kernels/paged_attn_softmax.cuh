@@ -4,15 +4,17 @@
 #include "paged_attn_tile.cuh"
 
 struct Mask {  // what each row sees, and how scores become powers of two
-  int position[2], window;
+  int position[2];
+  int before, window;
   int all_from, all_to;  // keys that every row of the tile sees
-  float inside, to_log2, softcap;
+  float inside, to_log2;
 };
 
-// Scale and mask the scores of keys from `at`, and raise `top` to the largest that this lane holds of each row.
+// Raise `top` to the largest score that this lane holds of each row, of keys from `at`; those that a row does not see are
+// no more than any.
+template <bool MASKED>
 DEV void mask_scores(float (*s)[4], float* top, const unsigned char* keys, int at, const Mask& mask, int warp_n) {
   const int t = threadIdx.x % 4;
-  const bool masked = at < mask.all_from || at + BN > mask.all_to;
 #pragma unroll
   for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
@@ -22,10 +24,9 @@ DEV void mask_scores(float (*s)[4], float* top, const unsigned char* keys, int a
 #if KV_8BIT
       x *= reinterpret_cast<const float*>(keys + 2 * TILE_BYTES)[column];
 #endif
-      if (mask.softcap > 0.f) x = tanh_fast(x * mask.inside);
-      x *= mask.to_log2;
+      if (SOFTCAP) x = tanh_fast(x * mask.inside);
       const int position = mask.position[row];
-      if (masked && (key > position || (mask.window > 0 && key <= position - mask.window))) x = NEG_INF;
+      if (MASKED && (key > position || (WINDOW && key <= position - mask.window))) x = -INF;
       s[n][e] = x;
       top[row] = fmaxf(top[row], x);
     }
@@ -51,10 +52,10 @@ DEV void join_maxima(float* top, unsigned char* shared, int warp_m, int warp_n) 
 }
 
 // Refer sums and outputs so far to the new maxima.
-DEV void rescale_to(const float* top, float* m, float* l, float (*o)[4]) {
+DEV void rescale_to(const float* top, float* m, float* l, float (*o)[4], float to_log2) {
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    const float rescale = exp2_fast(m[i] - top[i]);
+    const float rescale = exp2_fast((m[i] - top[i]) * to_log2);
     m[i] = top[i];
     l[i] *= rescale;
 #pragma unroll
@@ -66,13 +67,14 @@ DEV void rescale_to(const float* top, float* m, float* l, float (*o)[4]) {
 }
 
 // Turn scores into probabilities (times the values' scales, for 8-bit ones) and add them to the sums of this lane.
-DEV void exponentiate(float (*s)[4], const float* m, float* l, const unsigned char* keys, int warp_n) {
+DEV void exponentiate(float (*s)[4], const float* m, float* l, const unsigned char* keys, float to_log2, int warp_n) {
   const int t = threadIdx.x % 4;
+  const float below[2] = {m[0] * to_log2, m[1] * to_log2};
 #pragma unroll
   for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
     for (int e = 0; e < 4; e++) {
-      float p = s[n][e] <= NEG_INF ? 0.f : exp2_fast(s[n][e] - m[e / 2]);
+      float p = exp2_fast(__fmaf_rn(s[n][e], to_log2, -below[e / 2]));
       l[e / 2] += p;
 #if KV_8BIT
       p *= reinterpret_cast<const float*>(keys + 2 * TILE_BYTES)[BN + warp_n * KEYS + n * 8 + 2 * t + e % 2];

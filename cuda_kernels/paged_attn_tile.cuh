@@ -12,6 +12,7 @@
 #define Q_CHUNKS (HEAD_DIM / 8)
 #define P_CHUNKS (BN / 8)
 #define LOADED (BN / WARPS)         // cached rows that a warp loads
+#define MAX_PARTS 64                // of a context: two for each lane of a warp that joins them
 
 #if KV_FP8
 typedef u8 kv_t;
@@ -33,6 +34,11 @@ typedef io_t kv_t;
 #define Q_AT (STAGES * STAGE_BYTES)
 #define P_AT (Q_AT + BM * HEAD_DIM * 2)
 #define MAXIMA_AT (P_AT + (WARPS_N > 1 ? BM * BN * 2 : 0))
+#define PART_AT (MAXIMA_AT + (WARPS_N > 1 ? WARPS_N * BM * 4 : 0))
+#define PIECE_AT (PART_AT + 64)
+// Once a tile's rows are done, what their parts count for: [BM][MAX_PARTS], behind the word of `is_last`.
+#define WEIGHTS_AT 128
+static_assert(!SPLIT || WEIGHTS_AT + BM * MAX_PARTS * 4 <= P_AT, "shared memory holds the weights of the parts");
 
 // Where chunk `chunk` of row `row` lies, in chunks: any eight neighbouring rows of one chunk column are in eight
 // different groups of four banks.
@@ -76,7 +82,6 @@ DEV void load_tile(unsigned char* stage, const Context& c, int at) {
     copy4_async(scales + BN, c.v_scales + offset, slot >= 0);
   }
 #endif
-  copies_commit();
 }
 
 // The rows of a block's tile: row r is a token and a query head of the group, places are in units of HEAD_DIM.

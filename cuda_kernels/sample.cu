@@ -20,7 +20,6 @@
 constexpr int LOADS = 8;  // a thread has in flight: a row is read by one multiprocessor
 #define NOT_FINITE (-1)
 #define NOTHING_LEFT (-2)
-#define INF __uint_as_float(0x7f800000u)
 
 // Order floats as unsigned integers.
 DEV u32 ordered(float v) {

@@ -13,8 +13,7 @@ class Tuning:
     """One architecture's numbers.
 
     Attributes:
-        waves: Blocks per multiprocessor below which a decode's contexts are split.
-        max_splits: Most parts of a context.
+        waves: Blocks per multiprocessor below which the inputs of a 4-bit product are split.
         least_split_keys: Keys below which a part costs more than it brings.
         gemm_rows: Most rows of an int8 product; beyond it widening the weights for cuBLAS costs less.
         w4_rows: The same of 4-bit weights; more rows share what one reads.
@@ -26,7 +25,6 @@ class Tuning:
     """
 
     waves: int
-    max_splits: int
     least_split_keys: int
     gemm_rows: int
     w4_rows: int
@@ -37,13 +35,13 @@ class Tuning:
     prologue_bytes: int
 
 
-#                waves splits keys rows  w4  gemm_bytes  expert_bytes  expert_rows  widened     prologue
+#                waves keys rows  w4  gemm_bytes  expert_bytes  expert_rows  widened     prologue
 BY_ARCHITECTURE = {
-    (8, 0): Tuning(2, 64, 256, 64, 256, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 16 * 1024),
-    (8, 9): Tuning(2, 64, 256, 64, 256, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 16 * 1024),
-    (9, 0): Tuning(2, 64, 256, 64, 256, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 16 * 1024),
-    (10, 0): Tuning(2, 64, 256, 64, 256, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 16 * 1024),
-    (12, 0): Tuning(2, 64, 256, 64, 256, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 16 * 1024),
+    (8, 0): Tuning(2, 256, 64, 256, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 16 * 1024),
+    (8, 9): Tuning(2, 256, 64, 256, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 16 * 1024),
+    (9, 0): Tuning(2, 256, 64, 256, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 16 * 1024),
+    (10, 0): Tuning(2, 256, 64, 256, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 16 * 1024),
+    (12, 0): Tuning(2, 256, 64, 256, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 16 * 1024),
 }  # fmt: skip
 _OLDEST, _SIMULATED = (8, 0), (9, 0)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -11,11 +13,11 @@ from tools.ptx_simulator.counters import Counters
 
 # case, most warp instructions per cached token and key head (measured, plus a tenth)
 DECODES = [
-    (Case(kv_heads=1, sequences=((1, 512),), splits=1), 42),
-    (Case(kv_heads=1, sequences=((1, 512),), splits=1, int8=True), 70),
-    (Case(kv_heads=1, sequences=((1, 512),), splits=1, int8=True, fp8=True), 82),
-    (Case(kv_heads=1, head_dim=64, group=7, sequences=((1, 512),), splits=1), 32),
-    (Case(kv_heads=1, head_dim=512, group=8, sequences=((1, 128),), splits=1), 240),
+    (Case(kv_heads=1, sequences=((1, 512),), blocks=0), 34),
+    (Case(kv_heads=1, sequences=((1, 512),), blocks=0, int8=True), 70),
+    (Case(kv_heads=1, sequences=((1, 512),), blocks=0, int8=True, fp8=True), 82),
+    (Case(kv_heads=1, head_dim=64, group=7, sequences=((1, 512),), blocks=0), 24),
+    (Case(kv_heads=1, head_dim=512, group=8, sequences=((1, 128),), blocks=0), 190),
 ]
 
 
@@ -33,6 +35,15 @@ def test_decode_reads_the_cache_once(case: Case, most_instructions: int) -> None
     for opcode in ("ldmatrix", "ld"):
         assert counted.passes[opcode] == counted.passes_least[opcode]
     assert counted.issued.total() / tokens < most_instructions
+
+
+def test_a_long_context_is_not_one_blocks_work() -> None:
+    """One context of 32 tiles among seven of one tile: the busiest block executes less than half."""
+    case = Case(head_dim=64, kv_heads=1, group=7, sequences=((1, 64),) * 3 + ((1, 2048),) + ((1, 64),) * 4)
+    alone, shared = (count(make(replace(case, blocks=blocks)).run).by_block.values() for blocks in (0, 8))
+    assert len(alone) == len(shared) == 8
+    assert max(alone) > 5 * sum(alone) / 8
+    assert max(shared) < min(0.45 * max(alone), 1.7 * sum(shared) / 8)
 
 
 def test_counters_see_conflicts_and_waste() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cuda_kernels.paged_attn import Device, Tile, choose_splits, choose_tile, supports
+from cuda_kernels.paged_attn import Device, Tile, choose_blocks, choose_tile, supports
+from cuda_kernels.tuning import BY_ARCHITECTURE
 from tests.kernels.helpers import assert_close, simulate
 from tools.kernel_lab.attention import CASES, MATRIX, Case, make
 
@@ -40,13 +41,25 @@ def test_tiles_follow_the_packed_rows(packed_rows: int, rows: int) -> None:
                 assert tile.shared_bytes(head_dim, int8=int8) <= device.shared_bytes
 
 
-def test_splits_fill_the_device_and_no_more() -> None:
-    """Few blocks over a long context are split; many blocks, or a short context, are not."""
-    h100 = Device(132, 227 * 1024)
-    assert choose_splits(8, 32768, h100) == 33
-    assert choose_splits(264, 32768, h100) == 1
-    assert choose_splits(1, 300, h100) == 1
-    assert choose_splits(1, 10**6, h100) == 64
+def test_blocks_fill_the_device_and_no_more() -> None:
+    """Decodes are shared by the blocks that are resident; prefills of many tiles are not."""
+    own = BY_ARCHITECTURE[9, 0]
+    assert choose_blocks(1, 32, 8, 32768, 396, own) == choose_blocks(1, 256, 8, 2048, 396, own) == 49
+    assert choose_blocks(1, 1, 2, 32768, 528, own) == 64  # parts of one context, at most
+    assert choose_blocks(1, 1, 8, 300, 396, own) == 2
+    assert choose_blocks(1, 1, 500, 300, 396, own) == 1
+    assert choose_blocks(16, 1, 2, 8192, 132, own) == 66
+    assert choose_blocks(16, 1, 8, 8192, 128, own) == 0
+
+
+def test_stages_fill_the_shared_memory() -> None:
+    """A block has as many tiles in flight as leave room for the others of its multiprocessor."""
+    h200 = Device(132, 227 * 1024)
+    small, large = (choose_tile(4, head_dim, h200, int8=False) for head_dim in (64, 128))
+    assert (small.blocks(64, h200, int8=False), large.blocks(128, h200, int8=False)) == (4, 3)
+    assert small.deepened(4, 64, h200, int8=False).stages == 3
+    assert [large.deepened(blocks, 128, h200, int8=False).stages for blocks in (3, 2, 1)] == [2, 3, 4]
+    assert choose_tile(8, 512, h200, int8=False).deepened(1, 512, h200, int8=False).stages == 3
 
 
 def test_supports_says_why_not() -> None:

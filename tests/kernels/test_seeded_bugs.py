@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,35 +11,14 @@ from torch import Tensor
 
 from cuda_kernels import compile as compiling
 from cuda_kernels import gemm, gemm_w4, gemv, kv_write, moe, norm, sample, tickets
-from cuda_kernels.paged_attn import Tile
+from tests.kernels.attention_bugs import ATTENTION_BUGS, Bug
 from tests.kernels.helpers import assert_close, simulate
 from tests.kernels.test_kv_write import assert_rounded_as_torch
-from tools.kernel_lab.attention import Case, make
 from tools.kernel_lab.cases import all_checks, judge
 from tools.ptx_simulator import KernelFaultError, UnsupportedError
 from tools.ptx_simulator.machine import ORDERS
 from trio_llm.model.ops.matrices import Blocks, Tiles
 from trio_llm.model.ops.torch_reference import dequantize
-
-DECODE = Case(head_dim=64, kv_heads=2, group=7, sequences=((1, 130), (1, 17)), splits=1)
-WINDOW = Case(head_dim=64, kv_heads=1, group=7, sequences=((1, 200), (2, 90)), window=40, splits=1)
-SPLIT = Case(head_dim=64, kv_heads=1, group=7, sequences=((1, 200), (1, 10)), splits=3)
-PREFILL = Case(head_dim=64, kv_heads=1, group=2, sequences=((40, 140), (1, 0)), splits=1)
-NO_KEYS = Case(head_dim=64, kv_heads=1, group=16, sequences=((5, 20), (1, 0)), splits=1)
-ONE_STAGE = Case(head_dim=64, kv_heads=1, sequences=((1, 150),), splits=1, tile=Tile(16, 64, 4, 1))
-FP8 = Case(head_dim=64, kv_heads=1, sequences=((1, 100),), int8=True, fp8=True, splits=1)
-INT8 = Case(head_dim=64, kv_heads=1, sequences=((1, 100),), int8=True, splits=1)
-
-
-def attention(case: Case) -> Callable[[], None]:
-    """Return a check of one attention problem."""
-
-    def check() -> None:
-        problem = make(case)
-        (out,) = simulate(lambda: (problem.run(),))
-        assert_close(out, problem.expect(), slack=4)
-
-    return check
 
 
 def check_norm() -> None:
@@ -186,22 +164,7 @@ def check_edits() -> None:
     assert edited[0, [40, 50, 70, 71, 72]].tolist() == pytest.approx([6.25, 2, -torch.inf, 6.2, 4])
 
 
-class Bug(NamedTuple):
-    """A replacement in an expanded source, and the check that must fail."""
-
-    source: str
-    old: str
-    new: str
-    check: Callable[[], None]
-
-
-def paged(old: str, new: str, case: Case) -> Bug:
-    """Return a bug of attention."""
-    return Bug("paged_attn.cu", old, new, attention(case))
-
-
-TILE_BARRIER = "__syncthreads();  // this tile is there for all, and all have left the tile before"
-BUGS = {
+BUGS = ATTENTION_BUGS | {
     "no barrier before a sum is read": Bug(
         "norm.cu", "= v;\n  __syncthreads();\n  float total", "= v;\n  float total", check_norm
     ),
@@ -284,54 +247,9 @@ BUGS = {
     "w4: parts that are not joined": Bug("gemm_w4.cu", "s < splits; s++", "s < 1; s++", check_w4),
     "w4: tickets are not given back": Bug("gemm_w4.cu", "if (*last) *ticket = 0;", "", check_w4),
     "w4: rows past the end": Bug("gemm_w4.cu", "if (row >= rows || output >= n)", "if (output >= n)", check_w4),
-    "fp8: another bias": paged("#define NUMBER 0x1p-8f", "#define NUMBER 0x1p-7f", FP8),
-    "fp8: a bit of the exponent lost": paged("0x3f803f80u", "0x1f801f80u", FP8),
-    "fp8: signs of even bytes": paged("pair & 0x80008000u", "pair & 0x8000u", FP8),
     "fp8: rounded up": Bug("kv_write.cu", "0x7ffffu + (magnitude >> 20 & 1u)", "0x80000u", check_fp8_write),
     "fp8: no subnormal numbers": Bug("kv_write.cu", "magnitude < 0x3c800000u", "magnitude == 0u", check_fp8_write),
     "padding counts": Bug("moe.cu", "held[j] == expert_of(warp, i)));", "held[j] <= i * 32 + warp));", check_padding),
-    "no barrier before a tile": paged(TILE_BARRIER, "", DECODE),
-    "copies not waited for": paged("copies_wait<0>();", "", DECODE),
-    "the tile in use is overwritten": paged("(stage + 1) % STAGES * STAGE_BYTES, c", "stage * STAGE_BYTES, c", DECODE),
-    "no barrier before a reload": paged(
-        "__syncthreads();\n      load_tile(shared, c", "load_tile(shared, c", ONE_STAGE
-    ),
-    "no barrier before maxima": paged(
-        "__syncthreads();\n#pragma unroll\n  for (int w = 0; w", "for (int w = 0; w", DECODE
-    ),
-    "no barrier before probabilities": paged(
-        "s[n][2 * i + 1]);\n    }\n  __syncthreads();", "s[n][2 * i + 1]);\n    }", DECODE
-    ),
-    "queries overwrite results": paged(
-        "  __syncthreads();\n#pragma unroll\n  for (int i = 0; i < 2; i++) {\n    const float inverse",
-        "#pragma unroll\n  for (int i = 0; i < 2; i++) {\n    const float inverse", NO_KEYS,
-    ),
-    "mma: halves of a swapped": paged("{%4,%5,%6,%7}", "{%5,%4,%6,%7}", DECODE),
-    "mma: halves of b swapped": paged("{%8,%9}", "{%9,%8}", DECODE),
-    "cvt: halves swapped": paged('"f"(high), "f"(low)', '"f"(low), "f"(high)', PREFILL),
-    "ldmatrix not transposed": paged('_transposed, ".trans")', '_transposed, "")', DECODE),
-    "swizzle of writes differs": paged("LOADED + row, chunk) * 16;", "LOADED + row, chunk ^ 1) * 16;", DECODE),
-    "a neighbour's slot": paged("slot, row);", "slot, row ^ 1);", DECODE),
-    "a token sees not itself": paged("key > position ||", "key >= position ||", DECODE),
-    "a token sees the next": paged("high_position + 1, block", "high_position + 2, block", DECODE),
-    "the window is one too wide": paged("key <= position - mask.window", "key < position - mask.window", WINDOW),
-    "masks are skipped at the edge": paged("at + BN > mask.all_to", "at > mask.all_to", DECODE),
-    "sums are not rescaled": paged("l[i] *= rescale;", "", DECODE),
-    "maxima of half a row": paged(
-        "top[i] = fmaxf(top[i], __shfl_xor_sync(FULL_WARP, top[i], 2));", "", Case(head_dim=64, kv_heads=1)
-    ),
-    "sums of half a row": paged("l[i] += __shfl_xor_sync(FULL_WARP, l[i], 2);", "", DECODE),
-    "heads of the wrong group": paged("head + (first + r) % GQA", "head + (first + r) / GQA", PREFILL),
-    "values of the first head": paged("v + (s64)kv_head * HEAD_DIM,", "v,", DECODE),
-    "keys lost between splits": paged("BN - 1) / BN + splits - 1) / splits", "BN - 1) / BN) / splits", SPLIT),
-    "empty splits are read": paged("if (mine == 0.f) continue;", "", SPLIT),
-    "splits joined unscaled": paged("+= x.x * mine", "+= x.x", SPLIT),
-    "tickets are not given back": paged("if (*last) *ticket = 0;", "", SPLIT),
-    "int8: no scale of keys": paged("x *= reinterpret_cast<const float*>(keys", "x *= 1.f + 0.f * (keys", INT8),
-    "int8: keys' scales for values": paged("[BN + warp_n * KEYS", "[warp_n * KEYS", INT8),
-    "int8: queries in plain order": paged("pair % 2 * 4 + pair % 8 / 2;", "pair % 8;", INT8),
-    "int8: even and odd swapped": paged("p[half], even);", "p[half], odd);", INT8),
-    "int8: biased wrongly": paged("8388736.f", "8388735.f", INT8),
 }  # fmt: skip
 DEFAULT = [name for name, bug in BUGS.items() if bug.source not in ("paged_attn.cu", "gemm.cu", "gemm_w4.cu")] + [
     "no barrier before probabilities", "mma: halves of b swapped", "a token sees the next",

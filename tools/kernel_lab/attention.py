@@ -27,7 +27,7 @@ class Case:
     fp8: bool = False  # with int8: e4m3 instead
     window: int | None = None
     softcap: float | None = None
-    splits: int | None = None
+    blocks: int | None = None  # that share a key head, as of `paged_attention`
     padding: int = 0  # entries between slots
     tile: Tile | None = None
     bound: int = 0  # on the context, for a grid that was cut before the contexts are known
@@ -50,30 +50,35 @@ class Case:
 
 CASES = [
     Case(),
-    Case(sequences=((1, 130), (1, 0), (1, 64), (1, 65)), splits=3),
+    Case(sequences=((1, 130), (1, 0), (1, 64), (1, 65)), blocks=3),
+    Case(head_dim=64, kv_heads=1, sequences=((1, 20), (1, 400), (0, 0), (1, 0), (1, 30)), blocks=4),
+    Case(head_dim=64, kv_heads=1, group=1, sequences=((1, 20),) * 40, blocks=3),
+    Case(head_dim=64, kv_heads=1, group=7, sequences=((1, 300), (4, 90)), window=100, blocks=2),
+    Case(head_dim=64, kv_heads=1, group=7, sequences=((40, 240), (1, 9)), blocks=5),
     Case(head_dim=64, group=7, sequences=((5, 40), (1, 17))),
     Case(kv_heads=1, group=1, sequences=((40, 40), (3, 90)), softcap=5.0),
     Case(head_dim=256, group=2, kv_heads=1, sequences=((1, 70),), window=33, block_size=32),
     Case(head_dim=512, group=4, kv_heads=1, sequences=((1, 40), (1, 33))),
-    Case(int8=True, sequences=((1, 100), (1, 31)), splits=2, padding=128),
+    Case(int8=True, sequences=((1, 100), (1, 31)), blocks=2, padding=128),
     Case(int8=True, head_dim=64, group=7, kv_heads=1, sequences=((12, 80),), window=17),
-    Case(int8=True, fp8=True, head_dim=64, group=7, kv_heads=1, sequences=((1, 70), (3, 20)), splits=2, softcap=5.0),
+    Case(int8=True, fp8=True, head_dim=64, group=7, kv_heads=1, sequences=((1, 70), (3, 20)), blocks=2, softcap=5.0),
 ]
 MATRIX = [
     Case(head_dim=256, group=8, kv_heads=1, sequences=((9, 50),), window=20),
     Case(head_dim=256, group=2, kv_heads=1, sequences=((9, 40),), int8=True),
     Case(head_dim=512, group=8, kv_heads=1, sequences=((5, 37),), padding=64),
     Case(dtype=torch.float16, int8=True, kv_heads=1, sequences=((30, 70),)),
-    Case(dtype=torch.float16, head_dim=64, sequences=((1, 50),), splits=2),
+    Case(dtype=torch.float16, head_dim=64, sequences=((1, 50),), blocks=2),
+    Case(head_dim=64, kv_heads=1, group=1, sequences=((1, 4200),), blocks=70),
     *(Case(dtype=dtype, int8=True, fp8=True, kv_heads=1, head_dim=head_dim, sequences=sequences, window=window)
       for dtype in (torch.bfloat16, torch.float16) for head_dim in (64, 128, 256, 512)
       for sequences, window in ((((1, 193), (1, 15)), None), (((40, 77), (5, 5)), 19)))
 ] + [
-    Case(head_dim=head_dim, group=group, kv_heads=1, int8=int8, window=window, softcap=softcap, splits=splits,
+    Case(head_dim=head_dim, group=group, kv_heads=1, int8=int8, window=window, softcap=softcap, blocks=blocks,
          sequences=sequences, block_size=block_size, dtype=dtype)
     for head_dim, group in ((64, 1), (64, 7), (128, 4), (128, 8), (256, 4), (512, 8))
     for int8 in (False, True)
-    for window, softcap, splits in ((None, None, None), (19, None, 2), (None, 30.0, 3))
+    for window, softcap, blocks in ((None, None, None), (19, None, 2), (None, 30.0, 3))
     for sequences, block_size in ((((1, 1), (1, 15), (1, 16), (1, 17), (1, 0), (1, 193)), 16),
                                   (((5, 5), (40, 77), (1, 33)), 32))
     for dtype in (torch.bfloat16, torch.float16)
@@ -108,7 +113,7 @@ class Problem:
             self.q, self.k, self.v, self.k_scale, self.v_scale, self.tables, self.context_lens, self.cu_q,
             block_size=case.block_size, max_q=max(n for n, _ in case.sequences),
             max_context=max(case.bound, *(n for _, n in case.sequences)), scale=case.head_dim**-0.5, window=case.window,
-            softcap=case.softcap, tile=case.tile, splits=case.splits,
+            softcap=case.softcap, tile=case.tile, blocks=case.blocks,
         )  # fmt: skip
 
     def slots(self, row: int) -> Tensor:

@@ -89,7 +89,7 @@ def all_benches(*, small: bool) -> Iterator[Bench]:
 
 
 def _decode(*, small: bool) -> Iterator[Bench]:
-    """Decodes as a step launches them, and with the grid of a graph, which is cut for the longest possible context."""
+    """Decodes as a step launches them, and with the grid of a graph, which is for the longest possible context."""
     of_floor, few = Target("of floor", 0.65, 0.82), Target("us", 15, 9)
     shapes = ((1, 2048, few), (32, 2048, of_floor), (256, 2048, of_floor), (1, 32768, Target("of floor", 0.55, 0.7)))
     if small:

@@ -83,19 +83,21 @@ def _needed(kernel: Kernel, entry: str) -> tuple[str, ...]:
 
 
 def attention(arch: str) -> list[Kernel]:
-    """Return the attention kernels that an architecture's shared memory leads to."""
+    """Return the attention kernels that an architecture's shared memory leads to, full of blocks or not."""
     device = Device(multiprocessors=100, shared_bytes=SHARED_BYTES[arch] * 1024)
     made: set[Kernel] = set()
-    for head_dim, group in HEADS:
-        for int8, fp8 in KV_KINDS:
-            for rows in (16, 64, 128):
-                tile = choose_tile(rows, head_dim, device, int8=bool(int8))
-                defines = {
-                    "HEAD_DIM": head_dim, "GQA": group, "BM": tile.rows, "BN": tile.keys, "WARPS_N": tile.warps_n,
-                    "STAGES": tile.stages, "KV_8BIT": int(int8), "KV_FP8": int(fp8),
-                }  # fmt: skip
-                for split, fp16 in product((0, 1), (0, 1) if head_dim == 128 else (0,)):
-                    made.add(kernel("paged_attn.cu", "paged_attention", **defines, SPLIT=split, IO_FP16=fp16))
+    for (head_dim, group), (int8, fp8), rows in product(HEADS, KV_KINDS, (16, 64, 128)):
+        tile = choose_tile(rows, head_dim, device, int8=bool(int8))
+        together = tile.blocks(head_dim, device, int8=bool(int8))
+        full, empty = (tile.deepened(blocks, head_dim, device, int8=bool(int8)).stages for blocks in (together, 1))
+        defines = {
+            "HEAD_DIM": head_dim, "GQA": group, "BM": tile.rows, "BN": tile.keys, "WARPS_N": tile.warps_n,
+            "BLOCKS": together, "KV_8BIT": int8, "KV_FP8": fp8,
+        }  # fmt: skip
+        kinds = product((0, 1) if rows > tile.rows or rows == 128 else (1,), ((full, 0), (empty, 0), (full, 1)))
+        for (split, (stages, masks)), fp16 in product(kinds, (0, 1) if head_dim == 128 else (0,)):
+            own = {"STAGES": stages, "SPLIT": split, "WINDOW": masks, "SOFTCAP": masks, "IO_FP16": fp16}
+            made.add(kernel("paged_attn.cu", "paged_attention", **defines, **own))
     return sorted(made, key=str)
 
 

@@ -22,19 +22,24 @@ class Counters:
 
     Attributes:
         issued: Warp instructions by opcode.
+        by_block: Warp instructions by the number of the block.
         sectors, sectors_least: Global sectors moved, and the least that the accessed bytes need, by instruction.
         passes, passes_least: Shared-memory passes, likewise.
     """
 
     def __init__(self) -> None:
         self.issued: Counter[str] = Counter()
+        self.by_block: Counter[int] = Counter()
         self.sectors: Counter[str] = Counter()
         self.sectors_least: Counter[str] = Counter()
         self.passes: Counter[str] = Counter()
         self.passes_least: Counter[str] = Counter()
 
-    def issue(self, opcode: str, warps: int) -> None:
-        self.issued[opcode] += warps
+    def issue(self, opcode: str, blocks: NDArray[np.int64]) -> None:
+        """Count one instruction of a warp of each of these blocks, which may come several times."""
+        self.issued[opcode] += len(blocks)
+        numbers, counts = np.unique(blocks, return_counts=True)
+        self.by_block.update(dict(zip(numbers.tolist(), counts.tolist(), strict=True)))
 
     def global_access(self, opcode: str, warps: NDArray[np.int64], addresses: NDArray[np.int64], width: int) -> None:
         """Count one access of `width` bytes by each lane of some warps."""

@@ -73,7 +73,7 @@ class Machine:
         threads, count = int(np.prod(block)), len(blocks)
         if threads % 32:
             raise UnsupportedError(f"a block of {threads} threads is not whole warps")
-        warps = threads // 32
+        warps, self._blocks = threads // 32, blocks
         self._shape = (warps, count, 32)
         self.lanes = np.arange(warps * count * 32)
         self.block_of = self.lanes // 32 % count
@@ -141,7 +141,9 @@ class Machine:
                     return
                 lanes = together
             if self.counters is not None:
-                self.counters.issue(instruction.opcode, self.warps_of(lanes))
+                self.counters.issue(
+                    instruction.opcode, self._blocks[np.unique(self.lanes[lanes] // 32) % len(self._blocks)]
+                )
             chosen = lanes if instruction.guard is None else self._guarded(lanes, instruction.guard)
             if operate is not None:
                 if chosen is not None:
@@ -212,10 +214,6 @@ class Machine:
 
     def size(self, lanes: Lanes) -> int:
         return lanes.stop - lanes.start if isinstance(lanes, slice) else len(lanes)
-
-    def warps_of(self, lanes: Lanes) -> int:
-        """Count the warps that these lanes are of."""
-        return len(np.unique(self.lanes[lanes] // 32))
 
     def require_whole_warps(self, lanes: Lanes, what: str) -> int:
         """Return the number of warps; a warp of which only a part is here raises."""

@@ -86,9 +86,8 @@ class DecodeGraphs:
             padding_row: The row of tokens that only fill a batch up.
             logits: [most tokens of a graph, V] float32, [.., 0] on ranks other than 0. All graphs share it: a buffer
                 for each of 35 sizes up to 256 rows would take gigabytes. The conversion to float32 writes to it.
-            max_context: Kernels divide a context among blocks by this bound, as how long the contexts are is known when
-                a graph is replayed, not when it is captured. Short ones leave some of the blocks without work, which
-                costs less than a graph per length.
+            max_context: A bound on contexts: how long they are is known when a graph is replayed, not when it is
+                captured.
         """
         self._model, self._kv, self._layout = model, kv, layout
         self._tables, self._padding_row, self._logits = tables, padding_row, logits
