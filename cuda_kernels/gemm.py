@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from cuda_kernels.launch import io_define, kernel, unfit
+from cuda_kernels.paged_attn import Device, device_of
+from cuda_kernels.tickets import take_tickets
 from cuda_kernels.tuning import tuning
 
 BN, BK = 64, 64  # as in gemm.cu
@@ -28,18 +32,42 @@ def supports(x: Tensor, weight: Tensor) -> str | None:
 
 
 def linear(
-    x: Tensor, weight: Tensor, scale: Tensor, *, bias: Tensor | None = None, activation: Activation | None = None
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    activation: Activation | None = None,
+    splits: int | None = None,
 ) -> Tensor:
     """Return x [rows, K] times the transpose of weight [N, K] int8 with scale [N], plus bias [N]; sums in float32.
 
     Args:
         activation: The first half of the N outputs is a gate: act(gate) * up comes out, [rows, N / 2].
+        splits: Parts of K at most, instead of what fills the device.
     """
-    rows = len(x)
-    out = x.new_empty(rows, len(weight) // (1 if activation is None else 2))
+    rows, gated = len(x), activation is not None
+    out = x.new_empty(rows, len(weight) // (2 if gated else 1))
     tile = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    grouped_linear(x, weight, scale, bias, None, out, tile=tile, top_k=1, activation=activation)
+    blocks = math.prod(_grid(out, -(-rows // tile), gated=gated))
+    span, parts = split(x.shape[1] // BK, splits or choose_splits(blocks, device_of(x.device)))
+    shared = None
+    if parts > 1:
+        partial = x.new_empty(parts, rows, len(weight), dtype=torch.float32)
+        shared = partial, take_tickets(x.device, blocks), span
+    grouped_linear(x, weight, scale, bias, None, out, tile=tile, top_k=1, activation=activation, shared=shared)
     return out
+
+
+def split(steps: int, wanted: int) -> tuple[int, int]:
+    """Return the steps of each part and how many parts there are, none of them empty."""
+    span = -(-steps // min(steps, wanted))
+    return span, -(-steps // span)
+
+
+def choose_splits(blocks: int, device: Device) -> int:
+    """Split the inputs where `blocks` are too few to fill the device."""
+    return max(1, device.tuning.waves * device.multiprocessors // blocks)
 
 
 def grouped_linear(
@@ -53,25 +81,31 @@ def grouped_linear(
     tile: int,
     top_k: int,
     activation: Activation | None,
+    shared: tuple[Tensor, Tensor, int] | None = None,
 ) -> None:
     """Multiply tiles of `tile` rows, see gemm.cu.
 
     Args:
         tiles: Order and expert per tile, from `moe`; None for one weight.
+        shared: Sums of the parts of K, tickets, and the steps of a part; None where no blocks share K.
     """
-    columns, inputs = out.shape[1], x.shape[1]
-    gated, int8 = activation is not None, scales is not None
+    inputs, gated, int8 = x.shape[1], activation is not None, scales is not None
     stage_bytes = tile * BK * 2 + BN * BK * (1 if int8 else 2)
     own = tuning(x.device)
     stages = (own.gemm_bytes if tiles is None else own.expert_bytes) // stage_bytes
     launched = kernel(
         "gemm.cu", "grouped_linear", BM=tile, INT8=int(int8), GATED=int(gated), GELU=int(activation == "gelu_tanh"),
-        STAGES=stages, IO_FP16=io_define(x.dtype) or 0,
+        STAGES=stages, SPLIT=int(shared is not None), IO_FP16=io_define(x.dtype) or 0,
     )  # fmt: skip
     order, tile_expert = tiles or (None, None)
-    num_tiles = -(-len(x) // tile) if tile_expert is None else len(tile_expert)
-    grid = (-(-columns // (BN // 2 if gated else BN)), num_tiles, 1)
+    partial, tickets, span = shared or (None, None, inputs // BK)
+    grid = _grid(out, -(-len(x) // tile) if tile_expert is None else len(tile_expert), gated=gated)
     launched(
-        grid, (128, 1, 1), stages * stage_bytes + tile * 8,
-        x, weights, scales, bias, order, tile_expert, out, len(x), columns, inputs, x.stride(0), top_k,
+        (*grid, 1 if partial is None else len(partial)), (128, 1, 1), stages * stage_bytes + tile * 8,
+        x, weights, scales, bias, order, tile_expert, partial, tickets, out,
+        len(x), out.shape[1], inputs, x.stride(0), top_k, span,
     )  # fmt: skip
+
+
+def _grid(out: Tensor, tiles: int, *, gated: bool) -> tuple[int, int]:
+    return -(-out.shape[1] // (BN // 2 if gated else BN)), tiles

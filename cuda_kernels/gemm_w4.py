@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cuda_kernels.gemm import choose_splits, split
 from cuda_kernels.launch import io_define, kernel, unfit
-from cuda_kernels.paged_attn import Device, device_of
+from cuda_kernels.paged_attn import device_of
 from cuda_kernels.tickets import take_tickets
 from cuda_kernels.tuning import tuning
 
@@ -57,8 +58,7 @@ def linear(
     tile = next((size for size in (8, 16, 32) if rows <= size), 32 if gated else 64)
     grid = -(-outputs // OUTPUTS), -(-rows // tile)
     steps = -(-tiles * 32 // BK)
-    span = -(-steps // min(steps, splits or choose_splits(grid[0] * grid[1], device_of(x.device))))
-    parts = -(-steps // span)
+    span, parts = split(steps, splits or choose_splits(grid[0] * grid[1], device_of(x.device)))
     stage_bytes = tile * BK * 2 + (2 if gated else 1) * OUTPUTS * BK // 2
     stages = min(MAX_STAGES, tuning(x.device).gemm_bytes // stage_bytes)
     offset = 1 if zeros is not None else 2 if minima is not None else 0
@@ -76,8 +76,3 @@ def linear(
         rows, outputs, tiles, groups, span, parts, x.stride(0),
     )  # fmt: skip
     return out
-
-
-def choose_splits(blocks: int, device: Device) -> int:
-    """Split the inputs where `blocks` are too few to fill the device."""
-    return max(1, device.tuning.waves * device.multiprocessors // blocks)

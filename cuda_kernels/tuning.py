@@ -13,7 +13,7 @@ class Tuning:
     """One architecture's numbers.
 
     Attributes:
-        waves: Blocks per multiprocessor below which the inputs of a 4-bit product are split.
+        waves: Blocks per multiprocessor below which the inputs of a product are split.
         least_split_keys: Keys below which a part costs more than it brings.
         gemm_rows: Most rows of an int8 product; beyond it widening the weights for cuBLAS costs less.
         w4_rows: The same of 4-bit weights; more rows share what one reads.

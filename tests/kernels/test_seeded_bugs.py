@@ -89,9 +89,17 @@ def check_gemm() -> None:
     """Multiply twenty rows by gated int8 weights, more steps than stages, and a last tile that is not full."""
     x, weight = torch.randn(20, 1024).bfloat16(), torch.randint(-127, 128, (72, 1024), dtype=torch.int8)
     scale, bias = (torch.rand(72) / 100).bfloat16(), torch.randn(72).bfloat16()
-    (out,) = simulate(lambda: (gemm.linear(x, weight, scale, bias=bias, activation="silu"),))
+    (out,) = simulate(lambda: (gemm.linear(x, weight, scale, bias=bias, activation="silu", splits=1),))
     gate, up = (x.double() @ weight.double().T * scale.double() + bias.double()).chunk(2, dim=-1)
     assert_close(out, torch.nn.functional.silu(gate) * up, slack=2)
+
+
+def check_split_gemm() -> None:
+    """Multiply nine rows by int8 weights, three blocks sharing the inputs of a tile."""
+    x, weight = torch.randn(9, 320).bfloat16(), torch.randint(-127, 128, (68, 320), dtype=torch.int8)
+    scale = (torch.rand(68) / 100).bfloat16()
+    (out,) = simulate(lambda: (gemm.linear(x, weight, scale, splits=3),))
+    assert_close(out, x.double() @ weight.double().T * scale.double(), slack=2)
 
 
 def check_w4() -> None:
@@ -219,13 +227,16 @@ BUGS = ATTENTION_BUGS | {
         "gemm.cu", "__syncthreads();  // this stage is there for all, and all have left the one before", "", check_gemm
     ),
     "a stage not waited for": Bug("gemm.cu", "copies_wait<STAGES - 2>()", "copies_wait<STAGES - 1>()", check_gemm),
-    "the stage in use is loaded": Bug("gemm.cu", "shared + ahead % STAGES *", "shared + step % STAGES *", check_gemm),
+    "the stage in use is loaded": Bug("gemm.cu", "(stage ? stage - 1 : STAGES - 1)", "stage", check_gemm),
     "x in another order": Bug("gemm.cu", "{low.x, high.x, low.y,", "{low.x, low.y, high.x,", check_gemm),
     "x of the neighbour's bytes": Bug("gemm.cu", "offset = t % 2 * 8", "offset = (t + 1) % 2 * 8", check_gemm),
     "bytes swapped on widening": Bug("gemm.cu", "pack_io(wide[0], wide[1])", "pack_io(wide[1], wide[0])", check_gemm),
     "up without its bias": Bug("gemm.cu", "scales, bias, n + output)", "scales, nullptr, n + output)", check_gemm),
     "rows past the end": Bug("gemm.cu", ": at < num_rows ? at : -1", ": at", check_gemm),
-    "columns past the end": Bug("gemm.cu", "if (column < n) *rein", "*rein", check_gemm),
+    "columns past the end": Bug("gemm.cu", "if (column >= n) continue;", "", check_gemm),
+    "inputs of the first part for all": Bug("gemm.cu", "own_pieces(x + begin * BK,", "own_pieces(x,", check_split_gemm),
+    "parts of a sum that are left out": Bug("gemm.cu", "s < splits; s++", "s < 2; s++", check_split_gemm),
+    "a product's tickets are not given back": Bug("gemm.cu", "if (*last) *ticket = 0;", "", check_split_gemm),
     "pairs for tokens": Bug("gemm.cu", "order && GATED ? row / top_k", "false ? row / top_k", check_padding),
     "w4: no barrier before a stage": Bug(
         "gemm_w4.cu", "__syncthreads();  // this stage is there for all, and all have left the one before", "", check_w4

@@ -37,8 +37,9 @@ HEADS = ((64, 7), (128, 4), (128, 1), (256, 8), (512, 8))  # head size, query he
 # Rows of a tile of 4-bit weights, gated or not, and stages; then what is added to numbers and whether scales are float.
 W4 = ((8, 0, 4), (8, 1, 4), (16, 0, 4), (16, 1, 4), (32, 0, 4), (32, 1, 4), (64, 0, 4))
 W4_SCALES = ((0, 0), (1, 0), (2, 0), (2, 1))
-# Rows of a tile, int8 weights or not, and stages: of experts, then of one weight.
-GEMMS = ((16, 0, 4), (64, 0, 3), (16, 1, 8), (64, 1, 4), (16, 1, 16), (32, 1, 12), (64, 1, 8))
+# Rows of a tile, int8 weights or not, stages, and whether blocks share the inputs: of experts, then of one weight.
+_EXPERTS = ((16, 0, 4, (0,)), (64, 0, 3, (0,)), (16, 1, 8, (0,)), (64, 1, 4, (0,)))
+GEMMS = (*_EXPERTS, (16, 1, 16, (0, 1)), (32, 1, 12, (0, 1)), (64, 1, 8, (0, 1)))
 
 
 @attrs.frozen
@@ -121,8 +122,19 @@ def others() -> list[Kernel]:
             for entry, rows, fp16 in product(("route", "sort_pairs", "combine"), (16, 64), flag)
         ),
         *(
-            kernel("gemm.cu", "grouped_linear", BM=rows, INT8=int8, GATED=gated, GELU=0, STAGES=stages, IO_FP16=fp16)
-            for (rows, int8, stages), gated, fp16 in product(GEMMS, flag, flag)
+            kernel(
+                "gemm.cu",
+                "grouped_linear",
+                BM=rows,
+                INT8=int8,
+                GATED=gated,
+                GELU=0,
+                STAGES=stages,
+                SPLIT=split,
+                IO_FP16=fp16,
+            )
+            for (rows, int8, stages, splits), gated, fp16 in product(GEMMS, flag, flag)
+            for split in splits
         ),
         *_w4(),
         *(kernel("primitives.cu", "primitives", IO_FP16=fp16) for fp16 in flag),
