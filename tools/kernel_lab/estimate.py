@@ -3,7 +3,7 @@
 A step's launches are recorded (`recorded_step`). The bytes of one follow from its arguments; its instructions are
 counted by simulating a few of its blocks. It takes as long as the slowest of four: memory, the issue of instructions,
 the loads that are on their way at once (bytes in flight per latency), and the tensor cores. A launch costs something
-beside. The model leaves out partly filled last waves, the caches, and the joining of split contexts.
+beside. The model leaves out partly filled last waves, the caches, and the joining of shared contexts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ REGISTERS, SHARED_BYTES, THREADS, BLOCKS = 65536, 228 * 1024, 2048, 32  # of a m
 LATENCY_S = 0.8e-6  # of a load under way with many others: a guess
 NODE_S = 1.3e-6  # of a graph's launch that begins after the one before: a guess
 DEPENDENT_NODE_S = 0.8e-6  # of one that has begun before: a guess
-SAMPLE = 4  # blocks simulated of a launch
+SAMPLE = 8  # blocks simulated of a launch
 
 GROUPS = ("linear layers", "head", "attention", "the rest")
 HEAD = ("step", "part", "launches", "MB", "million instructions", "limit", "estimate, µs", "measured, µs")
@@ -131,7 +131,8 @@ def _in_flight(launch: Launch) -> float | None:
     if launch.kernel.entry == "gemv":
         of_block = threads * 8 * 16  # see DEPTH
     elif launch.kernel.entry == "paged_attention":
-        of_block = 2 * int(macros["BN"]) * int(macros["HEAD_DIM"]) * (1 if macros["KV_8BIT"] else 2)
+        tile = 2 * int(macros["BN"]) * int(macros["HEAD_DIM"]) * (1 if macros["KV_8BIT"] else 2)
+        of_block = max(1, int(macros["STAGES"]) - 1) * tile
     else:
         return None
     usage = launch.kernel.build("sm_90").usage[launch.kernel.entry]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,7 +65,7 @@ class SimulatedLauncher:
         side_by_side = max(1, _MAX_LANES // int(np.prod(block)))
         total = int(np.prod(grid))
         count = min(total, self._most_blocks or total)
-        numbers = np.arange(count) * total // count
+        numbers = np.sort(np.arange(count) * _stride(total) % total)
         for first in range(0, count, side_by_side):
             blocks = numbers[first : first + side_by_side]
             batch = Machine(
@@ -72,6 +73,11 @@ class SimulatedLauncher:
                 is_dependent=early is not None,
             )  # fmt: skip
             batch.run()
+
+
+def _stride(total: int) -> int:
+    """Return a step through a grid that comes by all blocks, and by few of them is all over each of its dimensions."""
+    return next(step for step in range(max(1, round(total * 0.618)), total + 1) if math.gcd(step, total) == 1)
 
 
 def _bits(arg: Any, kind: str, memory: GlobalMemory) -> np.ndarray:
