@@ -156,10 +156,8 @@ def paged_attention(
     visible = max_context if window is None else min(max_context, window + max_q)
     packed = max_q * (heads // kv_heads)
     shape = _shape(packed, sequences, kv_heads, head_dim, visible, device, int8=int8, tile=tile, blocks=blocks)
-    tile = shape.tile
-    out = torch.empty_like(q)
-    parts = (shape.blocks, kv_heads, 2, tile.rows)
-    partial, maxima = (q.new_empty(*parts, n, dtype=torch.float32) for n in (head_dim, 2))
+    tile, out = shape.tile, torch.empty_like(q)
+    partial, maxima = (_of_parts(q, shape, kv_heads, n) for n in (head_dim, 2))
     attend = _kernel(
         head_dim, heads // kv_heads, tile, shape.together, k_cache.dtype, split=shape.blocks > 0,
         window=window is not None, softcap=softcap is not None, fp16=io_define(q.dtype) or 0,
@@ -189,6 +187,11 @@ class _Shape:
     blocks: int
     least_tiles: int
     grid: tuple[int, int, int]
+
+
+def _of_parts(q: Tensor, shape: _Shape, kv_heads: int, values: int) -> Tensor:
+    """Make room for what blocks leave of a row to the last of its context: two parts each."""
+    return q.new_empty(shape.blocks, kv_heads, 2, shape.tile.rows, values, dtype=torch.float32)
 
 
 @functools.lru_cache(maxsize=1024)
