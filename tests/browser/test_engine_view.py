@@ -14,6 +14,15 @@ from trio_llm.params import SamplingParams, Submission
 expect.set_options(timeout=PATIENCE_MS)
 SCRIPT = "Once upon a time there was a king who had a daughter."
 
+# Whether a curve has a dot or a line: its axes are grey, and at the edges of its text only a little coloured.
+DRAWN = """selector => {
+  const canvas = document.querySelector(selector);
+  const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext("2d", { willReadFrequently: true });
+  copy.drawImage(canvas, 0, 0);
+  const { data } = copy.getImageData(0, 0, canvas.width, canvas.height);
+  return data.some((red, at) => at % 4 === 0 && data[at + 3] === 255 && Math.abs(red - data[at + 1]) > 60);
+}"""
+
 
 def submit(server: Served, count: int, tokens: int = 200) -> None:
     """Submit requests with the same prompt, which nobody reads."""
@@ -58,6 +67,15 @@ def test_the_view_moves_with_the_engine(open_page: OpenPage) -> None:
         server.worker.open = True
         server.call(server.worker.let, 1)
         expect(page.locator("#requests-note")).to_have_text("No request runs.")
+
+
+def test_the_time_to_the_first_token_of_one_request_is_seen(open_page: OpenPage) -> None:
+    """A single value is drawn, although no line can be."""
+    with serve(SCRIPT) as server, open_page(server.url) as page:
+        page.get_by_role("link", name="Engine").click()
+        expect(page.locator("#live-state")).to_have_text("Live")
+        submit(server, 1, tokens=2)
+        page.wait_for_function(DRAWN, arg="#curve-first-token canvas", timeout=PATIENCE_MS)
 
 
 def test_nobody_is_served_who_does_not_look(open_page: OpenPage) -> None:

@@ -9,7 +9,7 @@ const seconds = (ms) => (ms < 1000 ? `${ms} ms` : `${ms / 1000} s`);
 export class Curves {
   #curves = [
     new Curve("rates", ["decode", "prefill"], (value) => value),
-    new Curve("first-token", ["decode", "danger"], seconds),
+    new Curve("first-token", ["decode", "danger"], seconds, true),
     new Curve("inter-token", ["decode", "danger"], seconds),
   ];
 
@@ -27,13 +27,15 @@ class Curve {
   #box;
   #names;
   #label;
+  #dots; // Whether each value is a dot: a line needs two.
   #columns; // Times, then one column per line.
   #plot = null;
 
-  constructor(name, names, label) {
+  constructor(name, names, label, dots = false) {
     this.#box = byId(`curve-${name}`);
     this.#names = names;
     this.#label = label;
+    this.#dots = dots;
     this.#columns = [[], ...names.map(() => [])];
     redrawWith(this.#box, () => this.#draw(true));
   }
@@ -76,7 +78,7 @@ class Curve {
         { ...axis, values: (plot, values) => values.map(this.#label), size: 56 },
       ],
       series: [{}, ...this.#names.map((name) => (
-        { stroke: color(name), width: 1.5, spanGaps: true, points: { show: false } }
+        { stroke: color(name), width: 1.5, spanGaps: true, points: { show: this.#dots, size: 4 } }
       ))],
     };
   }
