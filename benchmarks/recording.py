@@ -4,7 +4,7 @@
     python benchmarks/recording.py --model /models/Qwen2.5-0.5B --streams 64 --rounds 20
 
 Wall times are ratios of one round; the first round warms up and is left out. What the recorder does is also measured
-alone, relative to the wall time of the steps: its thread in CPU time as the kernel counts it, and the calls that the
+alone, in CPU time as the kernel counts it, relative to the wall time of the steps: its thread, and the calls that the
 event loop makes, each timed in place.
 """
 
@@ -31,14 +31,14 @@ def thread_s() -> float:
 
 
 def time_calls() -> list[float]:
-    """Time the event loop's calls of the recorder from now on; return a list that gets the seconds of each."""
+    """Time the event loop's calls of the recorder from now on; return a list that gets the CPU seconds of each."""
     seconds: list[float] = []
 
     def timed(call: Callable[..., None]) -> Callable[..., None]:
         def timed_call(*args: object) -> None:
-            start_s = time.perf_counter()
+            start_s = time.thread_time()
             call(*args)
-            seconds.append(time.perf_counter() - start_s)
+            seconds.append(time.thread_time() - start_s)
 
         return timed_call
 
