@@ -89,10 +89,13 @@ DEV void rotate(float (*x)[N], const float* cos_at, const float* sin_at) {
 DEV void write(kv_t* cache, float* scales, float (*x)[N], int lane) {
   float scale = 1.f;
 #if KV_8BIT
-  float largest = 0.f;
+  u32 largest = 0;  // the bits of magnitudes, among which NaN is the largest
 #pragma unroll
-  for (int i = 0; i < N; i++) largest = fmaxf(largest, fmaxf(fabsf(x[0][i]), fabsf(x[1][i])));
-  scale = fmaxf(warp_max(largest) / LARGEST, 1.17549435e-38f);
+  for (int i = 0; i < 2 * N; i++) largest = max(largest, __float_as_uint(fabsf(x[i / N][i % N])));
+#pragma unroll
+  for (int offset = 16; offset > 0; offset >>= 1) largest = max(largest, __shfl_xor_sync(FULL_WARP, largest, offset));
+  scale = __uint_as_float(largest) / LARGEST;
+  if (scale < 1.17549435e-38f) scale = 1.17549435e-38f;
   if (lane == 0) *scales = scale;
 #endif
   store_half(cache + lane * N, x[0], scale);

@@ -185,3 +185,19 @@ def test_supports_says_why_not() -> None:
     assert kv_write.supports(qkv.float(), k) == "dtype torch.float32"
     assert kv_write.supports(qkv, k[..., :32]) == "head size 32"
     assert kv_write.supports(qkv, torch.zeros(5, 1, 68, dtype=torch.bfloat16)[..., :64]) == "slots of 136 bytes"
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_nan_stays_nan(dtype: torch.dtype) -> None:
+    """A head with a NaN has NaN for its scale, so that its row fails; another token's heads have theirs."""
+    qkv, angles = torch.randn(2, 3 * 64).bfloat16(), torch.zeros(2, 32)
+    qkv[0, 64 + 5] = qkv[0, 128 + 40] = torch.nan
+
+    def run() -> tuple[Tensor, ...]:
+        caches, scales = torch.zeros(2, 2, 1, 64).to(dtype), torch.zeros(2, 2, 1)
+        args = (qkv, angles.cos(), angles.sin(), torch.arange(2), *caches, *scales)
+        kv_write.write_kv(*args, num_heads=1, qk_norm=None, v_norm=False, eps=1e-6)
+        return (scales,)
+
+    (scales,) = simulate(run)
+    assert scales[:, 0].isnan().all() and scales[:, 1].isfinite().all()
