@@ -11,7 +11,9 @@ from cuda_kernels.launch import io_define, kernel, unfit
 from cuda_kernels.tuning import tuning
 
 MAX_ROWS = 8
+MAX_SCALAR_ROWS = 2  # more are multiplied on tensor cores
 WARPS, OUTPUTS = 4, 2
+TENSOR_WARPS, TILE, PADDING = 8, 16, 32
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -91,14 +93,16 @@ def _launch(
     gated = activation is not None
     outputs = len(weight) // (2 if gated else 1)
     out = x.new_empty(rows, outputs)
-    most = 1 << (rows - 1).bit_length()
+    on_tensor_cores = rows > MAX_SCALAR_ROWS
+    most, warps, padding = (MAX_ROWS, TENSOR_WARPS, PADDING) if on_tensor_cores else (rows, WARPS, 0)
+    of_block = (TILE // 2 if gated else TILE) if on_tensor_cores else WARPS * OUTPUTS
     launched = kernel(
         "gemv.cu", "gemv", M=most, INT8=int(scale is not None), GATED=int(gated), GELU=int(activation == "gelu_tanh"),
         NORM=int(norm is not None), IO_FP16=io_define(x.dtype) or 0,
     )  # fmt: skip
     launched(
-        (-(-outputs // (WARPS * OUTPUTS)), 1, 1), (WARPS * 32, 1, 1),
-        0 if norm is None else most * inputs * x.element_size() + WARPS * 4,
+        (-(-outputs // of_block), 1, 1), (warps * 32, 1, 1),
+        0 if norm is None else rows * (inputs + padding) * x.element_size() + warps * 4,
         x, residual, norm, weight, scale, bias, total, out, rows, outputs, inputs, x.stride(0), eps,
     )  # fmt: skip
     return out

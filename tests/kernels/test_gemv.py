@@ -34,7 +34,7 @@ def reference(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tens
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize(("rows", "n", "k"), [(1, 18, 896), (3, 7, 272), (8, 16, 128)])
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 18, 896), (2, 9, 1136), (3, 7, 272), (5, 35, 1136), (8, 16, 128)])
 def test_linear(rows: int, n: int, k: int, dtype: torch.dtype, int8: bool) -> None:
     """Products of any shape, of 16-bit and of int8 weights, with a bias."""
     args = make(rows, n, k, dtype, int8=int8)
@@ -45,7 +45,9 @@ def test_linear(rows: int, n: int, k: int, dtype: torch.dtype, int8: bool) -> No
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize(("rows", "n", "k", "added"), [(1, 18, 1040, True), (3, 7, 272, True), (3, 20, 128, False)])
+@pytest.mark.parametrize(
+    ("rows", "n", "k", "added"), [(1, 18, 1040, True), (2, 9, 128, False), (3, 7, 272, True), (6, 20, 1040, False)]
+)
 def test_normalised_rows(rows: int, n: int, k: int, added: bool, dtype: torch.dtype, int8: bool) -> None:
     """The norm of a sum before the product, and the sum, which is rounded as torch rounds it; x is left as it was."""
     args = make(rows, n, k, dtype, int8=int8)
@@ -79,11 +81,12 @@ def test_norms_that_are_kernels_of_their_own() -> None:
     assert gemv.supports_norm(x[:1], torch.cat((x, x), 1)[:2, :1024], norm, weight) == "a strided residual"
 
 
+@pytest.mark.parametrize("rows", [2, 7])
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])
-def test_gated(kind: Literal["silu", "gelu_tanh"], int8: bool) -> None:
-    """Gate and up are computed by the same warp, which writes act(gate) * up."""
-    args = make(2, 20, 192, torch.bfloat16, int8=int8)
+def test_gated(kind: Literal["silu", "gelu_tanh"], int8: bool, rows: int) -> None:
+    """Gate and up are computed by the same block, which writes act(gate) * up."""
+    args = make(rows, 20, 192, torch.bfloat16, int8=int8)
     (out,) = simulate(lambda: (gemv.linear(**args, activation=kind),))
     gate, up = reference(**args).chunk(2, dim=-1)
     assert_close(out, (F.silu(gate) if kind == "silu" else F.gelu(gate, approximate="tanh")) * up, slack=2)
@@ -106,10 +109,20 @@ def test_weights_are_read_once(int8: bool) -> None:
 # Bytes of weights per warp instruction but for moves, which ptxas mostly leaves out: measured, less a tenth.
 @pytest.mark.parametrize(
     ("rows", "int8", "least"),
-    [(1, False, 16), (1, True, 6.3), (4, False, 6.0), (4, True, 3.0), (8, False, 3.4), (8, True, 1.78)],
+    [
+        (1, False, 16),
+        (1, True, 6.5),
+        (2, False, 11),
+        (2, True, 4.8),
+        (3, False, 40),
+        (3, True, 7.8),
+        (8, False, 39),
+        (8, True, 7.7),
+    ],
 )
 def test_an_instruction_moves_many_bytes(rows: int, int8: bool, least: float) -> None:
-    """Two fused operations per pair of weights, no address computed anew, no test of rows."""
+    """At least the 4.7 that an H200's memory brings in the time of one; of more than two rows by the tensor cores."""
+    assert least >= 4.7
     args = make(rows, 16, 8192, torch.bfloat16, int8=int8)
     issued = count(lambda: gemv.linear(**args)).issued
     assert args["weight"].nbytes / (issued.total() - issued["mov"]) > least
@@ -117,9 +130,10 @@ def test_an_instruction_moves_many_bytes(rows: int, int8: bool, least: float) ->
 
 @pytest.mark.parametrize("gated", [0, 1])
 @pytest.mark.parametrize("int8", [0, 1])
-def test_weights_are_asked_for_long_before_their_use(int8: int, gated: int) -> None:
-    """Of each lane 128 bytes are on their way before anything waits for the first of them, and the row's rest."""
-    launched = kernel("gemv.cu", "gemv", M=4, INT8=int8, GATED=gated, GELU=0, NORM=0, IO_FP16=0)
+@pytest.mark.parametrize("rows", [1, 8])
+def test_weights_are_asked_for_long_before_their_use(rows: int, int8: int, gated: int) -> None:
+    """Of each lane 128 bytes are on their way before anything waits for the first of them, and one row's rest."""
+    launched = kernel("gemv.cu", "gemv", M=rows, INT8=int8, GATED=gated, GELU=0, NORM=0, IO_FP16=0)
     waiting: list[set[str]] = []
     most = 0
     for instruction in parse(launched.build("compute_90").ptx, "gemv").instructions:
@@ -129,8 +143,8 @@ def test_weights_are_asked_for_long_before_their_use(int8: int, gated: int) -> N
         else:
             read = set[str]().union(*map(_registers, instruction.operands[1:]))
             waiting = [loaded for loaded in waiting if not loaded & read]
-    products = 2 * gemv.OUTPUTS if gated else gemv.OUTPUTS
-    assert most == 8 + products
+    rest = 0 if rows > gemv.MAX_SCALAR_ROWS else 2 * gemv.OUTPUTS if gated else gemv.OUTPUTS
+    assert most == 8 + rest
 
 
 def _registers(operand: Operand) -> set[str]:

@@ -60,13 +60,16 @@ def check_step() -> None:
     assert judge(check, simulate(check.run))["error"] < 2e-7
 
 
-def check_gemv() -> None:
-    """Multiply three rows by seven int8 outputs of 272 inputs, gated."""
-    x, weight = torch.randn(3, 272).bfloat16(), torch.randint(-127, 128, (14, 272), dtype=torch.int8)
+def check_gemv(rows: int = 2) -> None:
+    """Multiply rows by seven int8 outputs of 272 inputs, gated."""
+    x, weight = torch.randn(rows, 272).bfloat16(), torch.randint(-127, 128, (14, 272), dtype=torch.int8)
     scale = (torch.rand(14) / 100).bfloat16()
     (out,) = simulate(lambda: (gemv.linear(x, weight, scale=scale, activation="silu"),))
     gate, up = (x.double() @ weight.double().T * scale.double()).chunk(2, dim=-1)
     assert_close(out, torch.nn.functional.silu(gate) * up, slack=2)
+
+
+check_gemv_of_rows = partial(check_gemv, rows=5)
 
 
 def check_normed_gemv() -> None:
@@ -172,6 +175,11 @@ def check_edits() -> None:
     assert edited[0, [40, 50, 70, 71, 72]].tolist() == pytest.approx([6.25, 2, -torch.inf, 6.2, 4])
 
 
+def rows(old: str, new: str) -> Bug:
+    """Return a bug of products of more rows than two."""
+    return Bug("gemv.cu", old, new, check_gemv_of_rows)
+
+
 BUGS = ATTENTION_BUGS | {
     "no barrier before a sum is read": Bug(
         "norm.cu", "= v;\n  __syncthreads();\n  float total", "= v;\n  float total", check_norm
@@ -210,6 +218,15 @@ BUGS = ATTENTION_BUGS | {
     "an output past the end": Bug("gemv.cu", "|| output >= n) return", ") return", check_gemv),
     "weights past the end": Bug("gemv.cu", "if (rest) {", "if (true) {", check_gemv),
     "the gate's scale for both": Bug("gemv.cu", "scales[output + half * n])", "scales[output])", check_gemv),
+    "rows: no barrier before the parts are added": rows("__syncthreads();  // the parts of all warps are there", ""),
+    "rows: a part is left out": rows("for (int w = 0; w < WARPS; w++) sum", "for (int w = 1; w < WARPS; w++) sum"),
+    "rows: weights past the end": rows("ok ? load16(weights[i] + at)", "true ? load16(weights[i] + at)"),
+    "rows: inputs past the end": rows("ok ? *reinterpret_cast<const", "true ? *reinterpret_cast<const"),
+    "rows: gates for what they gate": rows("+ i * n : min(", ": min("),
+    "rows: the neighbour's row": rows("2 + row % 2]", "2 + (row + 1) % 2]"),
+    "rows: bytes of another row": rows("a[i + 2] = pack_io(wide[2]", "a[3 - i] = pack_io(wide[2]"),
+    "rows: an output past the end": rows("row >= rows || output >= n) return", "row >= rows) return"),
+    "rows: wait for no kernel": rows("  wait_for_kernels_before();\n", ""),
     "the last of equals": Bug("sample.cu", "(0xffffffffu - (u32)id)", "(u32)id", check_sample),
     "scratch read too early": Bug(
         "sample.cu", "= v;\n  __syncthreads();\n  v = scratch", "= v;\n  v = scratch", check_sample
