@@ -1,6 +1,7 @@
 """A rank that dies, stops or raises where a test wants it: FAULT, PHASE and TRIGGER, then what a rank is called with.
 
-In the phase `step` it does so in the first step that finds the file TRIGGER. `measure` comes before that, on a GPU.
+In the phase `step` it does so in the first step that finds the file TRIGGER. Before that come `connect`, `measure` on a
+GPU, and `record`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def main() -> int:
     if PHASE == "start":
         fail()
     from trio_llm.model import rank
+    from trio_llm.model.parallel.group import Group
 
     load, obey = rank.load_model, rank.Follower.obey
 
@@ -33,7 +35,7 @@ def main() -> int:
         fail()
         return load(*args)
 
-    def faulty_measure(*args: Any) -> Any:
+    def faulty(*args: Any, **options: Any) -> Any:
         fail()
 
     def faulty_obey(self: rank.Follower, command: Any) -> None:
@@ -44,7 +46,11 @@ def main() -> int:
     if PHASE == "load":
         rank.load_model = faulty_load
     elif PHASE == "measure":
-        rank.measure_room = faulty_measure
+        rank.measure_room = faulty
+    elif PHASE == "connect":
+        Group.connect = faulty
+    elif PHASE == "record":
+        rank.record_decodes = faulty
     elif PHASE == "step":
         rank.Follower.obey = faulty_obey
     return rank.main(int(sys.argv[4]), int(sys.argv[5]))

@@ -116,7 +116,9 @@ def children(pid: int | None = None) -> list[str]:
     [
         *[(fault, "start", "cpu", AT_START[fault]) for fault in CAUSES],
         *[(fault, "load", "cpu", CAUSES[fault]) for fault in CAUSES],
+        ("kill", "connect", "cpu", CAUSES["kill"]),
         *[(fault, "measure", "gpu", CAUSES[fault]) for fault in CAUSES],
+        *[(fault, "record", device, CAUSES[fault]) for fault in CAUSES for device in ("cpu", "gpu")],
     ],
 )
 def test_a_rank_that_fails_before_it_serves_ends_loading(

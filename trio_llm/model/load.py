@@ -7,7 +7,7 @@ import importlib
 import logging
 import os
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Protocol
 
@@ -92,8 +92,7 @@ def load_runner(
         if ranks is not None:
             ranks.start(Start(info.num_kv_blocks, info.max_model_len))
         if not config.enforce_eager:
-            with nullcontext() if ranks is None else ranks.together():
-                record_decodes(runner, device, dispatch, _heard(report, ranks))
+            _record_together(runner, device, dispatch, report, ranks)
     return runner
 
 
@@ -113,12 +112,24 @@ def record_decodes(model: Recorded, device: Device, dispatch: Dispatch, report: 
         model.record_decodes(device.record)
 
 
-def _heard(report: Callable[[Progress], None], ranks: Ranks | None) -> Callable[[Progress], None]:
+def _record_together(
+    runner: Runner, device: Device, dispatch: Dispatch, report: Callable[[Progress], None], ranks: Ranks | None
+) -> None:
+    """Record decodes when the other ranks do, if there are any, and see that all of them have taken part."""
+    if ranks is None:
+        record_decodes(runner, device, dispatch, report)
+        return
+    with ranks.together():
+        record_decodes(runner, device, dispatch, _heard(report, ranks))
+        device.mark().wait()  # On a GPU, collectives are only queued.
+    ranks.check()
+
+
+def _heard(report: Callable[[Progress], None], ranks: Ranks) -> Callable[[Progress], None]:
     """Return `report`, which also tells that ranks have not been silent."""
 
     def heard(progress: Progress) -> None:
-        if ranks is not None:
-            ranks.begin_turn()
+        ranks.begin_turn()
         report(progress)
 
     return heard

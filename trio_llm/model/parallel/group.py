@@ -89,9 +89,9 @@ class Group:
             store.set_timeout(timeout)
             self._processes = (_nccl if on_gpu else _gloo)(store, self.rank, self.size, timeout)
         except RuntimeError as error:
-            raise RanksError(_first_line(error)) from error
+            raise RanksError(_first_line(error)) from error.with_traceback(None)  # Its frames would keep the store,
         finally:
-            store = None  # An exception would keep it.
+            store = None  # and so would this one.
         self.all_reduce(torch.zeros(1, device=device))  # NCCL connects in its first collective.
 
     def disconnect(self) -> None:
@@ -134,7 +134,7 @@ class Group:
 
     def _wait(self, collective: str, *tensors: Any) -> None:
         """Do a collective, or queue it on a GPU. The root is rank 0, torch's default."""
-        processes = self._processes
+        processes, work = self._processes, None
         if processes is None:
             raise RanksError("the ranks are not connected")
         try:
@@ -144,7 +144,7 @@ class Group:
         except RuntimeError as error:
             raise RanksError(f"{collective}: {_first_line(error)}") from error
         finally:
-            del processes  # An exception would keep it after `disconnect`.
+            del processes, work  # An exception would keep them after `disconnect`.
 
 
 def _gloo(store: Any, rank: int, size: int, timeout: timedelta) -> Any:
