@@ -39,10 +39,10 @@ def in_ranks(size: int, meeting_place: Path, work: Callable[[Group], T]) -> list
         return list(pool.map(rank, range(size)))
 
 
-def load_part(directory: Path, group: Group, **settings: Any) -> LoadedModel:
+def load_part(directory: Path, group: Group, *, as_stored: bool = False, **settings: Any) -> LoadedModel:
     """Load one rank's part of a checkpoint, with a group that may be connected."""
     config = EngineConfig(model=str(directory), block_size=4, tensor_parallel_size=group.size, **settings)
-    plan = inspect_model(config, rank=group.rank)
+    plan = inspect_model(config, rank=group.rank, as_stored=as_stored)
     plan.group.__dict__.update(group.__dict__)
     return load_model(plan, CPU)
 

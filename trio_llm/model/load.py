@@ -146,7 +146,7 @@ def _other_ranks(plan: ModelPlan, config: EngineConfig, device: Device) -> Gener
     try:
         dtype = str(plan.dtype).removeprefix("torch.")
         kind = device.torch_device.type
-        ranks.spawn(attrs.evolve(config, model=str(plan.path), dtype=dtype, device=kind))
+        ranks.spawn(attrs.evolve(config, model=str(plan.path), dtype=dtype, device=kind), as_stored=plan.as_stored)
         yield ranks
     except BaseException:
         ranks.kill()

@@ -25,6 +25,7 @@ from trio_llm.model.load import find_kernels, open_device, record_decodes, set_t
 from trio_llm.model.loading.loader import LoadedModel, ModelPlan, inspect_model, load_model
 from trio_llm.model.loading.pool_size import measure_room
 from trio_llm.model.ops.dispatch import Dispatch, dispatching, mode_from_environment
+from trio_llm.model.ops.matrices import keeps_integers
 from trio_llm.model.paged.attention_batch import AttentionBatch, lay_out
 from trio_llm.model.paged.kv_cache import KVCache
 from trio_llm.model.parallel.group import RanksError
@@ -81,7 +82,8 @@ def follow(channel: Channel[Command]) -> None:
     mode, device = mode_from_environment(), open_device(config, load.rank)
     alive = _SignsOfLife(channel)
     dispatch = Dispatch(mode, find_kernels(mode, device, alive.report), device.torch_device.type)
-    plan = inspect_model(config, rank=load.rank)
+    keeps = dispatch.kernels.keeps if dispatch.kernels else keeps_integers
+    plan = inspect_model(config, rank=load.rank, as_stored=load.as_stored, keeps=keeps)
     set_threads(config, device, dispatch.kernels, plan.weight_bytes)
     with device.working(), dispatching(dispatch), torch.inference_mode():
         loaded = load_model(plan, device.torch_device, alive.report)

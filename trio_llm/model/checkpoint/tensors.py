@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trio_llm.errors import CheckpointError
+from trio_llm.model.checkpoint.cut_blocks import cut
 from trio_llm.model.ops.seam import Blocks
 from trio_llm.model.parallel.span import Span, counts, share_of, sizes, take
 from trio_llm.model_info import Progress
@@ -167,16 +168,16 @@ class HeaderSource:
     def template(self, name: str, shape: tuple[int, ...]) -> Blocks | None:
         return _template(self._tensors or {}, name, shape)
 
-    def read_stored(self, name: str, shape: tuple[int, ...]) -> Blocks:
+    def read_stored(self, name: str, spans: Sequence[Span]) -> Blocks:
         assert self._tensors is not None
         info = self._tensors[name]
         assert info.template is not None
-        assert info.shape == shape
+        assert info.shape == sizes(spans)
         self.used.add(name)
         for counted in (self.stored_bytes, self.kept_bytes):
-            counted[info.dtype] = counted.get(info.dtype, 0) + info.nbytes
+            counted[info.dtype] = counted.get(info.dtype, 0) + share_of(info.nbytes, spans)
         self._read_with_scratch(info, as_stored=True)
-        return info.template()
+        return cut(info.template(), *spans)
 
     def check(self, path: Path, is_ignored: Callable[[str], bool]) -> None:
         """Raise CheckpointError listing all that is missing, misshapen, of a strange dtype or unexpected."""
@@ -226,12 +227,12 @@ class FileSource:
     def template(self, name: str, shape: tuple[int, ...]) -> Blocks | None:
         return _template(self._tensors, name, shape)
 
-    def read_stored(self, name: str, shape: tuple[int, ...]) -> Blocks:
+    def read_stored(self, name: str, spans: Sequence[Span]) -> Blocks:
         info = self._tensors[name]
-        assert info.shape == shape
+        assert info.shape == sizes(spans)
         matrix = self._reader.read_stored(info)
-        self._count(info.nbytes)
-        return matrix
+        self._count(share_of(info.nbytes, spans))
+        return cut(matrix, *spans)
 
     def _count(self, nbytes: int) -> None:
         self._done_bytes += nbytes

@@ -5,7 +5,7 @@ and count), the files, or random numbers. Fusing, conversion, quantisation and t
 all families.
 
 With several ranks, layers request the spans of their own rank. A size instead of a span means all of a dimension.
-Matrices are left as they are stored only with one rank.
+Matrices that are left as they are stored are cut between groups.
 
 Letters: N outputs, K inputs, E experts.
 """
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from trio_llm.errors import CheckpointError
+from trio_llm.model.checkpoint.cut_blocks import can_be_cut, cut
 from trio_llm.model.ops import seam as ops
 from trio_llm.model.ops.seam import Blocks, Dense, Int8, Keeps, Matrix, SingleMatrix, Stacked, keeps_integers
 from trio_llm.model.ops.torch_reference import QUANTIZE_ELEMENTS
@@ -43,8 +44,8 @@ class Source(Protocol):
         """Return a matrix that can be computed as stored, without its values; None for others."""
         ...
 
-    def read_stored(self, name: str, shape: tuple[int, ...]) -> Blocks:
-        """Return a matrix that has a template."""
+    def read_stored(self, name: str, spans: Sequence[Span]) -> Blocks:
+        """Return these entries of a matrix that has a template, between its groups."""
         ...
 
 
@@ -244,10 +245,12 @@ class Weights:
         if self.quantize or not self.as_stored:
             return None
         found = self.source.template(self.prefix + name, sizes((rows, columns)))
-        return found if found is not None and self.keeps(found, self.dtype, is_expert) else None
+        if found is None or not can_be_cut(found, rows, columns):
+            return None
+        return found if self.keeps(cut(found, rows, columns), self.dtype, is_expert) else None
 
     def _read_stored(self, name: str, rows: Span, columns: Span) -> Blocks:
-        matrix = self.source.read_stored(self.prefix + name, sizes((rows, columns)))
+        matrix = self.source.read_stored(self.prefix + name, (rows, columns))
         for part in (matrix.scale, matrix.minimum, matrix.outer):
             if part is not None and part.is_floating_point():
                 self._check_finite(part, name)
@@ -311,5 +314,5 @@ class RandomSource:
     def template(self, name: str, shape: tuple[int, ...]) -> None:
         """Return None: no matrix is quantised."""
 
-    def read_stored(self, name: str, shape: tuple[int, ...]) -> Blocks:
-        raise AssertionError(f"{name} {shape} has no template")
+    def read_stored(self, name: str, spans: Sequence[Span]) -> Blocks:
+        raise AssertionError(f"{name} {sizes(spans)} has no template")

@@ -170,7 +170,6 @@ def inspect_model(
     checkpoint = None if engine.load_format == "dummy" else checkpoint
     headers = HeaderSource(checkpoint)
     group = Group(rank, engine.tensor_parallel_size)
-    as_stored = as_stored and group.size == 1
     weights = Weights(headers, dtype, torch.device("meta"), _int8_of(engine)[0], as_stored, group=group, keeps=keeps)
     model = family(config.text, weights)
     headers.check(path, model.is_ignored)

@@ -95,7 +95,7 @@ class Blocks:
         return Blocks(**{name: part[index] for name, part in self._parts.items()}, order=self.order)
 
     def columns(self, begin: int, end: int) -> Blocks:
-        """Return some of the inputs, whole groups (and whole outer ones) of them, without the bias.
+        """Return some of the inputs, whole groups (and whole outer ones) of them or of the only one, without the bias.
 
         With an order they are those from `begin` to `end` in the weight's own order.
         """
@@ -103,6 +103,9 @@ class Blocks:
         parts: dict[str, Tensor] = {}
         for name, part in self._parts.items():
             dim = part.dim() - (2 if name == "outer" else 1)
+            if part.shape[dim] == 1 and name != "outer":  # all inputs share it
+                parts[name] = part
+                continue
             bounds = [at * part.shape[dim] / inputs for at in (begin, end)]
             assert all(bound.is_integer() for bound in bounds), "inputs are divided at the bounds of groups"
             parts[name] = part.narrow(dim, int(bounds[0]), int(bounds[1] - bounds[0]))

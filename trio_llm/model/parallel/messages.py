@@ -22,11 +22,13 @@ class Load(msgspec.Struct, tag="load", frozen=True):
     Attributes:
         config: Its model is a path; its dtype and device are decided.
         meeting_place: The file through which the ranks find each other.
+        as_stored: As in ModelPlan, the same on all ranks.
     """
 
     config: EngineConfig
     rank: int
     meeting_place: str
+    as_stored: bool
 
 
 class Connect(msgspec.Struct, tag="connect", frozen=True):

@@ -114,7 +114,7 @@ class Ranks:
     def pids(self) -> list[int]:
         return [rank.process.pid for rank in self._ranks]
 
-    def spawn(self, config: EngineConfig) -> None:
+    def spawn(self, config: EngineConfig, *, as_stored: bool) -> None:
         """Start the processes and let them load; `config` names the model by its path."""
         for number in range(1, self._group.size):
             ours, theirs = socket.socketpair()
@@ -126,7 +126,7 @@ class Ranks:
             self._pidfds.append(os.pidfd_open(process.pid))
             self._ended.register(self._pidfds[-1], select.EPOLLIN)
             with suppress(OSError):  # It has died already: `connect` says of what.
-                rank.channel.send(Load(config, number, self._meeting_place))
+                rank.channel.send(Load(config, number, self._meeting_place, as_stored))
 
     @property
     def _meeting_place(self) -> str:
