@@ -62,13 +62,13 @@ void multiply_panels(const Product& p, const Layout& layout, i64 begin, i64 end)
     for (i64 panel = begin; panel < end; panel += together) {
       const i64 stop = std::min(panel + together, end);
       const Partners partners(p, panel, stop);
-      const u8 *own = p.weight + panel * bytes, *others = p.weight + partners.first * bytes, *after = own;
+      const u8 *own = p.weight + panel * bytes, *others = p.weight + partners.first * bytes;
       for (i64 i = 0; i < stop - panel; i++) {
-        after = i + 1 < stop - panel || !partners.count ? own + (i + 1) * bytes : others;
+        const u8* after = i + 1 < stop - panel || !partners.count ? own + (i + 1) * bytes : others;
         add_tiles(p.kind, layout, first, last, own + i * bytes, after, sums + i * size);
       }
       for (i64 i = 0; i < partners.count; i++) {
-        after = i + 1 < partners.count ? others + (i + 1) * bytes : p.weight + stop * bytes;
+        const u8* after = i + 1 < partners.count ? others + (i + 1) * bytes : p.weight + stop * bytes;
         add_tiles(p.kind, layout, first, last, others + i * bytes, after, up + i * size);
       }
       for (i64 i = 0; i < stop - panel; i++) {
