@@ -13,7 +13,7 @@ from tests.model_runner import static_ops
 from tests.model_runner.conftest import NUM_GENERATED, Golden
 from tests.model_runner.drive import Outcome, Params, least_blocks, poison, run
 from tests.model_runner.tape import CaptureError, Tapes
-from tests.model_runner.test_launch import forgetful, run_ahead
+from tests.model_runner.test_launch import forgetful, outputs_of, run_ahead
 from tests.model_runner.test_runner import GREEDY, VARIED
 from tests.model_runner.test_speculation import DRAFTS, LOOKUP, MOST
 from trio_llm.config import EngineConfig
@@ -235,11 +235,7 @@ def test_a_step_may_be_launched_before_the_replay_before_it_is_collected(
     expected = run(eager, requests, watch=lambda _, plan: plans.append(plan))
     runner, tapes = captured_of("qwen3")
     results = run_ahead(runner, forgetful(plans))
-    outputs: dict[int, list[int]] = {i: [] for i in range(len(requests))}
-    for plan, result in zip(plans, results, strict=True):
-        for request_id, token_ids in zip(plan.request_ids, result.token_ids, strict=True):
-            outputs[request_id] += token_ids
-    assert list(outputs.values()) == expected.token_ids
+    assert outputs_of(plans, results, len(requests)) == expected.token_ids
     assert sum(tapes.num_replays) > NUM_GENERATED
 
 

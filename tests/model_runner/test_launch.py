@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -77,6 +77,15 @@ def run_ahead(runner: Runner, plans: list[StepPlan]) -> list[StepResult]:
             thread.join()
     collect()
     return results
+
+
+def outputs_of(plans: Sequence[StepPlan], results: Sequence[StepResult], num_requests: int) -> list[list[int]]:
+    """Return the tokens that each request got, from the results of its plans."""
+    outputs: list[list[int]] = [[] for _ in range(num_requests)]
+    for plan, result in zip(plans, results, strict=True):
+        for request_id, token_ids in zip(plan.request_ids, result.token_ids, strict=True):
+            outputs[request_id] += token_ids
+    return outputs
 
 
 def drop_all(runner: Runner) -> None:

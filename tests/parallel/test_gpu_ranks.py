@@ -14,7 +14,7 @@ from tests.model.families import FAMILIES
 from tests.model_runner.conftest import make_prompts
 from tests.model_runner.drive import Outcome, Params, least_blocks, run
 from tests.model_runner.test_decode_graphs import start, various
-from tests.model_runner.test_launch import forgetful, run_ahead
+from tests.model_runner.test_launch import forgetful, outputs_of, run_ahead
 from tests.model_runner.test_speculation import LOOKUP, MIXED, MOST, same
 from tests.parallel.gpus import GIB, RankGpu, pretend
 from tests.parallel.ranks import ThreadRank
@@ -132,11 +132,7 @@ def test_a_step_is_launched_before_the_replay_before_it_is_collected(
         expected = run(runner, requests, watch=lambda _, plan: plans.append(plan))
         runner.drop_all()
         results = run_ahead(runner, forgetful(plans))
-    outputs: dict[int, list[int]] = {i: [] for i in range(len(requests))}
-    for plan, result in zip(plans, results, strict=True):
-        for request_id, token_ids in zip(plan.request_ids, result.token_ids, strict=True):
-            outputs[request_id] += token_ids
-    assert list(outputs.values()) == expected.token_ids
+    assert outputs_of(plans, results, len(requests)) == expected.token_ids
     assert replays(gpus[0]) == replays(gpus[1]) > 10
 
 
