@@ -7,11 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.real.as_stored import check_as_stored
+from tests.model.paged import Paged, load
+from tests.parallel.ranks import in_ranks, load_part
+from tests.real.as_stored import NEAR_TIE, check_as_stored
+from tests.real.first_choice import behind
 from tests.real.smollm2 import GGUF_NAME
 from tests.real.test_quantized import MESSAGE
 from trio_llm.config import EngineConfig
 from trio_llm.model.loading.loader import inspect_model, load_model
+from trio_llm.model.ops import cpu as native
+from trio_llm.model.ops.dispatch import Dispatch, dispatching
+from trio_llm.model.parallel.group import Group
 from trio_llm.tokenizer import Tokenizer
 
 TEXTS = (
@@ -58,3 +64,21 @@ def test_computed_as_stored_it_says_what_its_widened_twin_does(gguf_file: Path) 
     plan = check_as_stored(settings, Tokenizer.from_directory(gguf_file).encode(MESSAGE))
     assert set(plan.kept_formats) == {"Q4_1", "Q8_0"}
     assert plan.weight_bytes < 1.01 * plan.stored_bytes
+
+
+def test_ranks_compute_their_parts_as_stored(gguf_file: Path, tmp_path: Path) -> None:
+    """Three of them, as it has nine heads: no token that one process answers is far from their first choice."""
+    prompt = Tokenizer.from_directory(gguf_file).encode(MESSAGE)
+    (answer,) = Paged(load(gguf_file, dtype="float32"), 1).greedy([prompt], 128, 60)
+
+    def work(group: Group) -> tuple[torch.Tensor, dict[str, int]]:
+        with dispatching(Dispatch("native", native, "cpu")):
+            part = load_part(gguf_file, group, as_stored=True, dtype="float32")
+            (logits,) = Paged(part, 1).prefill([prompt + answer], 128)
+            return logits, part.plan.kept_formats
+
+    found = in_ranks(3, tmp_path / "ranks", work)
+    assert behind(found[0][0], prompt, answer) < NEAR_TIE
+    whole = inspect_model(EngineConfig(model=str(gguf_file)), as_stored=True).kept_formats
+    assert {name: 3 * nbytes for name, nbytes in found[0][1].items()} == whole
+    assert all(kept == found[0][1] for _, kept in found)
