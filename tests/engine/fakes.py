@@ -121,8 +121,9 @@ class StubRunner:
             embeddings=embeddings or None,
         )
 
-    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+    def launch(self, plan: StepPlan, begun: Callable[[], None]) -> Callable[[], StepResult]:
         """Run a plan at once; its result is known."""
+        begun()
         result = self.step(plan)
         return lambda: result
 
@@ -140,6 +141,10 @@ class InlineWorker:
     def post(self, function: Callable[..., Any], *args: Any) -> Callable[[], Awaitable[Any]]:
         """Return what runs the call when somebody waits for it."""
         return partial(self.run, function, *args)
+
+    def start(self, function: Callable[..., Any], *args: Any) -> Callable[[], Awaitable[Any]]:
+        """Post a call. It cannot begin before somebody waits for it."""
+        return self.post(function, lambda: None, *args)
 
     async def run(self, function: Callable[..., Any], *args: Any) -> Any:
         await trio.lowlevel.checkpoint()

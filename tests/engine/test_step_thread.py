@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,29 @@ async def test_a_posted_call_raises_where_it_is_waited_for(thread: StepThread) -
     with pytest.raises(ZeroDivisionError):
         await waits[0]()
     assert await waits[1]() == 1
+
+
+@pytest.mark.parametrize("begins", ["begins", "never-begins", "raises"])
+async def test_a_started_call_has_begun(thread: StepThread, begins: str) -> None:
+    """`start` returns once the call says so, or does without if it does not; the call goes on behind it."""
+    go_on, calls = threading.Event(), list[str]()
+
+    def call(begun: Callable[[], None], name: str) -> str:
+        if begins == "raises":
+            raise ValueError(name)
+        if begins == "begins":
+            calls.append(name)
+            begun()
+            begun()  # A step that is bisected begins several times.
+        assert go_on.wait(30)
+        return name
+
+    wait = thread.start(call, "a")
+    assert calls == (["a"] if begins == "begins" else [])
+    go_on.set()
+    with pytest.raises(ValueError, match="a") if begins == "raises" else nullcontext():
+        assert await wait() == "a"
+    assert await thread.run(abs, -1) == 1
 
 
 async def test_closing_runs_what_was_posted() -> None:

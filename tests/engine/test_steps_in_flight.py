@@ -39,9 +39,9 @@ class SlowDevice(StubRunner):
         self._done = threading.Semaphore(0)
         self.changed = threading.Event()
 
-    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+    def launch(self, plan: StepPlan, begun: Callable[[], None]) -> Callable[[], StepResult]:
         """Do the step, and keep its result back."""
-        result = super().launch(plan)
+        result = super().launch(plan, begun)
         self.launched.append(plan.step)
         self.changed.set()
 
@@ -158,8 +158,8 @@ async def test_a_device_that_dies_ends_the_engine(autojump_clock: MockClock) -> 
     """What waiting for a result raises is nobody's row's fault: later steps were built on it."""
 
     class Dying(StubRunner):
-        def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
-            wait = super().launch(plan)
+        def launch(self, plan: StepPlan, begun: Callable[[], None]) -> Callable[[], StepResult]:
+            wait = super().launch(plan, begun)
             return wait if plan.step < 3 else lambda: 1 / 0
 
     async def serve() -> None:

@@ -47,9 +47,9 @@ class Kept:
     def ranks(self) -> None:
         return None
 
-    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+    def launch(self, plan: StepPlan, begun: Callable[[], None]) -> Callable[[], StepResult]:
         self.num_unknown += plan.token_ids.count(-1)
-        return self.runner.launch(plan)
+        return self.runner.launch(plan, begun)
 
     def close(self) -> None:
         for request_id in list(self.runner._rows._row_of):

@@ -39,7 +39,7 @@ class GatedRunner:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
 
-    def launch(self, plan: StepPlan) -> Callable[[], Any]:
+    def launch(self, plan: StepPlan, begun: Callable[[], None]) -> Callable[[], Any]:
         try:
             fcntl.flock(self._gate, fcntl.LOCK_SH | fcntl.LOCK_NB)
             self._num_free = FREE_STEPS
@@ -50,7 +50,7 @@ class GatedRunner:
                 fcntl.flock(self._gate, fcntl.LOCK_SH)
                 self._num_free = FREE_STEPS
         fcntl.flock(self._gate, fcntl.LOCK_UN)
-        return self._runner.launch(plan)
+        return self._runner.launch(plan, begun)
 
 
 @asynccontextmanager

@@ -162,8 +162,9 @@ class StubRunner:
             embeddings=embeddings or None,
         )
 
-    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+    def launch(self, plan: StepPlan, begun: Callable[[], None]) -> Callable[[], StepResult]:
         """Run a plan at once; its result is known."""
+        begun()
         result = self.step(plan)
         return lambda: result
 

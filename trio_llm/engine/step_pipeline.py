@@ -7,8 +7,8 @@ from functools import partial
 
 import trio
 
-from trio_llm.engine.recovery import Collect, Launch, launch_step
-from trio_llm.engine.step_thread import StepThread, Worker
+from trio_llm.engine.recovery import Collect, launch_step
+from trio_llm.engine.step_thread import Begun, StepThread, Worker
 from trio_llm.messages import StepPlan, StepResult
 
 MAX_STEPS_IN_FLIGHT = 2
@@ -24,7 +24,9 @@ class StepPipeline:
         collector: With depth two, waits for results while `worker` launches. Default: its own thread.
     """
 
-    def __init__(self, launch: Launch, worker: Worker, depth: int, collector: Worker | None = None) -> None:
+    def __init__(
+        self, launch: Callable[[StepPlan, Begun], Collect], worker: Worker, depth: int, collector: Worker | None = None
+    ) -> None:
         self._launch = launch
         self._worker = worker
         self._collector = None if depth == 1 else collector or StepThread("trio-llm-collector")
@@ -53,12 +55,15 @@ class StepPipeline:
 
     def _post(self, plan: StepPlan) -> Callable[[], Awaitable[StepResult]]:
         if self._collector is None:
-            return self._worker.post(self._launch_and_collect, plan)
-        launched = self._worker.post(launch_step, plan, self._launch)
+            return self._worker.start(self._launch_and_collect, plan)
+        launched = self._worker.post(self._launch_step, lambda: None, plan)
         return partial(self._collect, launched, self._collector)
 
-    def _launch_and_collect(self, plan: StepPlan) -> StepResult:
-        return launch_step(plan, self._launch)()
+    def _launch_step(self, begun: Begun, plan: StepPlan) -> Collect:
+        return launch_step(plan, lambda part: self._launch(part, begun))
+
+    def _launch_and_collect(self, begun: Begun, plan: StepPlan) -> StepResult:
+        return self._launch_step(begun, plan)()
 
     async def _collect(self, launched: Callable[[], Awaitable[Collect]], collector: Worker) -> StepResult:
         return await collector.run(await launched())

@@ -17,6 +17,9 @@ import trio
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
+Begun = Callable[[], None]
+# Longest wait for a call to begin its work. Few steps prepare for so long.
+_LONGEST_BEGINNING_S = 1e-3
 
 
 class Worker(Protocol):
@@ -26,6 +29,13 @@ class Worker(Protocol):
         """Queue a call without waiting; return an async function that waits for its result, to be called once.
 
         The call runs even if nothing waits for it.
+        """
+        ...
+
+    def start(self, function: Callable[[Begun, *Ts], T], *args: *Ts) -> Callable[[], Awaitable[T]]:
+        """Post a call whose first argument says that it needs the interpreter no longer: it calls it without arguments.
+
+        May block until then, for about a millisecond at most.
         """
         ...
 
@@ -60,6 +70,17 @@ class StepThread:
         call = _Call(partial(function, *args), self._idle_fds.pop())
         self._jobs.put(call)
         return partial(self._wait, call)
+
+    def start(self, function: Callable[[Begun, *Ts], T], *args: *Ts) -> Callable[[], Awaitable[T]]:
+        """Post a call, and wait until it begins its work.
+
+        This blocks the event loop. Whatever the loop did meanwhile would take the interpreter from the thread, 0.1 ms
+        at a time, and so make the step that everybody waits for longer.
+        """
+        begun = threading.Event()
+        wait = self.post(function, begun.set, *args)
+        begun.wait(_LONGEST_BEGINNING_S)
+        return wait
 
     async def run(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
         """Run one call on the thread.

@@ -32,7 +32,7 @@ from trio_llm.engine.nursery import alone, open_nursery
 from trio_llm.engine.recorder import open_recorder
 from trio_llm.engine.speculation_metrics import SpeculationMetrics
 from trio_llm.engine.step_pipeline import StepPipeline
-from trio_llm.engine.step_thread import StepThread, Worker
+from trio_llm.engine.step_thread import Begun, StepThread, Worker
 from trio_llm.engine.tickets import Tickets
 from trio_llm.errors import ConfigError, EngineDeadError
 from trio_llm.messages import BlockAsk, BlockGrant, StepPlan, StepResult, StepTrace
@@ -67,8 +67,10 @@ class Runner(Protocol):
     @property
     def ranks(self) -> Ranks | None: ...
 
-    def launch(self, plan: StepPlan, /) -> Callable[[], StepResult]:
+    def launch(self, plan: StepPlan, begun: Begun, /) -> Callable[[], StepResult]:
         """Queue a plan's work on the device, in the order of the calls; return a function that waits for the result.
+
+        It calls `begun` once the device has the plan's inputs, if that happens.
 
         The returned function queues no work, so another thread may call it while later plans are launched. If `launch`
         raises, the plan is the cause, and it may be launched again in parts. EngineDeadError, or any exception of the

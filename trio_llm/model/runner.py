@@ -115,14 +115,14 @@ class Runner:
         return self.launch(plan)()
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+    def launch(self, plan: StepPlan, begun: Callable[[], None] = lambda: None) -> Callable[[], StepResult]:
         """Queue a plan's work; return a function that waits for it and returns, or raises, what `step` does.
 
-        That function queues nothing and may be called on any thread.
+        That function queues nothing and may be called on any thread. `begun` is called once the inputs are sent.
         """
         try:
             with fatal_if_lost(self._device), self._device.working(), dispatching(self._dispatch):
-                return partial(_collect, self._queue(plan), self._device, self.ranks)
+                return partial(_collect, self._queue(plan, begun), self._device, self.ranks)
         except Exception:
             self._undo(plan)
             raise
@@ -133,7 +133,7 @@ class Runner:
         self._sampling.invalidate(row for row in rows if row is not None)
         self._dispatch.take()
 
-    def _queue(self, plan: StepPlan) -> PendingStep:
+    def _queue(self, plan: StepPlan, begun: Callable[[], None]) -> PendingStep:
         self._last_tokens.begin(plan.step)
         for request_id in plan.dropped:
             self._drop(request_id)
@@ -149,12 +149,12 @@ class Runner:
         prompt_logprobs = embeddings = None
         size = None if pooled or scored else self._graph_size(rows)
         if size is None:
-            hidden, sent = self._forward(rows, at)
+            hidden, sent = self._forward(rows, at, begun)
             prompt_logprobs = self._score_prompts(plan, rows, scored, hidden, failed)
             embeddings = self._pool(plan, rows, pooled, hidden, failed)
             logits = self._logits(hidden, sent) if len(at) else None
         else:
-            logits, sent = self._replay(rows, at, size)
+            logits, sent = self._replay(rows, at, size, begun)
         self._update_histories(plan, rows)
         drafts = [rows.drafts[i] for i in at.tolist()] if plan.drafts else ()
         sampled = None if logits is None else self._sample(rows, at, drafts, logits, sent)
@@ -190,19 +190,23 @@ class Runner:
             return None
         return self._graphs.size_for(len(rows.token_ids), is_mixed=rows.is_mixed)
 
-    def _replay(self, rows: PlanRows, at: NDArray[np.intp], size: int) -> tuple[Tensor, StepColumns]:
+    def _replay(
+        self, rows: PlanRows, at: NDArray[np.intp], size: int, begun: Callable[[], None]
+    ) -> tuple[Tensor, StepColumns]:
         """Replay a graph; return the logits [R, V] to sample from."""
         assert self._graphs is not None
         decodes, sent = self._rows.send_decodes(rows, at, size)
+        begun()
         with nullcontext() if self.ranks is None else self.ranks.decodes(decodes, rows.additions):
             logits = self._graphs.replay(decodes, self._dispatch)
         num_sampled = len(sent.sampled_from)
         whole = num_sampled == len(rows.token_ids)
         return logits[:num_sampled] if whole else logits.index_select(0, sent.sampled_from), sent
 
-    def _forward(self, rows: PlanRows, at: NDArray[np.intp]) -> tuple[Tensor, StepColumns]:
+    def _forward(self, rows: PlanRows, at: NDArray[np.intp], begun: Callable[[], None]) -> tuple[Tensor, StepColumns]:
         """Return the hidden states [S, H]."""
         batch, sent = self._rows.send(rows, at)
+        begun()
         ranks = nullcontext()
         if self.ranks is not None:
             ranks = self.ranks.forward(rows.index, rows.starts, rows.counts, rows.additions, batch.token_ids)
