@@ -147,6 +147,11 @@ DEV float2 load_pair(const float* p) {  // what another block may have written i
   asm volatile("ld.relaxed.gpu.global.v2.f32 {%0,%1}, [%2];" : "=f"(r.x), "=f"(r.y) : "l"(p) : "memory");
   return r;
 }
+DEV int2 load_pair(const int* p) {  // likewise
+  int2 r;
+  asm volatile("ld.relaxed.gpu.global.v2.s32 {%0,%1}, [%2];" : "=r"(r.x), "=r"(r.y) : "l"(p) : "memory");
+  return r;
+}
 DEV float4 load_quad(const float* p) {  // likewise
   float4 r;
   asm volatile("ld.relaxed.gpu.global.v4.f32 {%0,%1,%2,%3}, [%4];"
@@ -197,6 +202,12 @@ LOAD_MATRICES(load_matrices_transposed, ".trans")
 MMA(mma_bf16, "bf16")
 MMA(mma_io, IO_TYPE)
 #undef MMA
+// The same of int8, a [16, 32] b [32, 8], exactly: ldmatrix gives fragments of rows of bytes, of two bytes for a half.
+DEV void mma_s8(int* c, const u32* a, const u32* b) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+               : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
 
 // ---- reductions
 DEV float warp_sum(float v) {
@@ -207,6 +218,11 @@ DEV float warp_sum(float v) {
 DEV float warp_max(float v) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset >>= 1) v = fmaxf(v, __shfl_xor_sync(FULL_WARP, v, offset));
+  return v;
+}
+DEV u32 warp_max(u32 v) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset >>= 1) v = max(v, __shfl_xor_sync(FULL_WARP, v, offset));
   return v;
 }
 // Sum over a block of WARPS warps; every thread gets it. `scratch` holds WARPS floats and is free to reuse after the

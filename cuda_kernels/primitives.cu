@@ -61,6 +61,26 @@ extern "C" __global__ void product(const io_t* __restrict__ a, const io_t* __res
   }
 }
 
+// The same of int8: out [16, 8] = a [16, 32] times the transpose of bt [8, 32], and c [16, 8] added.
+extern "C" __global__ void product_s8(const s8* __restrict__ a, const s8* __restrict__ bt, const int* __restrict__ c,
+                                      int* __restrict__ out) {
+  wait_for_kernels_before();
+  DYN_SMEM(unsigned char, s);  // a, then bt twice (so that four matrices can be loaded)
+  const int lane = threadIdx.x;
+  copy16_async(s + lane * 16, a + lane * 16, true);
+  copy16_async(s + 512 + lane * 16, bt + lane % 16 * 16, true);
+  copies_commit();
+  copies_wait<0>();
+  __syncthreads();
+  u32 fa[4], fb[4];
+  load_matrices(fa, s + lane % 16 * 32 + lane / 16 * 16);
+  load_matrices(fb, s + 512 + lane % 8 * 32 + lane / 8 % 2 * 16);
+  int sums[4];
+  for (int e = 0; e < 4; e++) sums[e] = c[(lane / 4 + 8 * (e / 2)) * 8 + lane % 4 * 2 + e % 2];
+  mma_s8(sums, fa, fb);
+  for (int e = 0; e < 4; e++) out[(lane / 4 + 8 * (e / 2)) * 8 + lane % 4 * 2 + e % 2] = sums[e];
+}
+
 // The approximate functions, [n, 7]: ex2, lg2, rcp, rsqrt, tanh, silu, gelu of x [n] (of |x| where it must be positive).
 extern "C" __global__ void approximations(const float* __restrict__ x, float* __restrict__ out, int n) {
   wait_for_kernels_before();

@@ -15,7 +15,7 @@ class Tuning:
     Attributes:
         waves: Blocks per multiprocessor below which the inputs of a product are split.
         least_split_keys: Keys below which a part costs more than it brings.
-        gemm_rows: Most rows of an int8 product; beyond it widening the weights for cuBLAS costs less.
+        gemm_rows: Most rows of an int8 product that leaves them as they are; beyond it they are rounded to int8, too.
         w4_rows: The same of 4-bit weights; more rows share what one reads.
         gemm_bytes: Stages in flight of an int8 product, which has few blocks.
         expert_bytes: The same of experts, where several blocks share a multiprocessor.

@@ -250,7 +250,7 @@ class EngineConfig:
     quantization: Literal["int8", "int8-weights"] | None = setting(
         None,
         "Quantize weights on load, with one scale per output channel. With int8, kernels may round activations to 8 "
-        "bits, too (they do on a CPU); with int8-weights they never do.",
+        "bits, too (on a CPU; on a GPU those of steps above 64 rows); with int8-weights they never do.",
         flags=("--quantization",),
     )
     tensor_parallel_size: int = setting(

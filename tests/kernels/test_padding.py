@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cuda_kernels import act, gemm, gemm_w4, gemv, moe, norm
+from cuda_kernels import act, gemm, gemm_s8, gemm_w4, gemv, moe, norm, quant
 from cuda_kernels.launch import using
 from tools.ptx_simulator import SimulatedLauncher
 from trio_llm.model.ops.matrices import Blocks, Tiles
@@ -22,6 +22,7 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gemv": lambda x: gemv.linear(x, WEIGHT),
     "gemv, int8 and gated": lambda x: gemv.linear(x, BYTES, scale=SCALE, activation="silu"),
     "gemm": lambda x: gemm.linear(x, BYTES, SCALE),
+    "gemm_s8": lambda x: gemm_s8.linear(*quant.quantize_tokens(x), BYTES, SCALE),
     "gemm_w4": lambda x: gemm_w4.linear(x, TILES.weight, TILES.scale),
     "rms_norm": lambda x: norm.rms_norm(x, WEIGHT[0], 1e-6),
     "add_rms_norm": lambda x: torch.cat(norm.add_rms_norm(x, x, WEIGHT[0], 1e-6), dim=-1),

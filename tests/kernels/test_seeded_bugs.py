@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from cuda_kernels import compile as compiling
-from cuda_kernels import gemm, gemm_w4, gemv, kv_write, moe, norm, sample, tickets
+from cuda_kernels import gemm, gemm_s8, gemm_w4, gemv, kv_write, moe, norm, quant, sample, tickets
 from tests.kernels.attention_bugs import ATTENTION_BUGS, Bug
 from tests.kernels.helpers import assert_close, simulate
 from tests.kernels.test_kv_write import assert_rounded_as_torch
-from tools.kernel_lab.cases import all_checks, judge
+from tools.kernel_lab.cases import all_checks, judge, round_tokens
 from tools.ptx_simulator import KernelFaultError, UnsupportedError
 from tools.ptx_simulator.machine import ORDERS
 from trio_llm.model.ops.matrices import Blocks, Tiles
@@ -105,6 +105,31 @@ def check_split_gemm() -> None:
     assert_close(out, x.double() @ weight.double().T * scale.double(), slack=2)
 
 
+def check_s8(splits: int = 1) -> None:
+    """Multiply seventy rows of int8 by gated int8 weights, more steps than stages, the last tile not full."""
+    x, weight = (torch.randint(-127, 128, (rows, 320), dtype=torch.int8) for rows in (70, 144))
+    x_scale, scale = torch.rand(70) / 100, (torch.rand(144) / 100).bfloat16()
+    bias = torch.randn(144).bfloat16()
+    run = partial(gemm_s8.linear, x, x_scale, weight, scale, bias=bias, activation="silu", splits=splits)
+    (out,) = simulate(lambda: (run(),))
+    products = x.double() @ weight.double().T * x_scale.double()[:, None] * scale.double() + bias.double()
+    gate, up = products.chunk(2, dim=-1)
+    assert_close(out, torch.nn.functional.silu(gate) * up, slack=2)
+
+
+check_split_s8 = partial(check_s8, splits=3)
+
+
+def check_tokens() -> None:
+    """Round three tokens of 2,056 entries, one of them with a NaN."""
+    x = torch.randn(3, 2056).bfloat16()
+    x[1, 1111], x[2, 7] = torch.nan, -9
+    numbers, scale = simulate(lambda: quant.quantize_tokens(x))
+    assert scale.isnan().tolist() == [False, True, False]
+    for got, expected in zip((numbers[::2], scale[::2]), round_tokens(x[::2]), strict=True):
+        assert torch.equal(got, expected)
+
+
 def check_w4() -> None:
     """Multiply 9 rows by gated 4-bit weights of minima, a part of the inputs by each of two blocks."""
     x, minimum = torch.randn(9, 288).bfloat16(), torch.randn(192, 3) / 10
@@ -180,6 +205,7 @@ def rows(old: str, new: str) -> Bug:
     return Bug("gemv.cu", old, new, check_gemv_of_rows)
 
 
+OF_ALL_WARPS = "  largest = warp_max(scratch[threadIdx.x % (THREADS / 32)]);\n  const"
 BUGS = ATTENTION_BUGS | {
     "no barrier before a sum is read": Bug(
         "norm.cu", "= v;\n  __syncthreads();\n  float total", "= v;\n  float total", check_norm
@@ -255,6 +281,29 @@ BUGS = ATTENTION_BUGS | {
     "parts of a sum that are left out": Bug("gemm.cu", "s < splits; s++", "s < 2; s++", check_split_gemm),
     "a product's tickets are not given back": Bug("gemm.cu", "if (*last) *ticket = 0;", "", check_split_gemm),
     "pairs for tokens": Bug("gemm.cu", "order && GATED ? row / top_k", "false ? row / top_k", check_padding),
+    "s8: no barrier before a stage": Bug(
+        "gemm_s8.cu", "__syncthreads();  // this stage is there for all, and all have left the one before", "", check_s8
+    ),
+    "s8: a stage not waited for": Bug("gemm_s8.cu", "copies_wait<STAGES - 2>()", "copies_wait<STAGES - 1>()", check_s8),
+    "s8: the stage in use is loaded": Bug("gemm_s8.cu", "(stage ? stage - 1 : STAGES - 1)", "stage", check_s8),
+    "s8: halves of a swapped": Bug("gemm_s8.cu", "{%4,%5,%6,%7}", "{%5,%4,%6,%7}", check_s8),
+    "s8: inputs of the other half": Bug("gemm_s8.cu", "(x_at ^ part * 32)", "(x_at ^ 32 - part * 32)", check_s8),
+    "s8: weights of the neighbour": Bug("gemm_s8.cu", "a[m], b + 2)", "a[m], b)", check_s8),
+    "s8: the gate for both": Bug("gemm_s8.cu", "j + NTILES / 2 * GATED", "j", check_s8),
+    "s8: up with the gate's scale": Bug("gemm_s8.cu", "scales, bias, n + output)", "scales, bias, output)", check_s8),
+    "s8: the scale of another row": Bug("gemm_s8.cu", "x_scales[row];\n        *", "x_scales[0];\n        *", check_s8),
+    "s8: rows past the end": Bug("gemm_s8.cu", "if (row >= num_rows) continue;", "", check_s8),
+    "s8: columns past the end": Bug("gemm_s8.cu", "if (column >= n) continue;", "", check_s8),
+    "s8: rows that are not there are read": Bug("gemm_s8.cu", "ok = i * 32 < own.rows_left", "ok = true", check_s8),
+    "s8: inputs of the first part": Bug("gemm_s8.cu", "own_pieces(x + begin * BK,", "own_pieces(x,", check_split_s8),
+    "s8: parts of a sum that are left out": Bug("gemm_s8.cu", "s < splits; s++", "s < 2; s++", check_split_s8),
+    "s8: tickets are not given back": Bug("gemm_s8.cu", "if (*last) *ticket = 0;", "", check_split_s8),
+    "tokens: a NaN is the least": Bug("quant.cu", "v.x[i] >> 16 & 0x7fffu", "v.x[i] >> 16 & 0x7f7fu", check_tokens),
+    "tokens: signs count": Bug("quant.cu", "max(v.x[i] & 0x7fffu,", "max(v.x[i] & 0xffffu,", check_tokens),
+    "tokens: no barrier": Bug(
+        "quant.cu", f"= largest;\n  __syncthreads();\n{OF_ALL_WARPS}", f"= largest;\n{OF_ALL_WARPS}", check_tokens
+    ),
+    "tokens: the scale of a warp": Bug("quant.cu", OF_ALL_WARPS, "  const", check_tokens),
     "w4: no barrier before a stage": Bug(
         "gemm_w4.cu", "__syncthreads();  // this stage is there for all, and all have left the one before", "", check_w4
     ),
@@ -279,11 +328,12 @@ BUGS = ATTENTION_BUGS | {
     "fp8: no subnormal numbers": Bug("kv_write.cu", "magnitude < 0x3c800000u", "magnitude == 0u", check_fp8_write),
     "padding counts": Bug("moe.cu", "held[j] == expert_of(warp, i)));", "held[j] <= i * 32 + warp));", check_padding),
 }  # fmt: skip
-DEFAULT = [name for name, bug in BUGS.items() if bug.source not in ("paged_attn.cu", "gemm.cu", "gemm_w4.cu")] + [
+MANY_BUGS = ("paged_attn.cu", "gemm.cu", "gemm_s8.cu", "gemm_w4.cu")
+DEFAULT = [name for name, bug in BUGS.items() if bug.source not in MANY_BUGS] + [
     "no barrier before probabilities", "mma: halves of b swapped", "a token sees the next",
     "tickets are not given back", "no barrier before a stage", "x in another order", "pairs for tokens",
     "int8: queries in plain order", "fp8: another bias", "w4: no barrier before a stage", "w4: a group too late",
-    "w4: tickets are not given back",
+    "w4: tickets are not given back", "s8: no barrier before a stage", "s8: halves of a swapped",
 ]  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from trio_llm.model.sampling import counter_rng
 
 EPS = 1e-6
 GRAPH_BOUND = 32768  # tokens
+SOURCES_BY_ROWS = ((gemv.MAX_ROWS, "gemv.cu"), (64, "gemm.cu"))  # of int8 weights; beyond, gemm_s8.cu
 
 
 @attrs.frozen
@@ -128,15 +129,15 @@ def _attend(case: Case, device: torch.device) -> tuple[Call, Mapping[str, peers.
 
 def _linear(*, small: bool) -> Iterator[Bench]:
     """Every linear layer, as the engine runs it: 16-bit ones of more rows than a GEMV takes are cuBLAS's alone."""
-    for rows in (1, 16) if small else (1, 8, 16, 64, 4, 128):
+    for rows in (1, 16, 72) if small else (1, 8, 16, 64, 4, 128, 2048):
         for model, shape in (SMALL if small else MODELS).items():
             for name, inputs, outputs, gated in shape.linears():
                 for int8 in (False, True) if rows <= gemv.MAX_ROWS else (True,):
                     label = f"{name} of {model}, {rows} rows{', int8' if int8 else ''}"
                     num_bytes = inputs * outputs * (1 if int8 else 2)
-                    source = "gemv.cu" if rows <= gemv.MAX_ROWS else "gemm.cu"
+                    source = next((name for most, name in SOURCES_BY_ROWS if rows <= most), "gemm_s8.cu")
                     target = Target("of floor", 0.55, 0.7) if int8 else Target("of floor", 0.75, 0.85)
-                    if source == "gemm.cu":
+                    if source != "gemv.cu":
                         target = Target("times", 1, 1.1, versus="cuBLAS")
                     build = partial(_product, rows, inputs, outputs, int8, gated)
                     yield Bench(source, label, num_bytes, 2 * rows * inputs * outputs, target, build)

@@ -11,7 +11,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from cuda_kernels import act, gemm, gemm_w4, gemv, kv_write, moe, norm, quant, sample, step
+from cuda_kernels import act, gemm, gemm_s8, gemm_w4, gemv, kv_write, moe, norm, quant, sample, step
 from tools.kernel_lab.attention import CASES, LARGE, MATRIX, make
 from trio_llm.model.ops import torch_reference as ops_torch
 from trio_llm.model.ops.matrices import Blocks, Dense, Experts, Tiles
@@ -152,6 +152,13 @@ def _quant(device: torch.device, dtype: torch.dtype, scale: int) -> Iterator[Che
 
     yield Check("quant.cu", f"quantize_rows {dtype}", lambda: quantised(quant.quantize_rows),
                 lambda: quantised(ops_torch.quantize_rows))  # fmt: skip
+    yield Check("quant.cu", f"quantize_tokens {dtype}", lambda: quant.quantize_tokens(x), lambda: round_tokens(x))
+
+
+def round_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `quant.quantize_tokens` must, bit for bit."""
+    scale = (x.float().abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    return (x.float() * (1 / scale)[:, None]).round().to(torch.int8), scale
 
 
 def _gemv(device: torch.device, dtype: torch.dtype, scale: int) -> Iterator[Check]:
@@ -181,6 +188,15 @@ def _gemm(device: torch.device, dtype: torch.dtype, scale: int) -> Iterator[Chec
         x = _random(device, dtype, rows, 64 * scale)
         yield Check("gemm.cu", f"{rows} rows {dtype}", lambda x=x: (gemm.linear(x, q, scales),),
                     lambda x=x: (x.double() @ q.double().T * scales.double(),))  # fmt: skip
+
+
+def _gemm_s8(device: torch.device, dtype: torch.dtype, scale: int) -> Iterator[Check]:
+    """More rows than a tile, and few enough blocks that they share the inputs."""
+    _, q, scales = _weights(device, dtype, 64 * scale, 32 * scale)
+    for rows in (70,) if scale == 1 else (70, 300, 3000):
+        x = round_tokens(_random(device, dtype, rows, 64 * scale))
+        yield Check("gemm_s8.cu", f"{rows} rows {dtype}", lambda x=x: (gemm_s8.linear(*x, q, scales),),
+                    lambda x=x: ((x[0] * x[1].double()[:, None]) @ q.double().T * scales.double(),))  # fmt: skip
 
 
 def _gemm_w4(device: torch.device, dtype: torch.dtype, scale: int) -> Iterator[Check]:
@@ -341,6 +357,7 @@ MAKERS: dict[str, Callable[[torch.device, int], Iterator[Check]]] = {
     "act.cu": _both_types(_act),
     "sample.cu": _sample,
     "gemm.cu": _both_types(_gemm),
+    "gemm_s8.cu": _both_types(_gemm_s8),
     "gemm_w4.cu": _both_types(_gemm_w4),
     "moe.cu": _both_types(_experts),
     "quant.cu": _both_types(_quant),

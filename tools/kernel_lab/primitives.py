@@ -36,6 +36,7 @@ def checks(device: Device) -> Iterator[tuple[str, Callable[[], dict[str, float]]
         name = ("bfloat16", "float16")[fp16]
         yield f"tensor cores {name}", lambda fp16=fp16: check_product(device, fp16)
         yield f"roundings {name}", lambda fp16=fp16: check_roundings(device, fp16)
+    yield "tensor cores int8", lambda: check_product_s8(device)
     yield "asynchronous copies", lambda: check_copies(device)
     yield "approximations", lambda: check_approximations(device)
 
@@ -112,6 +113,18 @@ def check_product(device: Device, fp16: int) -> dict[str, float]:
     exact = a.float() @ b.float()
     require(torch.equal(out.cpu(), exact), "a product differs")
     require(torch.equal(out_t.cpu(), exact), "a product with the transpose differs")
+    return {"error": 0.0}
+
+
+def check_product_s8(device: Device) -> dict[str, float]:
+    """Multiply every int8, and add to sums that come near the ends of the range."""
+    torch.manual_seed(0)
+    a, bt = (torch.randint(-128, 128, (rows, 32), dtype=torch.int8) for rows in (16, 8))
+    c = torch.randint(-(2**31) + 2**20, 2**31 - 2**20, (16, 8), dtype=torch.int32)
+    out = torch.zeros(16, 8, dtype=torch.int32, device=device.torch_device)
+    given = [x.to(device.torch_device) for x in (a, bt, c)]
+    kernel("primitives.cu", "product_s8")((1, 1, 1), (32, 1, 1), 1024, *given, out)
+    require(torch.equal(out.cpu().long(), a.long() @ bt.long().T + c.long()), "a product of int8 differs")
     return {"error": 0.0}
 
 

@@ -9,6 +9,7 @@ from itertools import product
 import attrs
 
 from cuda_kernels.compile import CompileError, Usage
+from cuda_kernels.gemm_s8 import STAGES
 from cuda_kernels.launch import Kernel, kernel
 from cuda_kernels.paged_attn import Device, choose_tile
 from tools.ptx_simulator.program import parse
@@ -22,12 +23,14 @@ _COPY16, _LOAD16, _LOAD16_CACHED = "cp.async.cg.shared.global", "ld.global.L1__n
 NEEDED = {
     "paged_attention": (_MMA, _LDMATRIX + ".shared", _LDMATRIX + ".trans", _COPY16, _LOAD16, "st.global.v4"),
     "grouped_linear": (_MMA, _LDMATRIX, _COPY16),
+    "gemm_s8": ("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32", _LDMATRIX, _COPY16),
     "gemm_w4": (_MMA, _LDMATRIX, _COPY16, "lop3"),
     "gemv": (_LOAD16, _LOAD16_CACHED),
     "rms_norm": (_LOAD16, "st.global.v4"),
     "add_rms_norm": (_LOAD16, "st.global.v4"),
     "act_and_mul": (_LOAD16, "st.global.v4"),
     "quantize_rows": (_LOAD16_CACHED,),
+    "quantize_tokens": (_LOAD16_CACHED,),
     "read_all": (_LOAD16,),
 }
 KV_KINDS = ((0, 0), (1, 0), (1, 1))  # keys and values of 8 bits or not, and of e4m3
@@ -121,27 +124,25 @@ def others() -> list[Kernel]:
             kernel("moe.cu", entry, BM=rows, NUM_EXPERTS=128, TOP_K=8, IO_FP16=fp16)
             for entry, rows, fp16 in product(("route", "sort_pairs", "combine"), (16, 64), flag)
         ),
-        *(
-            kernel(
-                "gemm.cu",
-                "grouped_linear",
-                BM=rows,
-                INT8=int8,
-                GATED=gated,
-                GELU=0,
-                STAGES=stages,
-                SPLIT=split,
-                IO_FP16=fp16,
-            )
-            for (rows, int8, stages, splits), gated, fp16 in product(GEMMS, flag, flag)
-            for split in splits
-        ),
+        *_gemms(),
         *_w4(),
         *(kernel("primitives.cu", "primitives", IO_FP16=fp16) for fp16 in flag),
         kernel("step.cu", "prepare_step"),
-        *(kernel("quant.cu", "quantize_rows", IO_FP16=fp16) for fp16 in flag),
+        *(
+            kernel("quant.cu", entry, IO_FP16=fp16)
+            for entry, fp16 in product(("quantize_rows", "quantize_tokens"), flag)
+        ),
         *(kernel("sample.cu", entry, THREADS=512) for entry in ("sample", "token_logprobs")),
     ]
+
+
+def _gemms() -> Iterator[Kernel]:
+    flag = (0, 1)
+    for (rows, int8, stages, splits), gated, fp16 in product(GEMMS, flag, flag):
+        own = {"BM": rows, "INT8": int8, "GATED": gated, "GELU": 0, "STAGES": stages, "IO_FP16": fp16}
+        yield from (kernel("gemm.cu", "grouped_linear", SPLIT=split, **own) for split in splits)
+    for gated, split, fp16 in product(flag, flag, flag):
+        yield kernel("gemm_s8.cu", "gemm_s8", GATED=gated, GELU=0, STAGES=STAGES, SPLIT=split, IO_FP16=fp16)
 
 
 def _w4() -> Iterator[Kernel]:

@@ -119,33 +119,49 @@ def _places(rows: int, columns: int, place: Any) -> NDArray[np.int64]:
     return place(row, column)
 
 
-# PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type": where element (row, column) lies.
+# PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type" and "mma.m16n8k32": where element (row, column)
+# lies. The second is the first with a byte for a half, and twice as many of them in a register.
 _A = _places(16, 16, lambda r, c: (r % 8 * 4 + c % 8 // 2) * 8 + c % 2 + 2 * (r // 8) + 4 * (c // 8))
 _B = _places(16, 8, lambda r, c: (c * 4 + r % 8 // 2) * 4 + r % 2 + 2 * (r // 8))
+_A_BYTES = _places(16, 32, lambda r, c: (r % 8 * 4 + c % 16 // 4) * 16 + c % 4 + 4 * (r // 8) + 8 * (c // 16))
+_B_BYTES = _places(32, 8, lambda r, c: (c * 4 + r % 16 // 4) * 8 + r % 4 + 4 * (r // 16))
 _C = _places(16, 8, lambda r, c: (r % 8 * 4 + c // 2) * 4 + c % 2 + 2 * (r // 8))
 _C_BACK = np.argsort(_C)
+# Shape, order, and types of the sum, of both factors and of what is added -> where the factors lie.
+_PRODUCTS: dict[tuple[str, ...], tuple[NDArray[np.int64], NDArray[np.int64]]] = {
+    ("m16n8k16", "row", "col", "f32", "bf16", "bf16", "f32"): (_A, _B),
+    ("m16n8k16", "row", "col", "f32", "f16", "f16", "f32"): (_A, _B),
+    ("m16n8k32", "row", "col", "s32", "s8", "s8", "s32"): (_A_BYTES, _B_BYTES),
+}
+
+
+def _numbers(registers: NDArray[Any], kind: str) -> NDArray[Any]:
+    """Return what registers hold, side by side."""
+    return registers.view(np.int8) if kind == "s8" else HALVES[kind][0](registers.view(np.uint16))
 
 
 @instruction("mma")
 def _mma(ins: Instruction, program: Program) -> Operate:
-    """Add a b to c, 16x16 times 16x8; the sum is made in float64 and rounded once."""
-    shape = ("sync", "aligned", "m16n8k16", "row", "col", "f32")
-    if ins.modifiers[:6] != shape or ins.modifiers[6:] not in (("bf16", "bf16", "f32"), ("f16", "f16", "f32")):
+    """Add a b to c, 16 rows times 8 columns; the sum is made in float64, then rounded, or wrapped to an integer."""
+    if ins.modifiers[:2] != ("sync", "aligned") or ins.modifiers[2:] not in _PRODUCTS:
         raise UnsupportedError(ins.text)
-    expand = HALVES[ins.modifiers[6]][0]
+    a_places, b_places = _PRODUCTS[ins.modifiers[2:]]
+    factors, kind = ins.modifiers[-2], ins.modifiers[-1]
+    k = len(b_places) // 8
     destination, a, b, c = operands(ins, 4)
     if [len(items(x)) for x in (destination, a, b, c)] != [4, 4, 2, 4]:
         raise UnsupportedError(ins.text)
     reads_a, reads_b = _readers(a, "b32", program), _readers(b, "b32", program)
-    reads_c = _readers(c, "f32", program)
-    writes = [writer(part, "f32", program) for part in items(destination)]
+    reads_c = _readers(c, kind, program)
+    writes = [writer(part, kind, program) for part in items(destination)]
 
     def run(m: Machine, lanes: Lanes) -> None:
         count = m.require_whole_warps(lanes, ins.text)
-        left = expand(_gather(m, lanes, reads_a).view(np.uint16)).reshape(count, 256)[:, _A].reshape(count, 16, 16)
-        right = expand(_gather(m, lanes, reads_b).view(np.uint16)).reshape(count, 128)[:, _B].reshape(count, 16, 8)
+        left = _numbers(_gather(m, lanes, reads_a), factors).reshape(count, -1)[:, a_places].reshape(count, 16, k)
+        right = _numbers(_gather(m, lanes, reads_b), factors).reshape(count, -1)[:, b_places].reshape(count, k, 8)
         sums = _gather(m, lanes, reads_c).reshape(count, 128)[:, _C].reshape(count, 16, 8)
-        result = (left.astype(np.float64) @ right.astype(np.float64) + sums).astype(np.float32)
+        wide = left.astype(np.float64) @ right.astype(np.float64) + sums
+        result = wide.astype(np.float32) if kind == "f32" else wide.astype(np.int64).astype(np.int32)
         values = result.reshape(count, 128)[:, _C_BACK].reshape(-1, 4)
         for i, write in enumerate(writes):
             write(m, lanes, np.ascontiguousarray(values[:, i]))

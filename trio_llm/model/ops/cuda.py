@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cuda_kernels import act, gemm, gemm_w4, gemv, kv_write, norm, paged_attn, quant, step
+from cuda_kernels import act, gemm, gemm_s8, gemm_w4, gemv, kv_write, norm, paged_attn, quant, step
 from cuda_kernels import moe as experts_on_gpu
 from cuda_kernels import sample as choosing
 from cuda_kernels.tuning import tuning
@@ -25,8 +25,9 @@ from trio_llm.model.paged.rope import Rope
 NAME = "cuda"
 # The reason for calling a library instead of a kernel.
 FOR_CUBLAS = "many rows"
+FOR_WIDENED = "many rows, INT8 weights widened"
 FOR_SCALED_PRODUCT = "FP8 weights"
-LIBRARIES = {FOR_CUBLAS: "cublas", FOR_SCALED_PRODUCT: "torch"}
+LIBRARIES = {FOR_CUBLAS: "cublas", FOR_WIDENED: "cublas", FOR_SCALED_PRODUCT: "torch"}
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -59,9 +60,7 @@ def linear(x: Tensor, matrix: Dense | Int8 | Tiles | Fp8) -> Tensor:
         return gemv.linear(x, matrix.weight, scale=scale, bias=matrix.bias)
     if isinstance(matrix, Dense):
         return ops_torch.linear(x, matrix)
-    if _tiled(x, matrix):
-        return gemm.linear(x, matrix.weight, matrix.scale, bias=matrix.bias)
-    return _widened_linear(x, matrix)
+    return _int8_linear(x, matrix, None) if _has_kernel(x, matrix) else _widened_linear(x, matrix)
 
 
 def gated_linear(x: Tensor, gate_up: Dense | Int8 | Tiles | Fp8, kind: Activation) -> Tensor:
@@ -72,8 +71,8 @@ def gated_linear(x: Tensor, gate_up: Dense | Int8 | Tiles | Fp8, kind: Activatio
     elif not isinstance(gate_up, Fp8) and len(x) <= gemv.MAX_ROWS:
         scale = gate_up.scale if isinstance(gate_up, Int8) else None
         return gemv.linear(x, gate_up.weight, scale=scale, bias=gate_up.bias, activation=kind)
-    if isinstance(gate_up, Int8) and _tiled(x, gate_up):
-        return gemm.linear(x, gate_up.weight, gate_up.scale, bias=gate_up.bias, activation=kind)
+    if isinstance(gate_up, Int8) and _has_kernel(x, gate_up):
+        return _int8_linear(x, gate_up, kind)
     product = linear(x, gate_up)
     activate = ops_torch.act_and_mul if act.supports(product) else act.act_and_mul
     return activate(product, kind)
@@ -101,12 +100,22 @@ def _tiles_product(x: Tensor, matrix: Tiles, kind: Activation | None) -> Tensor:
     )
 
 
-def _tiled(x: Tensor, matrix: Int8) -> bool:
-    return gemm.supports(x, matrix.weight) is None
+def _has_kernel(x: Tensor, matrix: Int8) -> bool:
+    """Return whether more rows than a GEMV takes have a kernel: the one for many rounds them to 8 bits."""
+    if gemm.supports(x, matrix.weight) is None:
+        return True
+    return not matrix.exact and gemm_s8.supports(x, matrix.weight) is None
+
+
+def _int8_linear(x: Tensor, matrix: Int8, kind: Activation | None) -> Tensor:
+    weight, scale, bias = matrix.weight, matrix.scale, matrix.bias
+    if gemm.supports(x, weight) is None:
+        return gemm.linear(x, weight, scale, bias=bias, activation=kind)
+    return gemm_s8.linear(*quant.quantize_tokens(x), weight, scale, bias=bias, activation=kind)
 
 
 def _widened_linear(x: Tensor, matrix: Int8) -> Tensor:
-    """Multiply with cuBLAS, widening the weights a part at a time."""
+    """Multiply with cuBLAS, widening the weights a part at a time: where activations may not be rounded."""
     rows = max(1, tuning(x.device).widened_elements // x.shape[1])
     parts = zip(matrix.weight.split(rows), matrix.scale.split(rows), strict=True)
     out = [_scaled_product(x, weight.to(x.dtype), scale) for weight, scale in parts]
@@ -221,7 +230,9 @@ def _linear(x: Tensor, matrix: Dense | Int8 | Tiles | Fp8) -> str | None:
         return None if gemm_w4.supports(x) is None else FOR_CUBLAS
     if len(x) <= gemv.MAX_ROWS:
         return gemv.supports(x, matrix.weight)
-    return None if isinstance(matrix, Int8) and _tiled(x, matrix) else FOR_CUBLAS
+    if isinstance(matrix, Dense):
+        return FOR_CUBLAS
+    return None if _has_kernel(x, matrix) else FOR_WIDENED
 
 
 def _normed_linear(
