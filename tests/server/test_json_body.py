@@ -201,6 +201,47 @@ def test_paths_name_the_place(kind: Any, body: dict[str, Any], param: str) -> No
 
 
 @pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        (ChatBody, {"temperature": 5}, "'temperature': expected `float` <= 2.0, got 5."),
+        (ChatBody, {"top_p": 0}, "'top_p': expected `float` > 0.0, got 0."),
+        (ChatBody, {"n": "two"}, "'n': expected `int`, got `str`."),
+        (ChatBody, {"logit_bias": {"5": 101}}, "'logit_bias[...]': expected `float` <= 100.0."),
+        (ChatBody, {"messages": [{"role": "user"}, {"role": "bot"}]},
+         "'messages[1].role': 'bot' is none of 'assistant', 'developer', 'system', 'tool', 'user'."),
+        (ChatBody, {"tool_choice": "any"}, "'tool_choice': 'any' is none of 'auto', 'none', 'required'."),
+        (ChatBody, {"response_format": {"type": "j" * 99}},
+         f"'response_format.type': '{'j' * 64}' is none of 'json_object', 'json_schema', 'text'."),
+        (ChatBody, {"tools": [{"type": "custom", "custom": {"name": "f", "format": {"type": "regex"}}}]},
+         "'tools[0].custom.format.type': 'regex' is none of 'text', 'grammar'."),
+        (CountTokensBody, {"messages": [{"role": "bot", "content": "a"}]},
+         "'messages[0].role': 'bot' is none of 'assistant', 'system', 'user'."),
+    ],
+)  # fmt: skip
+def test_an_error_names_the_value_and_what_is_allowed(kind: Any, fields: dict[str, Any], message: str) -> None:
+    """A number out of range is named beside the bound, an unknown word beside the ones that there are."""
+    with pytest.raises(InvalidRequestError) as caught:
+        parse_body(json.dumps({**CHAT, **fields}).encode(), kind, LIMITS)
+    assert caught.value.message == f"Invalid value for {message}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "hint"),
+    [
+        (ChatBody, "guided_json", "; use 'structured_outputs'."),
+        (ChatBody, "functions", "; use 'tools'."),
+        (CountTokensBody, "guided_json", "."),  # It has no structured_outputs.
+        (ChatBody, "vllm_xargs", "."),
+    ],
+)
+def test_a_refused_field_names_the_one_that_takes_its_place(kind: Any, field: str, hint: str) -> None:
+    """The hint is the endpoint's own field; where it has none there is no hint."""
+    with pytest.raises(InvalidRequestError) as caught:
+        parse_body(json.dumps({**CHAT, field: [{}]}).encode(), kind, LIMITS)
+    assert caught.value.message == f"'{field}' is not supported by this server{hint}"
+
+
+@pytest.mark.parametrize(
     ("field", "neutral", "meant"),
     [
         ("tools", None, []),

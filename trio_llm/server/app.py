@@ -266,7 +266,9 @@ def _from_werkzeug(error: HTTPException) -> HttpError:
     status = error.code or 500
     if status == 404:
         path = request.path[:100]
-        return HttpError(404, f"There is no {path!r} here. OpenAI's API is under /v1, e.g. POST /v1/chat/completions.")
+        under_v1 = "OpenAI's API is under /v1, e.g. POST /v1/chat/completions."
+        hint = "GET /docs lists what there is." if path.startswith("/v1/") else under_v1
+        return HttpError(404, f"There is no {path!r} here. {hint}")
     if status == 405:
         allowed = ", ".join(sorted(getattr(error, "valid_methods", None) or ()))
         return HttpError(405, f"{request.method[:16]} is not allowed here, but: {allowed}.", headers={"Allow": allowed})

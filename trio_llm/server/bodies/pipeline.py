@@ -15,7 +15,8 @@ from trio_llm.config import LimitsConfig
 from trio_llm.server.bodies.foreign_fields import hinted_fields, unsupported_fields
 from trio_llm.server.bodies.foreign_tools import drop_foreign_tools
 from trio_llm.server.bodies.size_limits import check_amounts
-from trio_llm.server.bodies.strict_json import field_error, parse_object
+from trio_llm.server.bodies.strict_json import parse_object
+from trio_llm.server.bodies.type_errors import field_error
 from trio_llm.server.bodies.unknown_fields import ExtraField, check_fields
 
 Body = TypeVar("Body", bound=Struct)
@@ -38,6 +39,6 @@ def parse_body(data: bytes, kind: type[Body], limits: LimitsConfig) -> tuple[Bod
     try:
         body = msgspec.convert(given, kind)
     except msgspec.ValidationError as error:
-        raise field_error(error) from None
+        raise field_error(error, given, kind) from None
     check_amounts(body, limits)
     return body, (*foreign, *extras)

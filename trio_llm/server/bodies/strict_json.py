@@ -8,8 +8,6 @@ import re
 from functools import cache
 from typing import Any, NoReturn, cast
 
-import msgspec
-
 from trio_llm.config import LimitsConfig
 from trio_llm.errors import InvalidRequestError
 from trio_llm.server.bodies.size_limits import too_much
@@ -22,7 +20,6 @@ _NEXT_BRACKET = re.compile(_OTHER + rb"(?:" + _STRING + _OTHER + rb"){0,4096}+([
 _STRING_OR_KEY = re.compile(_STRING + rb"(\s*+:)?", re.DOTALL)
 _DIGITS_TO_ZERO = bytes.maketrans(b"123456789", b"000000000")
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
-_AT_PATH = re.compile(r"(?P<what>.*?)(?: - at (?:`key` in )?`\$\.?(?P<path>.*)`)?", re.DOTALL)
 
 
 def parse_object(body: bytes, limits: LimitsConfig) -> dict[str, Any]:
@@ -50,17 +47,6 @@ def parse_object(body: bytes, limits: LimitsConfig) -> dict[str, Any]:
     if _SURROGATE_ESCAPE.search(body):
         _check_unicode(cast(Any, value), "")
     return cast("dict[str, Any]", value)
-
-
-def field_error(error: msgspec.ValidationError) -> InvalidRequestError:
-    """Return msgspec's error as one that names the path of the field."""
-    match = _AT_PATH.fullmatch(str(error))
-    what, path = (match["what"], match["path"]) if match else (str(error), None)
-    if missing := re.fullmatch(r"Object missing required field `(\w+)`", what):
-        path = f"{path}.{missing[1]}" if path else missing[1]
-        return InvalidRequestError(f"Missing required parameter: '{path}'.", param=path)
-    what = what.replace(" | null", "")
-    return InvalidRequestError(f"Invalid value for '{path}': {what[0].lower()}{what[1:]}.", param=path)
 
 
 def check_nesting(body: bytes, limits: LimitsConfig) -> None:

@@ -26,6 +26,15 @@ MAX_UNKNOWN = 100
 Neutral: TypeAlias = Mapping[str, tuple[Any, ...]]
 """Field -> its neutral values, which need no warning."""
 
+_INSTEAD = {
+    "guided_json": "structured_outputs",
+    "guided_regex": "structured_outputs",
+    "guided_choice": "structured_outputs",
+    "guided_grammar": "structured_outputs",
+    "functions": "tools",
+    "function_call": "tool_choice",
+}
+
 
 @attrs.frozen
 class ExtraField:
@@ -61,7 +70,9 @@ def check_fields(
     extras = extra_fields(value, kind, refused, hints)
     for extra in extras:
         if extra.kind == "refused":
-            raise InvalidRequestError(f"'{extra.path}' is not supported by this server.", param=extra.path)
+            instead = _INSTEAD.get(extra.path)
+            hint = f"; use '{instead}'" if instead in _layout(kind)[0] else ""
+            raise InvalidRequestError(f"'{extra.path}' is not supported by this server{hint}.", param=extra.path)
         if extra.kind == "part":
             raise InvalidRequestError(f"'{extra.path}': only parts of text are supported.", param=extra.path)
     for extra in extras:
