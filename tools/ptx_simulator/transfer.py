@@ -208,6 +208,9 @@ def _atomic(ins: Instruction, program: Program) -> Operate:
     def run(m: Machine, lanes: Lanes) -> None:
         addresses, values = where(m, lanes), np.broadcast_to(read(m, lanes), m.size(lanes))
         numbers = m.lanes[lanes]
+        if "add" in functions and kind[0] in "su":
+            write(m, lanes, _add_in_turn(m, space, numbers, addresses, values, ins.text))
+            return
         old = np.empty(len(addresses), TYPES[kind])
         for i in range(len(addresses)):
             lane, one = numbers[i : i + 1], addresses[i : i + 1]
@@ -217,6 +220,28 @@ def _atomic(ins: Instruction, program: Program) -> Operate:
         write(m, lanes, old)
 
     return run
+
+
+def _add_in_turn(
+    m: Machine, space: str, numbers: Integers, addresses: Integers, values: NDArray[Any], text: str
+) -> NDArray[Any]:
+    """Add integers, and return what each lane found: of the lanes at one place, each the sum of those before it."""
+    item = values.dtype.itemsize
+    blocks = m.block_of[numbers] if space == "shared" else np.zeros_like(numbers)
+    order = np.lexsort((addresses, blocks))  # stable: lanes of a place stay in their order
+    numbers, places, added = numbers[order], np.stack([blocks, addresses])[:, order], values[order]
+    first = np.flatnonzero(np.concatenate([[True], (places[:, 1:] != places[:, :-1]).any(0)]))
+    there = _read(m, space, numbers[first], places[1, first], item, item, text).view(values.dtype)[:, 0]
+    until = np.cumsum(added, dtype=values.dtype)
+    before = until - added
+    counts = np.diff(np.append(first, len(added)))
+    old = before + np.repeat(there - before[first], counts)
+    last = first + counts - 1
+    new = (old[last] + added[last])[:, None].view(f"u{item}")
+    _write(m, space, numbers[first], places[1, first], new, text)
+    found = np.empty_like(old)
+    found[order] = old
+    return found
 
 
 @instruction("membar", "fence")
