@@ -7,9 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cuda_kernels.gemm import choose_splits, split
 from cuda_kernels.launch import Kernel, kernel
+from cuda_kernels.paged_attn import device_of
+from cuda_kernels.tickets import take_tickets
+from cuda_kernels.tuning import tuning
 
 THREADS = 512
+LOGPROB_LOGITS = 16384  # of a block of token_logprobs
+HISTOGRAM_WORDS = 2048 * 5 // 2  # of 8 bytes, as in sample_histogram.cuh
 NOT_FINITE, NOTHING_LEFT = -1, -2  # in place of a token id
 
 
@@ -43,6 +49,13 @@ class Edits(NamedTuple):
     masks: Tensor
 
 
+def share_row(logits: Tensor, wanted: int) -> tuple[int, int]:
+    """Return how many tokens of a row each block takes, and how many blocks there are: at most `wanted`."""
+    least = tuning(logits.device).block_logits
+    steps, blocks = split(-(-logits.shape[1] // least), wanted)
+    return steps * least, blocks
+
+
 def sample(
     logits: Tensor, params: Tensor | None, keys: Tensor | None, hashes: Tensor, edits: Edits | None = None
 ) -> Tensor:
@@ -58,23 +71,40 @@ def sample(
         ids [R] int64: NOT_FINITE where a row of logits was not, NOTHING_LEFT where its edits left no token.
     """
     rows, vocab = logits.shape
+    words = edits.masks.shape[1] if edits else 0
+    span, blocks = share_row(logits, choose_splits(rows, device_of(logits.device)))
     ids = logits.new_empty(rows, dtype=torch.int64)
-    own, words = edits or (None,) * 7, edits.masks.shape[1] if edits else 0
-    _kernel("sample")(
-        (rows, 1, 1), (THREADS, 1, 1), THREADS // 4, logits, params, keys, hashes, *own, ids, vocab, words
+    parts = tickets = histograms = None
+    if blocks > 1:
+        parts, tickets = ids.new_empty(rows, blocks, 2), take_tickets(logits.device, rows)
+        histograms = None if params is None else ids.new_empty(rows, HISTOGRAM_WORDS)
+    grid, block = (rows, blocks, 1), (THREADS, 1, 1)
+    _kernel("likeliest")(
+        grid, block, THREADS // 4, logits, *(edits or (None,) * 7), parts, histograms, tickets, ids, vocab, words, span
     )
+    if params is not None:
+        starts, masks = (edits.starts, edits.masks) if edits else (None, None)
+        _kernel("draw")(
+            grid, block, HISTOGRAM_WORDS * 8 + THREADS // 2 + 8,
+            logits, params, keys, hashes, starts, masks, histograms, tickets, ids, vocab, words, span,
+        )  # fmt: skip
     return ids
 
 
 def token_logprobs(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Return the log-probability [R] of tokens ids [R] and their rank [R] int64, 1 for the most likely."""
     rows, vocab = logits.shape
+    # As many blocks whatever the rows: how sums of floats are rounded must not depend on batch mates.
+    span, blocks = share_row(logits, max(1, vocab // LOGPROB_LOGITS))
     logprobs, ranks = logits.new_empty(rows), logits.new_empty(rows, dtype=torch.int64)
-    args = (logits, ids, logprobs, ranks, vocab)
-    _kernel("token_logprobs")((rows, 1, 1), (THREADS, 1, 1), THREADS // 4, *args)
+    parts = tickets = None
+    if blocks > 1:
+        parts, tickets = logits.new_empty(rows, blocks, 4), take_tickets(logits.device, rows)
+    args = (logits, ids, parts, tickets, logprobs, ranks, vocab, span)
+    _kernel("token_logprobs")((rows, blocks, 1), (THREADS, 1, 1), THREADS // 4, *args)
     return logprobs, ranks
 
 
 def _kernel(entry: str) -> Kernel:
-    """Return an entry point; a block's scratch is 8 bytes a warp."""
+    """Return an entry point; a block's scratch is 8 bytes a warp, or twice that beside a histogram."""
     return kernel("sample.cu", entry, THREADS=THREADS)

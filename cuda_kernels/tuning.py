@@ -21,6 +21,7 @@ class Tuning:
         expert_bytes: The same of experts, where several blocks share a multiprocessor.
         expert_rows: Tokens an expert can expect, above which its tiles have 64 rows instead of 16.
         widened_elements: Weights widened for cuBLAS at a time.
+        block_logits: Fewest logits of a row that are worth a block.
         prologue_bytes: Most of a batch that every block of a product normalises anew; beyond it a launch costs less.
     """
 
@@ -32,16 +33,17 @@ class Tuning:
     expert_bytes: int
     expert_rows: int
     widened_elements: int
+    block_logits: int
     prologue_bytes: int
 
 
-#                waves keys rows  w4  gemm_bytes  expert_bytes  expert_rows  widened     prologue
+#                waves keys rows  w4  gemm_bytes  expert_bytes  expert_rows  widened     logits prologue
 BY_ARCHITECTURE = {
-    (8, 0): Tuning(2, 256, 64, 256, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 16 * 1024),
-    (8, 9): Tuning(2, 256, 64, 256, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 16 * 1024),
-    (9, 0): Tuning(2, 256, 64, 256, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 16 * 1024),
-    (10, 0): Tuning(2, 256, 64, 256, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 16 * 1024),
-    (12, 0): Tuning(2, 256, 64, 256, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 16 * 1024),
+    (8, 0): Tuning(2, 256, 64, 256, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 4096, 16 * 1024),
+    (8, 9): Tuning(2, 256, 64, 256, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 4096, 16 * 1024),
+    (9, 0): Tuning(2, 256, 64, 256, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 4096, 16 * 1024),
+    (10, 0): Tuning(2, 256, 64, 256, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 4096, 16 * 1024),
+    (12, 0): Tuning(2, 256, 64, 256, 96 * 1024, 48 * 1024, 16, 64 * 2**20, 4096, 16 * 1024),
 }  # fmt: skip
 _OLDEST, _SIMULATED = (8, 0), (9, 0)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 
+import pytest
 import torch
 from torch import Tensor
 
+from cuda_kernels import sample
+from cuda_kernels.gemm import split
 from cuda_kernels.launch import using
 from tools.kernel_lab.cases import poisoned
 from tools.ptx_simulator import SimulatedLauncher
@@ -35,6 +39,15 @@ def count(run: Callable[[], object]) -> Counters:
     with using(SimulatedLauncher(counters=counters)):
         run()
     return counters
+
+
+@contextmanager
+def sharing_rows(blocks: int, threads: int = 64) -> Generator[None]:
+    """Let so many small blocks share each row of logits: less to simulate than real ones, with every barrier."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "THREADS", threads)
+        patch.setattr(sample, "share_row", lambda logits, _: split(logits.shape[1], blocks))
+        yield
 
 
 def assert_close(actual: Tensor, expected: Tensor, *, slack: float = 1.0, of_largest: float = 0.0) -> None:

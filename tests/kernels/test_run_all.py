@@ -43,9 +43,10 @@ def test_a_fault_and_a_hang_cost_their_source_only(tmp_path: Path) -> None:
     others = {key: result for key, result in found.items() if "act.cu" not in key[1] and "quant.cu" not in key[1]}
     assert {phase for phase, _ in others} == {"machine", "prepare", "check", "time", "peers"}
     assert not any("failure" in result or "skipped" in result for result in others.values())
-    assert found["check", "sample.cu: greedy, plain, top 1"]["kernels"] == ["sample THREADS=512"]
+    kernels = found["check", "sample.cu: greedy, plain, filtered"]["kernels"]
+    assert kernels == ["likeliest THREADS=512", "draw THREADS=512"]
     entries = json.loads((tmp_path / "VERIFIED.simulated.json").read_text())
-    assert len(entries["sample.cu"]["specialisations"]) == 2 and entries["sample.cu"]["open"] == {}
+    assert len(entries["sample.cu"]["specialisations"]) == 3 and entries["sample.cu"]["open"] == {}
     assert entries["act.cu"]["specialisations"] == [] and len(entries["act.cu"]["open"]) == 4
     assert not (tmp_path / "VERIFIED.json").exists()
 

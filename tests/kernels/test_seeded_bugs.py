@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from cuda_kernels import compile as compiling
-from cuda_kernels import gemm, gemm_s8, gemm_w4, gemv, kv_write, moe, norm, quant, sample, tickets
+from cuda_kernels import gemm, gemm_s8, gemm_w4, gemv, kv_write, moe, norm, quant, tickets
 from tests.kernels.attention_bugs import ATTENTION_BUGS, Bug
 from tests.kernels.helpers import assert_close, simulate
+from tests.kernels.sample_bugs import SAMPLE_BUGS, check_draw
 from tests.kernels.test_kv_write import assert_rounded_as_torch
 from tools.kernel_lab.cases import all_checks, judge, round_tokens
 from tools.ptx_simulator import KernelFaultError, UnsupportedError
@@ -165,48 +166,13 @@ def check_padding() -> None:
         assert_close(out[token], torch.as_tensor(wanted), slack=12)
 
 
-def check_sample() -> None:
-    """Choose greedily, equals among the largest."""
-    logits = torch.randn(3, 5000)
-    logits[:, 3000] = logits[:, 4000] = 9.0
-    logits[0, 4000], logits[0, 3000] = 0.0, -0.0
-    logits[0, :3000] = logits[0, 3001:4000] = logits[0, 4001:] = -1.0
-    (ids,) = simulate(lambda: (sample.sample(logits, None, None, torch.zeros(5000, dtype=torch.int32)),))
-    assert ids.tolist() == [3000] * 3
-
-
-def check_edits() -> None:
-    """Choose greedily after edits: tokens 40 to 79 are biased in reverse, token 40 penalised too, 3 and 70 masked."""
-    logits = torch.zeros(2, 100)
-    logits[1, 3] = torch.nan
-    biased, seen = torch.arange(79, 39, -1).repeat(2), torch.tensor([40, 50])
-    biased[40:] += 100
-    bits = torch.full((2, 4), -1, dtype=torch.int32)
-    bits[:, 0] -= 1 << 3
-    starts = torch.tensor([[0, 1, 2], [0, 40, 80], [0, 2, 2], [0, 1, 2]], dtype=torch.int32)
-    penalties = torch.tensor([[2.0, 0], [4, 2], [0.25, 9], [0.5, 9]])
-    bias = torch.full((80,), 4.0)
-    bias[[39, 79]] = 30.0  # what token 40 is left with: 30 / 4 - 2 * 0.5 - 0.25
-    bias[8] = 6.2  # token 71, just below
-    masked = torch.tensor([70, 170])
-    edits = sample.Edits(starts, masked, biased, bias, seen, penalties, bits)
-
-    def run() -> tuple[Tensor, ...]:
-        edited = logits.clone()
-        return sample.sample(edited, None, None, torch.zeros(100, dtype=torch.int32), edits), edited
-
-    ids, edited = simulate(run)
-    assert ids.tolist() == [40, sample.NOT_FINITE]
-    assert edited[0, [40, 50, 70, 71, 72]].tolist() == pytest.approx([6.25, 2, -torch.inf, 6.2, 4])
-
-
 def rows(old: str, new: str) -> Bug:
     """Return a bug of products of more rows than two."""
     return Bug("gemv.cu", old, new, check_gemv_of_rows)
 
 
 OF_ALL_WARPS = "  largest = warp_max(scratch[threadIdx.x % (THREADS / 32)]);\n  const"
-BUGS = ATTENTION_BUGS | {
+BUGS = ATTENTION_BUGS | SAMPLE_BUGS | {
     "no barrier before a sum is read": Bug(
         "norm.cu", "= v;\n  __syncthreads();\n  float total", "= v;\n  float total", check_norm
     ),
@@ -253,19 +219,6 @@ BUGS = ATTENTION_BUGS | {
     "rows: bytes of another row": rows("a[i + 2] = pack_io(wide[2]", "a[3 - i] = pack_io(wide[2]"),
     "rows: an output past the end": rows("row >= rows || output >= n) return", "row >= rows) return"),
     "rows: wait for no kernel": rows("  wait_for_kernels_before();\n", ""),
-    "the last of equals": Bug("sample.cu", "(0xffffffffu - (u32)id)", "(u32)id", check_sample),
-    "scratch read too early": Bug(
-        "sample.cu", "= v;\n  __syncthreads();\n  v = scratch", "= v;\n  v = scratch", check_sample
-    ),
-    "negative zero is less": Bug("sample.cu", "row.logits[i] + 0.f", "row.logits[i]", check_sample),
-    "a mask hides a NaN": Bug("sample.cu", "finite = fabsf(from", "finite = true || fabsf(from", check_edits),
-    "penalties before bias": Bug(
-        "sample.cu", "+= bias[i];\n  __syncthreads();", "+= bias[i];", check_edits
-    ),
-    "presence of what the prompt holds": Bug("sample.cu", "count > 0.f ? presence : 0.f", "presence", check_edits),
-    "frequency and presence swapped": Bug(
-        "sample.cu", "presence = penalties[2 * num_seen + i]", "presence = penalties[3 * num_seen + i]", check_edits
-    ),
     "no barrier before a stage": Bug(
         "gemm.cu", "__syncthreads();  // this stage is there for all, and all have left the one before", "", check_gemm
     ),
@@ -329,11 +282,15 @@ BUGS = ATTENTION_BUGS | {
     "padding counts": Bug("moe.cu", "held[j] == expert_of(warp, i)));", "held[j] <= i * 32 + warp));", check_padding),
 }  # fmt: skip
 MANY_BUGS = ("paged_attn.cu", "gemm.cu", "gemm_s8.cu", "gemm_w4.cu")
-DEFAULT = [name for name, bug in BUGS.items() if bug.source not in MANY_BUGS] + [
+DEFAULT = [
+    name for name, bug in BUGS.items() if bug.source not in MANY_BUGS and bug.check is not check_draw
+] + [
     "no barrier before probabilities", "mma: halves of b swapped", "a token sees the next",
     "tickets are not given back", "no barrier before a stage", "x in another order", "pairs for tokens",
     "int8: queries in plain order", "fp8: another bias", "w4: no barrier before a stage", "w4: a group too late",
     "w4: tickets are not given back", "s8: no barrier before a stage", "s8: halves of a swapped",
+    "draw: a histogram is not cleared", "draw: tickets are not given back", "draw: a bucket is kept whole",
+    "draw: no barrier before buckets are added up",
 ]  # fmt: skip
 
 

@@ -326,24 +326,32 @@ def _quantised_write(device: torch.device, scale: int) -> tuple[Results, Results
 
 
 def _sample(device: torch.device, scale: int) -> Iterator[Check]:
-    vocab = 500 * scale
-    logits = torch.randn(3, vocab).to(device) * 3
+    """Of a real vocabulary on a GPU, where many blocks share a row."""
+    vocab = 500 if scale == 1 else 151_936
+    logits = torch.randn(5, vocab).to(device) * 3
     hashes = counter_rng.token_hashes(vocab).to(device)
-    keys = torch.tensor([[11, 7], [-5, 9], [3, 1]], dtype=torch.int32, device=device)
-    params = torch.tensor([[0.0, vocab, torch.inf, 0], [1, vocab, torch.inf, 0], [0.7, 1, 1, 0]], device=device)
+    keys = torch.tensor([[11, 7], [-5, 9], [3, 1], [8, 5], [-2, 3]], dtype=torch.int32, device=device)
+    filters = [(0, vocab, torch.inf), (1, vocab, torch.inf), (0.7, 1, 1), (0.7, 40, 0.9), (2, vocab, 0.8)]
+    params = torch.tensor([(*one, 0) for one in filters], device=device)
 
     def expect() -> tuple[Tensor, ...]:
         ids = logits.argmax(-1)
-        ids[1] = counter_rng.add_gumbel(logits[1:2] - logits[1].amax(), keys[1:2], hashes).argmax()
+        for row, (temperature, top_k, top_p) in enumerate(filters[1:], 1):
+            scores = (logits[row].double() - logits[row].amax()) / temperature
+            ordered = scores.sort(descending=True).values[:top_k]
+            mass = ordered.exp()
+            kept = scores >= ordered[mass.cumsum(0) - mass < top_p * mass.sum()][-1]
+            noisy = counter_rng.add_gumbel(scores.where(kept, -torch.inf)[None].float(), keys[row : row + 1], hashes)
+            ids[row] = noisy.argmax()
         return (ids,)
 
-    chosen = torch.tensor([0, vocab // 2, vocab - 1], device=device)
+    chosen = torch.tensor([0, 9, vocab // 2, vocab - 2, vocab - 1], device=device)
 
     def logprobs() -> tuple[Tensor, Tensor]:
         own = logits.gather(1, chosen[:, None])
         return logits.double().log_softmax(-1).gather(1, chosen[:, None])[:, 0], (logits > own).sum(1) + 1
 
-    yield Check("sample.cu", "greedy, plain, top 1", lambda: (sample.sample(logits, params, keys, hashes),), expect)
+    yield Check("sample.cu", "greedy, plain, filtered", lambda: (sample.sample(logits, params, keys, hashes),), expect)
     yield Check("sample.cu", "log-probabilities and ranks", lambda: sample.token_logprobs(logits, chosen), logprobs)
 
 

@@ -132,7 +132,7 @@ def others() -> list[Kernel]:
             kernel("quant.cu", entry, IO_FP16=fp16)
             for entry, fp16 in product(("quantize_rows", "quantize_tokens"), flag)
         ),
-        *(kernel("sample.cu", entry, THREADS=512) for entry in ("sample", "token_logprobs")),
+        *(kernel("sample.cu", entry, THREADS=512) for entry in ("likeliest", "draw", "token_logprobs")),
     ]
 
 

@@ -82,7 +82,7 @@ class Sampler:
         self._hashes = token_hashes(vocab_size).to(device)
 
     def sample(self, logits: Tensor, batch: SamplingBatch) -> Sampled:
-        """Sample one token per row; on a GPU by one kernel, and without waiting for it.
+        """Sample one token per row; on a GPU by two kernels, and without waiting for it.
 
         The kernel chooses the reference's tokens unless rounding decides: two noisy scores, or a score and a cut, may
         differ by less than float32 resolves.
