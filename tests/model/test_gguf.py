@@ -69,7 +69,9 @@ def test_every_format_is_widened_as_the_library_does(name: str, tmp_path: Path) 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trio_llm.model.checkpoint.gguf._CHUNK_ELEMENTS", 2 * columns)
         reader = checkpoint.open()
-        torch.testing.assert_close(reader.read(info), torch.from_numpy(expected), rtol=0, atol=0)
+        found = reader.read(info)
+        torch.testing.assert_close(found.float(), torch.from_numpy(expected), rtol=0, atol=0)
+    assert found.dtype == {"F16": torch.float16, "BF16": torch.bfloat16}.get(name, torch.float32)
     if info.template is None:
         assert name in ("F32", "F16", "BF16")
     else:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import logging
 import os
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Protocol
 
@@ -79,7 +78,6 @@ def load_runner(
     with device.working(), dispatching(dispatch), _other_ranks(plan, config, device) as ranks:
         loaded = load_model(plan, device.torch_device, report)
         drafter = draft and draft.load(device.torch_device, report)
-        _return_freed_memory()
         _connect(ranks, report)
         if isinstance(device, Gpu):
             budget = size_pool(budget, config, _rooms(loaded, config, device, ranks))
@@ -342,9 +340,3 @@ def set_threads(config: EngineConfig, device: Device, kernels: ModuleType | None
         _log.info("CPU threads: %d (--cpu-threads)", threads)
         if kernels is not None and kernels.NAME == "native":
             kernels.set_num_threads(threads)
-
-
-def _return_freed_memory() -> None:
-    """Return freed memory of reading and quantising to the system; glibc keeps freed chunks below 32 MiB."""
-    with suppress(AttributeError):  # other C libraries lack this call
-        ctypes.CDLL(None).malloc_trim(0)

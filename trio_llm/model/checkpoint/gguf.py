@@ -27,6 +27,7 @@ FORMATS = (
     "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL",
     "MXFP4",
 )  # fmt: skip
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CHUNK_ELEMENTS = 2**21  # converted at a time: intermediate arrays are several times as large
 # Bytes that each weight of a chunk takes meanwhile, measured.
 _KEPT_SCRATCH, _WIDENED_SCRATCH = 25, 14
@@ -52,15 +53,8 @@ def open_gguf(path: Path) -> tuple[ModelConfig, ModelConfig, Checkpoint]:
     tensors: dict[str, TensorInfo] = {}
     for info in infos.values():
         tensors.update(_under_its_names(info, values["architectures"][0]))
-    checkpoint = Checkpoint(path, tensors, {}, lambda: reader, _scratch_bytes)
+    checkpoint = Checkpoint(path, tensors, {}, lambda: reader, reader.scratch_bytes)
     return ModelConfig(values, str(path)), ModelConfig(generation_json(header), str(path)), checkpoint
-
-
-def _scratch_bytes(info: TensorInfo, as_stored: bool) -> int:
-    """Return the most memory that reading takes: float32 of all weights unless as stored, and a chunk's arrays."""
-    count = math.prod(info.shape)
-    chunk = min(count, max(_CHUNK_ELEMENTS, info.shape[-1]))
-    return _KEPT_SCRATCH * chunk if as_stored else 4 * count + _WIDENED_SCRATCH * chunk
 
 
 def _library(path: Path) -> ModuleType:
@@ -123,7 +117,7 @@ def _rotated_heads(header: GgufHeader, values: Mapping[str, Any]) -> dict[str, i
 
 
 class _Reader:
-    """Reads tensors of memory-mapped files, as stored or in float32."""
+    """Reads tensors of memory-mapped files: as stored, or quantised ones in float32."""
 
     def __init__(self, header: GgufHeader, library: Any, rotated_heads: Mapping[str, int]) -> None:
         self._tensors, self._library, self._rotated_heads = header.tensors, library, rotated_heads
@@ -131,9 +125,20 @@ class _Reader:
         self._files = MappedFiles(lambda path: np.memmap(path, np.uint8, mode="c"))
 
     def read(self, info: TensorInfo) -> Tensor:
-        widened = self._widen(self._data(info), info)
-        heads = self._heads(info)
-        return widened if heads is None else _halves(widened, heads)
+        data, heads = self._data(info), self._heads(info)
+        if info.dtype in _FLOATS:
+            found = torch.from_numpy(data).view(_FLOATS[info.dtype]).view(info.shape)
+        else:
+            found = self._widen(data, info)
+        return found if heads is None else _halves(found, heads)
+
+    def scratch_bytes(self, info: TensorInfo, as_stored: bool) -> int:
+        """Return the most memory that reading takes: float32 of all weights unless as stored, and a chunk's arrays."""
+        if info.dtype in _FLOATS:  # the file is mapped
+            return 0 if self._heads(info) is None else info.nbytes
+        count = math.prod(info.shape)
+        chunk = min(count, max(_CHUNK_ELEMENTS, info.shape[-1]))
+        return _KEPT_SCRATCH * chunk if as_stored else 4 * count + _WIDENED_SCRATCH * chunk
 
     def read_stored(self, info: TensorInfo) -> Blocks:
         outputs, inputs = info.shape

@@ -17,7 +17,7 @@ from trio_llm.model.ops.seam import Blocks
 from trio_llm.model.parallel.span import Span, counts, share_of, sizes, take
 from trio_llm.model_info import Progress
 
-_MAX_MAPPED_BYTES = 2**26  # read of a file before it is mapped anew
+_MAX_MAPPED_BYTES = 2**24  # read of a file before it is mapped anew
 MAX_TENSORS = 200_000  # far above any published model; safetensors takes 6 s to open this many
 _MAX_LISTED = 20
 FLOATS = ("BF16", "F16", "F32")

@@ -72,10 +72,10 @@ class Llama:
         tied = self.config.get_bool("tie_word_embeddings", self.tied_by_default)
         self.ropes = self.make_ropes(weights.device)
         self.embed = weights.table("model.embed_tokens.weight", self.vocabulary.span, self.hidden_size)
+        if tied:  # before the layers are there, while two of it fit well
+            self.embed = ops.pack(self.embed)
         self.layers = [self.make_layer(i, weights.at(f"model.layers.{i}")) for i in range(self.num_layers)]
         self.norm = weights.tensor("model.norm.weight", self.hidden_size)
-        if tied:
-            self.embed = ops.pack(self.embed)
         self.head = self.embed if tied else weights.matrix(["lm_head"], [self.vocabulary.span], self.hidden_size)
 
     def make_ropes(self, device: torch.device) -> Sequence[Rope]:

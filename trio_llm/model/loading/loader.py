@@ -24,6 +24,7 @@ from trio_llm.model.checkpoint.tensors import Checkpoint, FileSource, HeaderSour
 from trio_llm.model.checkpoint.weights import RandomSource, Weights
 from trio_llm.model.config import TORCH_DTYPES, ModelConfig
 from trio_llm.model.families.registry import find_family
+from trio_llm.model.loading.freed_memory import returned_at_once
 from trio_llm.model.ops.matrices import Keeps, keeps_integers
 from trio_llm.model.paged.attention_batch import AttentionBatch
 from trio_llm.model.paged.kv_cache import AttentionSpec, KVCache, KVLayout, plan_kv
@@ -133,7 +134,7 @@ def load_model(plan: ModelPlan, device: torch.device, report: Callable[[Progress
     if plan.checkpoint is None:
         weights = Weights(RandomSource(plan.engine.seed), plan.dtype, device, quantize, exact=exact, group=plan.group)
         return LoadedModel(model=family(plan.config.text, weights), plan=plan)
-    with FileSource(plan.checkpoint, plan.stored_bytes, report) as source:
+    with FileSource(plan.checkpoint, plan.stored_bytes, report) as source, returned_at_once():
         weights = Weights(
             source, plan.dtype, device, quantize, plan.as_stored, exact=exact, group=plan.group, keeps=plan.keeps
         )

@@ -176,7 +176,7 @@ def add_up(
 
 
 def _loading_bytes(plan: ModelPlan, draft: ModelPlan | None) -> int:
-    return _with_kept(max(plan.loading_bytes, draft.loading_bytes if draft else 0))
+    return max(plan.loading_bytes, draft.loading_bytes if draft else 0)
 
 
 def _max_blocks(group: KVGroup, plan: ModelPlan, config: EngineConfig) -> int:
