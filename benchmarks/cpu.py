@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import resource
 import statistics
@@ -88,10 +89,10 @@ def measure_ours(model: str, kind: str, threads: int) -> dict[str, Any]:
 
 
 def _count_parameters(file: str) -> int:
-    """Return how many numbers the tensors of a GGUF file stand for."""
-    from gguf import GGUFReader
+    """Return how many numbers the tensors of a GGUF file stand for. gguf's own reader would count as peak memory."""
+    from trio_llm.gguf.header import read_gguf
 
-    return sum(int(tensor.n_elements) for tensor in GGUFReader(file).tensors)
+    return sum(math.prod(tensor.shape) for tensor in read_gguf(Path(file)).tensors.values())
 
 
 def measure_transformers(model: str, kind: str, threads: int) -> dict[str, Any]:
