@@ -130,9 +130,9 @@ def measure_transformers(model: str, kind: str, threads: int) -> dict[str, Any]:
     return found
 
 
-def measure_llama_cpp(model: str, _: str, threads: int) -> dict[str, Any]:
+def measure_llama_cpp(model: str, __: str, threads: int) -> dict[str, Any]:
     """Time llama.cpp's batches through llama-cpp-python's bindings, one sequence per row."""
-    import llama_cpp
+    llama_cpp: Any = importlib.import_module("llama_cpp")
 
     llama_cpp.llama_backend_init()
     began = time.perf_counter()

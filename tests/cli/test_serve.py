@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import re
@@ -126,6 +127,15 @@ async def test_a_signal_lets_accepted_requests_finish(
         with trio.fail_after(30):
             await serving.ended.wait()
         assert serving.watchdog.armed_s[0] == LOCAL.server.shutdown_timeout_s + serve_command.UNWIND_S
+
+
+async def test_garbage_is_collected_from_when_it_serves(
+    stub_engine: GatedWorker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command has switched that off for the start."""
+    gc.disable()
+    async with running(stub_engine, capsys):
+        assert gc.isenabled()
 
 
 async def test_shutdown_is_the_same_as_a_signal(stub_engine: GatedWorker, capsys: pytest.CaptureFixture[str]) -> None:

@@ -199,6 +199,18 @@ def test_a_process_that_died_is_replaced() -> None:
         pool.close()
 
 
+def test_a_process_that_was_started_early_gets_the_first_job() -> None:
+    """The server starts one while its model loads; the check of the template does not start another."""
+    pool = RenderPool()
+    try:
+        pool.start()
+        (child,) = pool._idle
+        ChatTemplate("{{ messages[0].content }}", {}, LimitsConfig(), pool=pool)
+        assert pool._idle == [child]
+    finally:
+        pool.close()
+
+
 OPTIONS = {"add_generation_prompt": False, "continue_final_message": False, "variables": {}}
 
 

@@ -114,6 +114,23 @@ def test_docstrings_describe_only_fields_that_exist() -> None:
                 assert field_descriptions(kind).keys() - fields == set(), kind
 
 
+async def test_the_document_is_made_when_it_is_asked_for_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The start does not wait for it."""
+    made: list[str] = []
+
+    def counted(limits: LimitsConfig, model: str) -> dict[str, Any]:
+        made.append(model)
+        return document(limits, model)
+
+    monkeypatch.setattr("trio_llm.server.openapi.document.document", counted)
+    async with open_stub() as engine:
+        app = create_app(engine, Config(server=ServerConfig(served_model_name=("me",))))
+        assert made == []
+        first, second = [(await ask(app, "GET", "/openapi.json")).json() for _ in range(2)]
+    assert first == second == document(LimitsConfig(), "me")
+    assert made == ["me"]
+
+
 async def test_examples_are_answered(tmp_path: Path) -> None:
     """The page can try every operation: the example of every body is answered."""
     config = Config(server=ServerConfig(served_model_name=("me",), data_dir=str(tmp_path / "data")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def serve(config: Path | None, model: str | None, print_config: bool, **options:
 
         click.echo(settings_table(settings))
         return
+    gc.disable()  # until it is ready: a twentieth of the start, and there is next to nothing to collect
     from trio_llm.cli.serve import run
 
     sys.exit(run(settings, lambda: settings_of(config, model, options)))

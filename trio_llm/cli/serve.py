@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import resource
 import signal
@@ -26,6 +27,7 @@ from trio_llm.server.access.auth import load_keys
 from trio_llm.server.app import ServerApp, check_settings, create_app
 from trio_llm.server.batches.disk import check_directory
 from trio_llm.server.http.serve import serve
+from trio_llm.server.templates.render_pool import shared_pool
 
 # Seconds that unwinding may take after everything was cancelled. A guess; a step of a large model fits in.
 UNWIND_S = 15.0
@@ -52,6 +54,7 @@ def run(settings: Settings, reread: Callable[[], Settings]) -> int:
     raise_file_limit(config.limits.max_connections + _OTHER_FILES)
     if (warning := open_to_all(config)) is not None:
         _log.warning(warning)
+    shared_pool().start()  # Its imports run beside torch's, which take one core.
     process = _Process(config, reread=lambda: reread().config)
     trio.run(process.main)
     return process.exit_code
@@ -191,7 +194,10 @@ class _Process:
         with LoadingDisplay() as display:
             async with open_engine(self.config, report=display.report, tune_interpreter=True) as engine:
                 display.stop()
+                gc.enable()
                 self._app = app = create_app(engine, self.config, shutdown=self.shut_down)
+                if app.services.template is None:
+                    shared_pool().close()
                 self._engine = engine
                 async with trio.open_nursery() as nursery:
                     urls = await nursery.start(self._listen, app)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from types import UnionType
 from typing import Any, Literal, get_args
 
 import attrs
 import msgspec
+import trio
 from quart import Response
 from quart_trio import QuartTrio
 
@@ -191,11 +193,14 @@ _UPLOAD = {
 
 def register(app: QuartTrio, limits: LimitsConfig, model: str) -> None:
     """Add the endpoints; `model` is the name in the examples."""
-    encoded = msgspec.json.encode(document(limits, model))
+
+    @cache
+    def encoded() -> bytes:
+        return msgspec.json.encode(document(limits, model))
 
     @app.get("/openapi.json")
     async def openapi() -> Response:
-        return Response(encoded, content_type=_JSON)
+        return Response(await trio.to_thread.run_sync(encoded), content_type=_JSON)  # the first takes long to make
 
     ui.register(app)
 

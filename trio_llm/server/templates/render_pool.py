@@ -83,6 +83,14 @@ class RenderPool:
             self._idle.append(child)
         return result
 
+    def start(self) -> None:
+        """Start a process for the first job, which does not wait for it to begin then.
+
+        Raises:
+            OverloadedError: The machine allows no new process now.
+        """
+        self._idle.append(_started())
+
     def close(self) -> None:
         """End the idle processes."""
         while self._idle:
