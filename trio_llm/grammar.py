@@ -13,7 +13,7 @@ import math
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -53,11 +53,13 @@ class GrammarSource:
 
     Attributes:
         forms: The grammars that it is composed of, if any.
+        part: Which part of the field it is, for error messages.
     """
 
     text: str
     param: str
     forms: tuple[GrammarSource, ...] = ()
+    part: str | None = None
 
 
 def json_schema(schema: Any, *, param: str, any_whitespace: bool = True) -> GrammarSource:
@@ -106,9 +108,19 @@ def choice(options: Sequence[str], *, param: str) -> GrammarSource:
     return lark(["start: CHOICE", "CHOICE: " + " | ".join(json.dumps(option) for option in options)], param=param)
 
 
-def lark(rules: Sequence[str], *, param: str) -> GrammarSource:
-    """Constrain the output to a context-free grammar in llguidance's Lark dialect."""
-    return GrammarSource("\n".join(rules), param)
+def lark(rules: Sequence[str], *, param: str, forms: Sequence[GrammarSource] = ()) -> GrammarSource:
+    """Constrain the output to a context-free grammar in llguidance's Lark dialect.
+
+    Args:
+        rules: Of the grammar, a line each.
+        forms: What the rules contain, so that an error names the part that is wrong.
+    """
+    return GrammarSource("\n".join(rules), param, tuple(forms))
+
+
+def json_part(schema: Mapping[str, Any], *, param: str, part: str) -> GrammarSource:
+    """Return the grammar of a JSON schema that is a part of a field."""
+    return GrammarSource(json.dumps({"grammars": [{"json_schema": schema}]}), param, part=part)
 
 
 def compose(rules: Sequence[str], forms: Sequence[GrammarSource]) -> GrammarSource:
@@ -288,7 +300,8 @@ class GrammarCompiler:
         if error := prototype.get_error() or _error_at_start(prototype):
             for form in source.forms:
                 self.compile(form)  # An error in one of them names its own field.
-            raise InvalidRequestError(f"{source.param} cannot be used: {_first_line(error)}", source.param)
+            named = source.param if source.part is None else f"{source.param}: {source.part}"
+            raise InvalidRequestError(f"{named} cannot be used: {_first_line(error)}", source.param)
         grammar = Grammar(prototype, self._vocab_size)
         self._remember(source.text, grammar)
         return grammar

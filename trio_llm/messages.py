@@ -202,7 +202,9 @@ KernelCall = tuple[str, str, str, int]
 
 
 CORRUPTED = "The model produced numbers that are not finite."
-CONTRADICTED = "No token may be sampled: the request's parameters mask the whole vocabulary."
+CONTRADICTED = (
+    "No token may be sampled: the request's parameters mask the whole vocabulary, or its grammar is too complex."
+)
 
 
 @attrs.frozen

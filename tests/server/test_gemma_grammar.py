@@ -19,7 +19,7 @@ WEATHER: dict[str, Any] = {
         "days": {"type": "integer"},
         "unit": {"enum": ["c", "f", 3, None]},
         "flags": {"type": "array", "items": {"type": "boolean"}},
-        "at": {"type": "object", "properties": {"x": {"type": "number"}}, "required": ["x"]},
+        "at": {"type": ["object", "null"], "properties": {"x": {"type": "number"}}, "required": ["x"]},
     },
     "required": ["city", "unit"],
 }
@@ -40,6 +40,8 @@ def is_allowed(text: str, mode: Any = "required", parallel: bool = True) -> bool
         ('city:<|"|>Paris, {x}<|"|>,unit:<|"|>c<|"|>', True),
         ('at:{x:-1.5},city:<|"|><|"|>,days:3,flags:[true,false],unit:3', True),
         ('city:<|"|>Paris<|"|>,unit:null', True),
+        ('at:null,city:<|"|>Paris<|"|>,unit:3', True),
+        ('at:3,city:<|"|>Paris<|"|>,unit:3', False),
         ('city:<|"|>Paris<|"|>', False),
         ('city:<|"|>Paris<|"|>,unit:<|"|>k<|"|>', False),
         ("city:Paris,unit:3", False),
@@ -70,3 +72,24 @@ def test_strict_tools_whose_schema_cannot_be_enforced_are_refused() -> None:
     with pytest.raises(InvalidRequestError, match="'pattern'"):
         tool_grammar("gemma4", [Tool("f", schema, strict=True)], **options)
     assert tool_grammar("gemma4", [Tool("f", schema)], **options)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value"),
+    [
+        *[("required", value) for value in (3, True, "a", {})],
+        *[("properties", value) for value in ([], None, "a")],
+        *[("type", value) for value in ("strange", [], ["string", "strange"], {}, None)],
+        *[("enum", value) for value in ([], [{}], "a", None)],
+        ("const", []),
+    ],
+)
+def test_a_keyword_with_an_odd_value_constrains_nothing(keyword: str, value: object) -> None:
+    """What the rules cannot read is no error of the server: it binds nothing, which a strict tool is refused for."""
+    inner = {"type": "object", "properties": {"a": {"type": "integer"}}, keyword: value}
+    schema = {"type": "object", "properties": {"b": inner}}
+    options: Any = {"mode": "required", "parallel": True, "added_tokens": TOKENIZER.special_tokens}
+    source = tool_grammar("gemma4", [Tool("f", schema)], **options)
+    GrammarCompiler(TOKENIZER.json, vocab_size=TOKENIZER.vocab_size, eos_token_ids=(0,)).compile(source)
+    with pytest.raises(InvalidRequestError, match=f"'f' to '{keyword}'"):
+        tool_grammar("gemma4", [Tool("f", schema, strict=True)], **options)

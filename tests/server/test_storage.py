@@ -406,6 +406,9 @@ def write(directory: Path, *names: str) -> None:
     [
         (("thesis.tex",), "'thesis.tex'"),
         (("files/thesis.tex",), "'files/thesis.tex'"),
+        ((".DS_Store", ".bashrc"), "'.bashrc'"),
+        ((".git/HEAD",), "'.git'"),
+        (("files/.thesis.tex.swp",), "'files/.thesis.tex.swp'"),
         (("files/file-" + "0" * 32, "lock"), "'files/file-000"),
         (("files/file-" + "0" * 32, "trio-llm.sqlite3-wal"), "'files/file-000"),
     ],
@@ -424,12 +427,13 @@ def test_a_directory_of_somebody_else_is_refused_as_it_is(tmp_path: Path, names:
 
 
 def test_a_fresh_file_system_is_empty_enough(tmp_path: Path) -> None:
-    """A new volume has lost+found, and dot files are nobody's data: such a directory is taken, and they stay."""
+    """What systems put into any directory is nobody's data: such a directory is taken, and they stay."""
     (tmp_path / "lost+found").mkdir()
-    write(tmp_path, ".DS_Store")
+    write(tmp_path, ".DS_Store", "files/.DS_Store", ".Trash-1000/info", ".nfs0000000000a1b2c300000004")
+    there = tree(tmp_path).keys()
     for _ in range(2):
         Database(tmp_path).close()
-    assert {"lost+found", ".DS_Store"} <= tree(tmp_path).keys()
+    assert there <= tree(tmp_path).keys()
 
 
 def spoil_header(path: Path) -> None:

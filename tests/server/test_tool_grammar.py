@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 
 from trio_llm.errors import InvalidRequestError
-from trio_llm.grammar import Grammar, GrammarCompiler, GrammarSource
+from trio_llm.grammar import Grammar, GrammarCompiler, GrammarSource, compose, regex
 from trio_llm.server.constraints.tool_grammar import Mode, Tool, tool_grammar
 from trio_llm.server.parsing.pieces import CallArguments, CallStart, Content
 from trio_llm.server.parsing.tools import ToolForm, ToolParser
@@ -164,10 +164,22 @@ def test_an_answer_has_a_bounded_number_of_calls(form: Any, mode: Mode) -> None:
         assert is_allowed(most) and not is_allowed(most + 1)
 
 
-def test_a_tool_with_an_impossible_schema_is_the_clients_error() -> None:
-    """A schema that cannot be used is refused by name before anything runs."""
+@pytest.mark.parametrize("form", ["hermes", "llama3", "mistral"])
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"type": "strin"}, "Invalid type"),
+        ({"properties": {"a": {"type": "string", "pattern": "("}}}, "unclosed group"),
+    ],
+)
+def test_a_tool_with_an_impossible_schema_is_the_clients_error(form: Any, wrong: dict[str, Any], says: str) -> None:
+    """Of many tools the one whose schema cannot be used is named, in a grammar of its own and in a composed one."""
     tokenizer = make_tokenizer([])
-    source = tool_grammar("hermes", [Tool("f", {"type": "strin"})], mode="required", parallel=False, added_tokens={})
-    with pytest.raises(InvalidRequestError) as caught:
-        GrammarCompiler(tokenizer.to_str(), vocab_size=300, eos_token_ids=[EOS]).compile(source)
-    assert caught.value.param == "tools"
+    tools = [*TOOLS, Tool("evil", wrong)]
+    source = tool_grammar(form, tools, mode="required", parallel=False, added_tokens={})
+    for whole in (source, compose(["start: @form_0 | @form_1"], [source, regex("a", param="other")])):
+        with pytest.raises(
+            InvalidRequestError, match=f"tools: the parameters of 'evil' cannot be used: .*{says}"
+        ) as caught:
+            GrammarCompiler(tokenizer.to_str(), vocab_size=300, eos_token_ids=[EOS]).compile(whole)
+        assert caught.value.param == "tools"

@@ -25,8 +25,9 @@ logger = logging.getLogger(__name__)
 
 _NAME = "trio-llm.sqlite3"
 _VERSION = 1
-# These may exist in an unused directory: a new file system has the first one.
-_IGNORED = re.compile(r"lost\+found|\..*")
+# What systems put into any directory by themselves. Other hidden files are somebody's: a home directory may have no
+# others.
+_IGNORED = re.compile(r"(files/)?(lost\+found|\.DS_Store|\.localized|\.nfs[0-9a-f]+|\.Trash-\d+|\.snapshots?)")
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS files (
     id TEXT PRIMARY KEY, filename TEXT NOT NULL, purpose TEXT NOT NULL,

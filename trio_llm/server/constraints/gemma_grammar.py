@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import attrs
 
@@ -31,7 +31,7 @@ _SIMPLE = {
 }
 # Keywords that the rules below enforce, or that do not constrain the form.
 _ENFORCED = frozenset(
-    "type properties required items enum const description title default examples additionalProperties nullable "
+    "items description title default examples additionalProperties nullable "
     "$schema $id $comment format deprecated readOnly writeOnly strict".split()
 )
 
@@ -87,13 +87,17 @@ class _Rules:
         if not isinstance(schema, dict):
             return "value"
         keywords = cast("dict[str, Any]", schema)
-        if "const" in keywords or isinstance(keywords.get("enum"), list):
-            options = [keywords["const"]] if "const" in keywords else keywords["enum"]
-            if options and all(isinstance(option, str | int | float | bool | None) for option in options):
-                return f"({' | '.join(map(self._constant, options))})"
-        match keywords.get("type"):
+        options = [keywords["const"]] if "const" in keywords else keywords.get("enum")
+        if _are_constants(options):
+            return f"({' | '.join(map(self._constant, options))})"
+        kinds = keywords.get("type")
+        if _are_kinds(kinds):
+            return f"({' | '.join(self.of({**keywords, 'type': kind}) for kind in dict.fromkeys(kinds))})"
+        match kinds:
             case "object" if isinstance(keywords.get("properties"), dict) and keywords["properties"]:
-                return self._object(keywords["properties"], keywords.get("required") or ())
+                required = keywords.get("required")
+                names = cast("list[object]", required) if isinstance(required, list) else ()
+                return self._object(keywords["properties"], names)
             case "object":
                 return "object"
             case "array" if "items" in keywords:
@@ -111,7 +115,7 @@ class _Rules:
             return f"{self._quote} {json.dumps(value)} {self._quote}"
         return json.dumps(json.dumps(value))
 
-    def _object(self, properties: Mapping[str, Any], required: Sequence[str]) -> str:
+    def _object(self, properties: Mapping[str, Any], required: Sequence[object]) -> str:
         """Make rules for properties in the order of their names, as the template writes them."""
         number = len(self.lines)
         self.lines.append("")  # Kept for this object, whose parts come first.
@@ -135,7 +139,7 @@ def _not_enforced(schema: object) -> str | None:
     if not isinstance(schema, dict):
         return None
     for keyword, value in cast("dict[str, Any]", schema).items():
-        if keyword not in _ENFORCED:
+        if not _is_enforced(keyword, value):
             return keyword
         parts: list[object] = [value] if keyword == "items" else []
         if keyword == "properties" and isinstance(value, dict):
@@ -143,3 +147,32 @@ def _not_enforced(schema: object) -> str | None:
         if (found := next(filter(None, map(_not_enforced, parts)), None)) is not None:
             return found
     return None
+
+
+def _is_enforced(keyword: str, value: object) -> bool:
+    match keyword:
+        case "type":
+            return _are_kinds(value) or _are_kinds([value])
+        case "properties":
+            return isinstance(value, dict)
+        case "required":
+            return isinstance(value, list)
+        case "enum":
+            return _are_constants(value)
+        case "const":
+            return _are_constants([value])
+        case _:
+            return keyword in _ENFORCED
+
+
+def _are_kinds(kinds: object) -> TypeGuard[list[str]]:
+    if not isinstance(kinds, list) or not kinds:
+        return False
+    known = {*_SIMPLE, "object", "array"}
+    return all(isinstance(kind, str) and kind in known for kind in cast("list[object]", kinds))
+
+
+def _are_constants(options: object) -> TypeGuard[list[object]]:
+    if not isinstance(options, list) or not options:
+        return False
+    return all(isinstance(option, str | int | float | bool | None) for option in cast("list[object]", options))

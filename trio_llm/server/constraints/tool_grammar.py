@@ -44,8 +44,13 @@ def tool_grammar(
         "mistral": _mistral_named if "[ARGS]" in added_tokens else _mistral_list,
     }[form](tools, markers, mode, parallel)
     grammar.check_multiples([tool.parameters for tool in tools], "tools")
-    arguments = [f"args_{index}: %json {json.dumps(_schema(tool))}" for index, tool in enumerate(tools)]
-    return grammar.lark(["%llguidance {}", *rules, f"TEXT: {_TEXT}", *arguments], param="tools")
+    schemas = [_schema(tool) for tool in tools]
+    arguments = [f"args_{index}: %json {json.dumps(schema)}" for index, schema in enumerate(schemas)]
+    forms = [
+        grammar.json_part(schema, param="tools", part=f"the parameters of {tool.name!r}")
+        for tool, schema in zip(tools, schemas, strict=True)
+    ]
+    return grammar.lark(["%llguidance {}", *rules, f"TEXT: {_TEXT}", *arguments], param="tools", forms=forms)
 
 
 def _schema(tool: Tool) -> dict[str, Any]:
