@@ -373,14 +373,15 @@ class AuthConfig:
     )
     rate_limit_requests: int = setting(
         100,
-        "Maximum number of requests per window for each API key, or for each client address without keys. 0 "
-        "means no limit.",
+        "Maximum number of requests per window for each API key or, without keys, for each client address other than "
+        "this machine's. 0 means no limit.",
         flags=("--rate-limit-requests",),
         at_least=0,
     )
     rate_limit_tokens: int = setting(
         0,
-        "Maximum number of prompt and output tokens per window for each API key or client address. 0 means no limit.",
+        "Maximum number of prompt and output tokens per window for each API key or, without keys, for each client "
+        "address other than this machine's. 0 means no limit.",
         flags=("--rate-limit-tokens",),
         at_least=0,
     )
