@@ -11,7 +11,7 @@
 // where a row is greedy is all; the next (draw) does the rest. Lots are compared, counts and masses added as whole
 // numbers: the token is the same however many blocks share the row.
 //
-// logits [R, vocab] float, edited in place; params [R, 4]: temperature (0: greedy), top_k, top_p, min_p; keys [R, 2];
+// logits [R, vocab] float, edited in place; params [R, 4], of 16 aligned bytes: temperature (0: greedy), top_k, top_p, min_p; keys [R, 2];
 // hashes [vocab]. Out: ids [R], NOT_FINITE or NOTHING_LEFT where the row failed. For rows that several blocks share: parts
 // [R, blocks, 2], histograms [R, HISTOGRAM_WORDS] (cleared by likeliest), tickets [R], 0 between launches.
 // Edits come first, or are null: starts [4, R + 1], where each row's begin in the lists of masked entries (set to
@@ -165,8 +165,13 @@ DEV u64 decide(const Row& row, const Kept& kept, const Filters& want, int vocab,
   if (winner > best_of(h, kept.sure, kept.maybe, scratch)) return winner;
   u64 mass = h.masses[LAST];
   u32 deepest = want.deepest;
-  if (want.top_k < h.counts[LAST]) deepest = depth_at(row, vocab, deepest, false, want.top_k, &mass, h, scratch, found);
-  if (want.top_p < 1.f) deepest = depth_at(row, vocab, deepest, true, share(mass, want.top_p), &mass, h, scratch, found);
+  const bool by_number = want.top_k < h.counts[LAST];
+#pragma unroll 1
+  for (int by_mass = 0; by_mass < 2; by_mass++) {
+    if (by_mass ? want.top_p >= 1.f : !by_number) continue;
+    const u64 target = by_mass ? share(mass, want.top_p) : want.top_k;
+    deepest = depth_at(row, vocab, deepest, by_mass, target, &mass, h, scratch, found);
+  }
   return race(row, {0, vocab}, deepest, scratch);
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import attrs
 import numpy as np
 import pytest
 import torch
@@ -218,3 +219,30 @@ def test_supports_says_why_not() -> None:
     assert sample.supports(torch.zeros(1, 9)) is None
     assert sample.supports(torch.zeros(1, 9).half()) == "dtype torch.float16"
     assert sample.supports(torch.zeros(1, 1).expand(1, 1 << 24)) == "a vocabulary of 16777216"
+
+
+@attrs.frozen
+class Tape:
+    """Runs launches and keeps them, as a CUDA graph does: the same arguments at every replay."""
+
+    launches: list[tuple[Any, ...]] = attrs.field(factory=list)
+
+    def launch(self, *args: Any) -> None:
+        self.launches.append(args)
+        SimulatedLauncher().launch(*args)
+
+
+def test_a_replay_chooses_from_the_logits_of_now() -> None:
+    """Nothing of the last replay is left: not in the workspace, which holds anything at first, nor in the tickets."""
+    torch.manual_seed(7)
+    params = torch.tensor([(1, 500, 0.8, 0), (0.7, 30, 0.9, 0), (1, 500, OFF, 0), (0, 500, OFF, 0)])
+    keys, hashes, tape = dice(len(params)), token_hashes(500), Tape()
+    logits = torch.empty(len(params), 500)
+    with sharing_rows(3), using(tape), poisoned():
+        ids = sample.sample(logits.normal_(), params, keys, hashes)
+    assert [kernel.entry for kernel, *_ in tape.launches] == ["likeliest", "draw"]
+    for scale in (1, 3):
+        expected = sorting(logits.normal_(std=scale), params, keys, hashes)
+        for launch in tape.launches:
+            SimulatedLauncher().launch(*launch)
+        assert ids.tolist() == expected.tolist()
