@@ -2,12 +2,13 @@
 // the write of keys and values into their slots of the paged cache, quantised where the cache is int8 or (-DKV_FP8=1, with KV_8BIT) e4m3.
 // qkv [S, heads, HEAD_DIM] with a row stride: num_heads of q, then kv_heads of k, then (unless values are the raw keys)
 // kv_heads of v. Caches [slots, kv_heads, HEAD_DIM] with a slot stride, scales [slots, kv_heads] with another.
-// Compile-time: HEAD_DIM (64, 128, 256, 512), KV_8BIT, KV_FP8. One warp per head of a token; grid (S, heads / WARPS).
+// Compile-time: HEAD_DIM (64, 80, 96, 128, 256, 512), KV_8BIT, KV_FP8. One warp per head of a token; grid (S, heads / WARPS).
 #include "common.cuh"
 
 #define WARPS 8
-#define N (HEAD_DIM / 64)  // a lane holds elements [lane N, (lane + 1) N) of each half: rotation pairs stay in a lane
+#define N ((HEAD_DIM + 63) / 64)  // a lane holds elements [lane N, (lane + 1) N) of each half: rotation pairs stay in a lane
 #define HALF (HEAD_DIM / 2)
+#define LANES (HALF / N)  // that hold any: of head size 80 twenty, of 96 twenty-four
 
 #if KV_FP8
 typedef u8 kv_t;
@@ -86,7 +87,7 @@ DEV void rotate(float (*x)[N], const float* cos_at, const float* sin_at) {
 }
 
 // Write one head; of 8 bits, with one scale per token and head, its largest magnitude being LARGEST.
-DEV void write(kv_t* cache, float* scales, float (*x)[N], int lane) {
+DEV void write(kv_t* cache, float* scales, float (*x)[N], int lane, bool holds) {
   float scale = 1.f;
 #if KV_8BIT
   u32 largest = 0;  // the bits of magnitudes, among which NaN is the largest
@@ -96,8 +97,9 @@ DEV void write(kv_t* cache, float* scales, float (*x)[N], int lane) {
   for (int offset = 16; offset > 0; offset >>= 1) largest = max(largest, __shfl_xor_sync(FULL_WARP, largest, offset));
   scale = __uint_as_float(largest) / LARGEST;
   if (scale < 1.17549435e-38f) scale = 1.17549435e-38f;
-  if (lane == 0) *scales = scale;
+  if (holds && lane == 0) *scales = scale;
 #endif
+  if (!holds) return;
   store_half(cache + lane * N, x[0], scale);
   store_half(cache + HALF + lane * N, x[1], scale);
 }
@@ -109,7 +111,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 4)
              float* __restrict__ v_scales, int row_stride, int num_heads, int kv_heads, int values_at, int slot_stride,
              int scale_stride, int v_norm, float eps) {
   wait_for_kernels_before();
-  const int lane = threadIdx.x % 32, head = blockIdx.y * WARPS + threadIdx.x / 32;
+  const bool holds = LANES == 32 || threadIdx.x % 32 < LANES;
+  const int lane = holds ? threadIdx.x % 32 : 0;  // the others read what the first does, and hold zeros
+  const int head = blockIdx.y * WARPS + threadIdx.x / 32;
   if (head >= num_heads + 2 * kv_heads) return;
   const bool is_value = head >= num_heads + kv_heads;
   const int kv_head = is_value ? head - num_heads - kv_heads : head - num_heads;
@@ -118,6 +122,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 4)
   float x[2][N];
   load_half(source, x[0]);
   load_half(source + HALF, x[1]);
+#pragma unroll
+  for (int i = 0; i < 2 * N; i++) x[i / N][i % N] = holds ? x[i / N][i % N] : 0.f;
   if (!is_value) {
     if (qk_norm) normalise(x, qk_norm + head * HEAD_DIM, lane * N, eps);
     rotate(x, cos + token * HALF + lane * N, sin + token * HALF + lane * N);
@@ -125,6 +131,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 4)
     normalise(x, nullptr, 0, eps);
   }
   if (head < num_heads) {
+    if (!holds) return;
     io_t* q = q_out + (token * num_heads + head) * HEAD_DIM + lane * N;
     store_half(q, x[0], 1.f);
     store_half(q + HALF, x[1], 1.f);
@@ -134,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 4)
   if (slot < 0) return;  // a row that pads the batch
   const s64 at = slot * slot_stride + kv_head * HEAD_DIM, scale_at = slot * scale_stride + kv_head;
   if (is_value)
-    write(v_cache + at, v_scales + scale_at, x, lane);
+    write(v_cache + at, v_scales + scale_at, x, lane, holds);
   else
-    write(k_cache + at, k_scales + scale_at, x, lane);
+    write(k_cache + at, k_scales + scale_at, x, lane, holds);
 }

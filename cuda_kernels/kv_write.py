@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from cuda_kernels.launch import io_define, kernel, unfit
+from cuda_kernels.paged_attn import HEAD_DIMS
 
-HEAD_DIMS = (64, 128, 256, 512)
 WARPS = 8
 
 

@@ -11,7 +11,7 @@
 // that begins it (`tickets` [blocks, Hkv] start and end as 0).
 //
 // Warps: WARPS_M by rows, WARPS_N by columns: of the scores a warp of a group of WARPS_N computes BN / WARPS_N keys,
-// of the output HEAD_DIM / WARPS_N dimensions; probabilities and maxima then pass through shared memory. With
+// of the output TILED / WARPS_N dimensions; probabilities and maxima then pass through shared memory. With
 // WARPS_N = 1 all stays in the warp's registers. Splitting the output dimensions is what makes HEAD_DIM 512 fit.
 //
 // int8 and e4m3 (-DKV_FP8=1, with KV_8BIT) caches: a 16-byte chunk holds 16 dimensions. An 8x8 matrix of 16-bit elements gives lane (g, t) the bytes
@@ -22,7 +22,7 @@
 // float16.
 //
 // q, out [S, Hq, HEAD_DIM]; k, v [slots, Hkv, HEAD_DIM] with a slot stride; scales [slots, Hkv] with a stride;
-// tables [B, max_blocks]; cu_q [B + 1], context [B]; partial [blocks, Hkv, 2, BM, HEAD_DIM], maxima [blocks, Hkv, 2, BM, 2].
+// tables [B, max_blocks]; cu_q [B + 1], context [B]; partial [blocks, Hkv, 2, BM, TILED], maxima [blocks, Hkv, 2, BM, 2].
 // Grid (tiles of rows, Hkv, B), or (-DSPLIT=1) (blocks, Hkv): of each, least_tiles of keys if a context has as many.
 // Compile-time: HEAD_DIM, GQA, BM, BN, WARPS_N, STAGES, KV_8BIT, KV_FP8, SPLIT, WINDOW and SOFTCAP (0: not looked at),
 // BLOCKS (that share a multiprocessor).

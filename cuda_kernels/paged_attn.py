@@ -13,7 +13,7 @@ from cuda_kernels.launch import Kernel, io_define, kernel, unfit
 from cuda_kernels.tickets import take_tickets
 from cuda_kernels.tuning import BY_ARCHITECTURE, Tuning, tuning
 
-HEAD_DIMS = (64, 128, 256, 512)
+HEAD_DIMS = (64, 80, 96, 128, 256, 512)
 MAX_PARTS = 64  # of a context, as in paged_attn_tile.cuh
 PART_BYTES = 96  # what a block is doing, as in paged_attn_tile.cuh
 RESERVED_BYTES = 1024  # of shared memory by CUDA, for each block
@@ -43,6 +43,11 @@ def device_of(device: torch.device) -> Device:
     return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin, tuning(device))
 
 
+def tiled(head_dim: int) -> int:
+    """Return the dimensions of a row in shared memory, a power of two: TILED in paged_attn_tile.cuh."""
+    return 128 if 64 < head_dim < 128 else head_dim
+
+
 @dataclass(frozen=True)
 class Tile:
     """How a block divides its work (see paged_attn.cu): rows, keys at a time, warps by column, tiles in flight."""
@@ -57,9 +62,10 @@ class Tile:
         return self.rows // 16 * self.warps_n * 32
 
     def shared_bytes(self, head_dim: int, *, int8: bool) -> int:
-        stage = 2 * self.keys * (head_dim * (1 if int8 else 2) + (4 if int8 else 0))
+        dims = tiled(head_dim)
+        stage = 2 * self.keys * (dims * (1 if int8 else 2) + (4 if int8 else 0))
         exchange = self.rows * self.keys * 2 + self.warps_n * self.rows * 4 if self.warps_n > 1 else 0
-        return self.stages * stage + self.rows * head_dim * 2 + exchange + PART_BYTES
+        return self.stages * stage + self.rows * dims * 2 + exchange + PART_BYTES
 
     def blocks(self, head_dim: int, device: Device, *, int8: bool) -> int:
         """Return how many blocks fit on a multiprocessor: in its shared memory and its registers."""
@@ -157,7 +163,7 @@ def paged_attention(
     packed = max_q * (heads // kv_heads)
     shape = _shape(packed, sequences, kv_heads, head_dim, visible, device, int8=int8, tile=tile, blocks=blocks)
     tile, out = shape.tile, torch.empty_like(q)
-    partial, maxima = (_of_parts(q, shape, kv_heads, n) for n in (head_dim, 2))
+    partial, maxima = (_of_parts(q, shape, kv_heads, n) for n in (tiled(head_dim), 2))
     attend = _kernel(
         head_dim, heads // kv_heads, tile, shape.together, k_cache.dtype, split=shape.blocks > 0,
         window=window is not None, softcap=softcap is not None, fp16=io_define(q.dtype) or 0,

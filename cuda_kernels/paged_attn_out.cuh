@@ -35,7 +35,7 @@ DEV void store_partial(float* partial, float* maxima, const float (*o)[4], const
     const s64 row = (s64)place * BM + r;
     if (warp_n == 0 && t == 0) *reinterpret_cast<float2*>(maxima + row * 2) = make_float2(m[i], l[i]);
     if (l[i] == 0.f) continue;  // `combine` reads the sum first
-    float* to = partial + row * HEAD_DIM + warp_n * DIMS;
+    float* to = partial + row * TILED + warp_n * DIMS;
 #pragma unroll
     for (int d = 0; d < DIMS / 16; d++)
       for (int j = 0; j < 2; j++) {
@@ -68,6 +68,7 @@ DEV void store_rows(io_t* out, unsigned char* result, const float (*o)[4], const
   for (int i = threadIdx.x; i < BM * Q_CHUNKS; i += THREADS) {
     const int row = i / Q_CHUNKS, chunk = i % Q_CHUNKS;
     if (!rows.has(row)) break;
+    if (TILED != HEAD_DIM && chunk >= HEAD_DIM / 8) continue;
     *reinterpret_cast<vec16*>(out + rows.place(row) * HEAD_DIM + chunk * 8) =
         *reinterpret_cast<const vec16*>(result + swizzled<Q_CHUNKS>(row, chunk) * 16);
   }
@@ -108,7 +109,7 @@ DEV void combine(const float* partial, const float* maxima, io_t* out, const Row
 #pragma unroll
       for (int p = 0; p < AHEAD; p++) {
         const int place = parts.place(parts.first + min(first + p, count - 1));
-        x[p] = load_quad(partial + ((s64)place * BM + r) * HEAD_DIM + d);
+        x[p] = load_quad(partial + ((s64)place * BM + r) * TILED + d);
       }
 #pragma unroll
       for (int p = 0; p < AHEAD; p++) {

@@ -6,10 +6,12 @@
 #define WARPS (WARPS_M * WARPS_N)
 #define THREADS (WARPS * 32)
 #define KEYS (BN / WARPS_N)         // keys of a warp's scores
-#define DIMS (HEAD_DIM / WARPS_N)   // dimensions of a warp's output
+// Dimensions of a row in shared memory: a power of two, as swizzling needs; those past HEAD_DIM (80 or 96) are zeros.
+#define TILED (HEAD_DIM > 64 && HEAD_DIM < 128 ? 128 : HEAD_DIM)
+#define DIMS (WARPS_N == 1 ? HEAD_DIM : TILED / WARPS_N)  // dimensions of a warp's output
 #define KV_BYTES (KV_8BIT ? 1 : 2)
-#define KV_CHUNKS (HEAD_DIM * KV_BYTES / 16)  // 16-byte chunks of a cached row
-#define Q_CHUNKS (HEAD_DIM / 8)
+#define KV_CHUNKS (TILED * KV_BYTES / 16)  // 16-byte chunks of a row of keys
+#define Q_CHUNKS (TILED / 8)
 #define P_CHUNKS (BN / 8)
 #define LOADED (BN / WARPS)         // cached rows that a warp loads
 #define MAX_PARTS 64                // of a context: two for each lane of a warp that joins them
@@ -28,11 +30,11 @@ typedef io_t kv_t;
 #endif
 
 // ---- shared memory, in bytes
-#define TILE_BYTES (BN * HEAD_DIM * KV_BYTES)
+#define TILE_BYTES (BN * TILED * KV_BYTES)
 #define SCALES_BYTES (KV_8BIT ? 2 * BN * 4 : 0)
 #define STAGE_BYTES (2 * TILE_BYTES + SCALES_BYTES)
 #define Q_AT (STAGES * STAGE_BYTES)
-#define P_AT (Q_AT + BM * HEAD_DIM * 2)
+#define P_AT (Q_AT + BM * TILED * 2)
 #define MAXIMA_AT (P_AT + (WARPS_N > 1 ? BM * BN * 2 : 0))
 #define PART_AT (MAXIMA_AT + (WARPS_N > 1 ? WARPS_N * BM * 4 : 0))
 #define PIECE_AT (PART_AT + 64)
@@ -68,7 +70,7 @@ DEV void load_tile(unsigned char* stage, const Context& c, int at) {
   for (int i = 0; i < LOADED * KV_CHUNKS / 32; i++) {
     const int piece = i * 32 + lane, row = piece / KV_CHUNKS, chunk = piece % KV_CHUNKS;
     const int from = __shfl_sync(FULL_WARP, slot, row);
-    const bool seen = from >= 0;
+    const bool seen = from >= 0 && (TILED == HEAD_DIM || chunk < HEAD_DIM * KV_BYTES / 16);
     const s64 offset = seen ? (s64)from * c.slot_stride + chunk * (16 / KV_BYTES) : 0;
     const int to = swizzled<KV_CHUNKS>(warp * LOADED + row, chunk) * 16;
     copy16_async(stage + to, c.k + offset, seen);
@@ -98,7 +100,7 @@ DEV void load_queries(unsigned char* to, const io_t* q, const Rows& rows) {
   for (int i = threadIdx.x; i < BM * Q_CHUNKS; i += THREADS) {
     const int row = i / Q_CHUNKS, chunk = i % Q_CHUNKS;
     vec16 v = {};
-    if (rows.has(row)) v = load16(q + rows.place(row) * HEAD_DIM + chunk * 8);
+    if (rows.has(row) && (TILED == HEAD_DIM || chunk < HEAD_DIM / 8)) v = load16(q + rows.place(row) * HEAD_DIM + chunk * 8);
 #if KV_8BIT
 #pragma unroll
     for (int p = 0; p < 4; p++) {

@@ -20,6 +20,7 @@ PREFILL = Case(head_dim=64, kv_heads=1, group=2, sequences=((40, 140), (1, 0)), 
 NO_KEYS = Case(head_dim=64, kv_heads=1, group=16, sequences=((5, 20), (1, 0)), blocks=0)
 ONE_STAGE = Case(head_dim=64, kv_heads=1, sequences=((1, 150),), blocks=0, tile=Tile(16, 64, 4, 1))
 FP8 = Case(head_dim=64, kv_heads=1, sequences=((1, 100),), int8=True, fp8=True, blocks=0)
+EIGHTY = Case(head_dim=80, kv_heads=1, sequences=((1, 130), (1, 70), (1, 20)), blocks=3)
 INT8 = Case(head_dim=64, kv_heads=1, sequences=((1, 100),), int8=True, blocks=0)
 
 
@@ -96,6 +97,10 @@ ATTENTION_BUGS = {
     "the next part is read too early": paged("__syncthreads();  // the next part is there for all", "", SPLIT),
     "a block begins with a neighbour's context": paged("until - own, found)", "until, found)", SPLIT),
     "tickets are not given back": paged("if (*last) *ticket = 0;", "", SPLIT),
+    "80: the next key's beginning": paged("TILED == HEAD_DIM || chunk < HEAD_DIM * KV_BYTES / 16", "true", EIGHTY),
+    "80: the next head's beginning": paged("(TILED == HEAD_DIM || chunk < HEAD_DIM / 8)", "true", EIGHTY),
+    "80: results run over": paged("if (TILED != HEAD_DIM && chunk >= HEAD_DIM / 8) continue;", "", EIGHTY),
+    "80: parts lie closer": paged("* BM + r) * TILED + d)", "* BM + r) * HEAD_DIM + d)", EIGHTY),
     "int8: no scale of keys": paged("x *= reinterpret_cast<const float*>(keys", "x *= 1.f + 0.f * (keys", INT8),
     "int8: keys' scales for values": paged("[BN + warp_n * KEYS", "[warp_n * KEYS", INT8),
     "int8: queries in plain order": paged("pair % 2 * 4 + pair % 8 / 2;", "pair % 8;", INT8),

@@ -37,6 +37,17 @@ def test_decode_reads_the_cache_once(case: Case, most_instructions: int) -> None
     assert counted.issued.total() / tokens < most_instructions
 
 
+@pytest.mark.parametrize(("head_dim", "int8", "most_instructions"), [(80, False, 41), (96, True, 75)])
+def test_a_padded_head_moves_no_more(head_dim: int, int8: bool, most_instructions: int) -> None:
+    """Head sizes 80 and 96 are 128 in shared memory alone: what fills them up is neither read nor written."""
+    case = Case(kv_heads=1, head_dim=head_dim, sequences=((1, 512),), blocks=0, int8=int8)
+    counted = count(make(case).run)
+    assert counted.sectors["cp"] * 32 == case.cache_bytes
+    assert counted.sectors["st"] * 32 == case.group * head_dim * 2
+    assert counted.passes["ldmatrix"] == counted.passes_least["ldmatrix"]
+    assert counted.issued.total() / 512 < most_instructions  # measured, plus a tenth
+
+
 def test_a_long_context_is_not_one_blocks_work() -> None:
     """One context of 32 tiles among seven of one tile: the busiest block executes less than half."""
     case = Case(head_dim=64, kv_heads=1, group=7, sequences=((1, 64),) * 3 + ((1, 2048),) + ((1, 64),) * 4)

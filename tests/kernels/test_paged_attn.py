@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cuda_kernels.paged_attn import Device, Tile, choose_blocks, choose_tile, supports
+from cuda_kernels.paged_attn import HEAD_DIMS, Device, Tile, choose_blocks, choose_tile, supports
 from cuda_kernels.tuning import BY_ARCHITECTURE
 from tests.kernels.helpers import assert_close, simulate
 from tools.kernel_lab.attention import CASES, MATRIX, Case, make
@@ -35,7 +35,7 @@ def test_tiles_follow_the_packed_rows(packed_rows: int, rows: int) -> None:
     assert choose_tile(packed_rows, 256, h100, int8=False).rows == min(rows, 64)
     assert choose_tile(packed_rows, 512, h100, int8=False) == Tile(min(rows, 32), 32, 4, 2)
     for device in (h100, ada):
-        for head_dim in (64, 128, 256, 512):
+        for head_dim in HEAD_DIMS:
             for int8 in (False, True):
                 tile = choose_tile(packed_rows, head_dim, device, int8=int8)
                 assert tile.shared_bytes(head_dim, int8=int8) <= device.shared_bytes
@@ -66,6 +66,7 @@ def test_supports_says_why_not() -> None:
     """What the kernel cannot take is named."""
     q, k = torch.zeros(1, 4, 64, dtype=torch.bfloat16), torch.zeros(4, 2, 64, dtype=torch.bfloat16)
     assert supports(q, k, 16) is None
+    assert all(supports(torch.zeros(1, 4, n).half(), torch.zeros(4, 2, n).half(), 16) is None for n in HEAD_DIMS)
     assert supports(q.float(), k, 16) == "dtype torch.float32"
     assert supports(q[..., :48], k, 16) == "head size 48"
     assert supports(q.expand(1, -1, -1).repeat(1, 65, 1), k, 16) == "130 query heads per key head"

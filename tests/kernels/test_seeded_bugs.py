@@ -30,20 +30,20 @@ def check_norm() -> None:
     assert_close(out, wide * (wide.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * wide[0])
 
 
-def check_kv_write() -> None:
+def check_kv_write(head_dim: int = 64) -> None:
     """Write int8 keys and values of three tokens, one of them padding."""
-    qkv, angles = torch.randn(3, 4 * 64).bfloat16(), torch.randn(3, 32)
+    qkv, angles = torch.randn(3, 4 * head_dim).bfloat16(), torch.randn(3, head_dim // 2)
     slots = torch.tensor([2, -1, 0])
 
     def run() -> tuple[Tensor, ...]:
-        k, v = torch.zeros(2, 4, 1, 64, dtype=torch.int8)
+        k, v = torch.zeros(2, 4, 1, head_dim, dtype=torch.int8)
         scales = torch.zeros(2, 4, 1)
         cos, sin = angles.cos(), angles.sin()
         args = (qkv, cos, sin, slots, k, v, *scales)
         return kv_write.write_kv(*args, num_heads=2, qk_norm=None, v_norm=True, eps=1e-6), k, v, scales
 
     q, k, v, scales = simulate(run)
-    heads = qkv.double().view(3, 4, 64)
+    heads = qkv.double().view(3, 4, head_dim)
     first, second = heads[:, :3].chunk(2, dim=-1)
     c, s = angles.double().cos()[:, None], angles.double().sin()[:, None]
     turned = torch.cat((first * c - second * s, second * c + first * s), dim=-1)
@@ -53,6 +53,9 @@ def check_kv_write() -> None:
         for cache, scale, wanted in ((k, scales[0], turned[token, 2]), (v, scales[1], value[token, 0])):
             torch.testing.assert_close(scale[slot, 0].double(), wanted.abs().max() / 127, rtol=1e-5, atol=0)
             assert (cache[slot, 0] * scale[slot, 0].double() - wanted).abs().max() <= scale[slot, 0] * 0.501
+
+
+check_kv_write_80 = partial(check_kv_write, head_dim=80)
 
 
 def check_step() -> None:
@@ -185,6 +188,8 @@ BUGS = ATTENTION_BUGS | SAMPLE_BUGS | {
     "padding is written": Bug("kv_write.cu", "if (slot < 0) return;", "", check_kv_write),
     "a scale of 128": Bug("kv_write.cu", "LARGEST 127.f", "LARGEST 128.f", check_kv_write),
     "keys where values belong": Bug("kv_write.cu", "write(v_cache + at, v_", "write(k_cache + at, k_", check_kv_write),
+    "80: lanes without any count": Bug("kv_write.cu", "= holds ? x[i / N][i % N] : 0.f", "*= 1.f", check_kv_write_80),
+    "80: lanes without any write": Bug("kv_write.cu", "if (!holds) return;", "", check_kv_write_80),
     "values are rotated": Bug("kv_write.cu", "if (!is_value) {", "if (true) {", check_kv_write),
     "a slot is its block's first": Bug("step.cu", " + position % block_size;", ";", check_step),
     "a context without its last token": Bug("step.cu", "(int)position + 1", "(int)position", check_step),

@@ -59,6 +59,9 @@ CASES = [
     Case(kv_heads=1, group=1, sequences=((40, 40), (3, 90)), softcap=5.0),
     Case(head_dim=256, group=2, kv_heads=1, sequences=((1, 70),), window=33, block_size=32),
     Case(head_dim=512, group=4, kv_heads=1, sequences=((1, 40), (1, 33))),
+    Case(head_dim=80, kv_heads=1, sequences=((1, 130), (1, 17), (1, 70)), blocks=4),
+    Case(head_dim=96, sequences=((20, 80), (1, 9))),
+    Case(head_dim=80, int8=True, sequences=((30, 70), (1, 20))),
     Case(int8=True, sequences=((1, 100), (1, 31)), blocks=2, padding=128),
     Case(int8=True, head_dim=64, group=7, kv_heads=1, sequences=((12, 80),), window=17),
     Case(int8=True, fp8=True, head_dim=64, group=7, kv_heads=1, sequences=((1, 70), (3, 20)), blocks=2, softcap=5.0),
@@ -71,12 +74,12 @@ MATRIX = [
     Case(dtype=torch.float16, head_dim=64, sequences=((1, 50),), blocks=2),
     Case(head_dim=64, kv_heads=1, group=1, sequences=((1, 4200),), blocks=70),
     *(Case(dtype=dtype, int8=True, fp8=True, kv_heads=1, head_dim=head_dim, sequences=sequences, window=window)
-      for dtype in (torch.bfloat16, torch.float16) for head_dim in (64, 128, 256, 512)
+      for dtype in (torch.bfloat16, torch.float16) for head_dim in (64, 80, 96, 128, 256, 512)
       for sequences, window in ((((1, 193), (1, 15)), None), (((40, 77), (5, 5)), 19)))
 ] + [
     Case(head_dim=head_dim, group=group, kv_heads=1, int8=int8, window=window, softcap=softcap, blocks=blocks,
          sequences=sequences, block_size=block_size, dtype=dtype)
-    for head_dim, group in ((64, 1), (64, 7), (128, 4), (128, 8), (256, 4), (512, 8))
+    for head_dim, group in ((64, 1), (64, 7), (80, 4), (96, 1), (128, 4), (128, 8), (256, 4), (512, 8))
     for int8 in (False, True)
     for window, softcap, blocks in ((None, None, None), (19, None, 2), (None, 30.0, 3))
     for sequences, block_size in ((((1, 1), (1, 15), (1, 16), (1, 17), (1, 0), (1, 193)), 16),
@@ -86,7 +89,7 @@ MATRIX = [
 # Too large to simulate: many tiles and splits, chosen by the device.
 LARGE = [
     Case(head_dim=head_dim, kv_heads=2, group=group, int8=int8, fp8=fp8, sequences=sequences)
-    for head_dim, group in ((64, 7), (128, 4), (128, 1), (256, 4), (512, 8))
+    for head_dim, group in ((64, 7), (80, 4), (96, 1), (128, 4), (128, 1), (256, 4), (512, 8))
     for int8, fp8 in ((False, False), (True, False), (True, True))
     for sequences in (((1, 4099), (1, 700), (1, 3)), ((900, 1000), (1, 2049), (70, 70)))
 ]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cuda_kernels import act, gemm, gemm_s8, gemm_w4, gemv, kv_write, moe, norm, quant, sample, step
+from cuda_kernels.paged_attn import HEAD_DIMS
 from tools.kernel_lab.attention import CASES, LARGE, MATRIX, make
 from trio_llm.model.ops import torch_reference as ops_torch
 from trio_llm.model.ops.matrices import Blocks, Dense, Experts, Tiles
@@ -272,7 +273,7 @@ def _step(device: torch.device, scale: int) -> Iterator[Check]:
 
 
 def _kv_write(device: torch.device, scale: int) -> Iterator[Check]:
-    for head_dim in (64, 128, 256, 512):
+    for head_dim in HEAD_DIMS:
         tokens, dtype = 2 * scale, torch.bfloat16
         qkv, angles = _random(device, dtype, tokens, 4 * head_dim), torch.randn(tokens, head_dim // 2).to(device)
         slots = torch.randperm(tokens).to(device)

@@ -11,7 +11,7 @@ import attrs
 from cuda_kernels.compile import CompileError, Usage
 from cuda_kernels.gemm_s8 import STAGES
 from cuda_kernels.launch import Kernel, kernel
-from cuda_kernels.paged_attn import Device, choose_tile
+from cuda_kernels.paged_attn import HEAD_DIMS, Device, choose_tile
 from tools.ptx_simulator.program import parse
 
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -34,7 +34,7 @@ NEEDED = {
     "read_all": (_LOAD16,),
 }
 KV_KINDS = ((0, 0), (1, 0), (1, 1))  # keys and values of 8 bits or not, and of e4m3
-HEADS = ((64, 7), (128, 4), (128, 1), (256, 8), (512, 8))  # head size, query heads per key head
+HEADS = ((64, 7), (80, 4), (96, 1), (128, 4), (128, 1), (256, 8), (512, 8))  # head size, query heads per key head
 
 
 # Rows of a tile of 4-bit weights, gated or not, and stages; then what is added to numbers and whether scales are float.
@@ -114,7 +114,7 @@ def others() -> list[Kernel]:
         *(kernel("act.cu", "act_and_mul", GELU=gelu, IO_FP16=fp16) for gelu, fp16 in product(flag, flag)),
         *(
             kernel("kv_write.cu", "kv_write", HEAD_DIM=head_dim, KV_8BIT=int8, KV_FP8=fp8, IO_FP16=fp16)
-            for head_dim, (int8, fp8), fp16 in product((64, 128, 256, 512), KV_KINDS, flag)
+            for head_dim, (int8, fp8), fp16 in product(HEAD_DIMS, KV_KINDS, flag)
         ),
         *(
             kernel("gemv.cu", "gemv", M=m, INT8=int8, GATED=gated, GELU=0, NORM=norm, IO_FP16=fp16)
