@@ -24,7 +24,7 @@ from trio_llm.config import Config, ServerConfig
 from trio_llm.engine import Engine
 from trio_llm.errors import ConfigError
 from trio_llm.messages import StepPlan
-from trio_llm.server.app import ServerApp, create_app
+from trio_llm.server.app import ServerApp, check_settings, create_app
 from trio_llm.server.observability.tracing import Tracing
 
 JSON = {"content-type": "application/json"}
@@ -239,6 +239,13 @@ async def test_a_missing_library_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     async with open_stub() as engine:
         with pytest.raises(ConfigError, match=r"pip install 'trio-llm\[otel\]'"):
             create_app(engine, Config(server=ServerConfig(otlp_traces_endpoint="http://127.0.0.1:1/v1/traces")))
+
+
+@pytest.mark.parametrize("endpoint", ["zzz", "localhost:4318", "file:///etc/passwd", "http://", "http:///v1/traces"])
+def test_an_endpoint_is_a_url(endpoint: str) -> None:
+    """What no span could be sent to is refused at start; it would fail at every export, beside the requests."""
+    with pytest.raises(ConfigError, match="must be like http://localhost:4318/v1/traces"):
+        check_settings(Config(server=ServerConfig(otlp_traces_endpoint=endpoint)))
 
 
 async def test_spans_arrive_at_the_endpoint() -> None:

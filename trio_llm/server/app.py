@@ -72,7 +72,7 @@ def check_settings(config: Config) -> None:
     """Refuse what `create_app` would refuse and needs no model. Raises ConfigError."""
     auth.read_keys(config.auth)
     _read_template(config.server)
-    tracing.check_installed(config.server)
+    tracing.check_endpoint(config.server)
     TrustedProxies.parse(config.server.trusted_proxies)
     Cors.configured(config.server)
 

@@ -10,6 +10,7 @@ never a prompt or an answer.
 from __future__ import annotations
 
 import importlib
+import re
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -137,31 +138,32 @@ class Tracing:
         span.end(end_ns)
 
 
-def check_installed(config: ServerConfig) -> None:
-    """Raise ConfigError if the settings ask for traces and OpenTelemetry is not installed."""
-    if config.otlp_traces_endpoint is None:
+def check_endpoint(config: ServerConfig) -> None:
+    """Raise ConfigError if the settings ask for traces that could not be sent: to no URL, or without OpenTelemetry."""
+    if (endpoint := config.otlp_traces_endpoint) is None:
         return
+    if re.fullmatch(r"https?://[^\s/?#]+\S*", endpoint) is None:
+        raise _refused(endpoint, "must be like http://localhost:4318/v1/traces")
     try:
         for module in ("exporter.otlp.proto.http.trace_exporter", "sdk.trace.export"):
             importlib.import_module(f"opentelemetry.{module}")
     except ImportError:
-        raise ConfigError(
-            key="server.otlp_traces_endpoint",
-            value=config.otlp_traces_endpoint,
-            source="configuration",
-            allowed="needs OpenTelemetry: pip install 'trio-llm[otel]'",
-        ) from None
+        raise _refused(endpoint, "needs OpenTelemetry: pip install 'trio-llm[otel]'") from None
+
+
+def _refused(endpoint: str, allowed: str) -> ConfigError:
+    return ConfigError(key="server.otlp_traces_endpoint", value=endpoint, source="configuration", allowed=allowed)
 
 
 def register(app: QuartTrio, background: Background, engine: Engine, config: Config, model: str) -> Tracing | None:
     """Send spans to the OTLP endpoint of the settings, if there is one, in batches from a separate thread.
 
     Raises:
-        ConfigError: OpenTelemetry is not installed.
+        ConfigError: The endpoint is no URL, or OpenTelemetry is not installed.
     """
     if (endpoint := config.server.otlp_traces_endpoint) is None:
         return None
-    check_installed(config.server)
+    check_endpoint(config.server)
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import SpanLimits, TracerProvider
