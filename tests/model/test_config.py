@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,14 @@ def test_floats_are_finite(text: str) -> None:
     """What json.loads lets through but no computation survives is refused."""
     with pytest.raises(CheckpointError, match="must be finite"):
         config(key=json.loads(text)).get_float("key")
+
+
+@pytest.mark.parametrize("value", [0, -1, -1e-9])
+def test_floats_are_positive_unless_said(value: float) -> None:
+    """A base, a factor or an epsilon that is not above 0 makes every logit NaN: it is refused before loading."""
+    with pytest.raises(CheckpointError, match="must be above 0"):
+        config(key=value).get_float("key")
+    assert config(key=value).get_float("key", above=-math.inf) == value
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b"{", b"\xff\xfe", b"[" * 100_000, b'{"a": 1} x'])

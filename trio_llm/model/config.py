@@ -55,10 +55,12 @@ class ModelConfig:
             raise CheckpointError(f"{self.source}: {key} = {value}: must be from {minimum} to {maximum}")
         return value
 
-    def get_float(self, key: str, default: float | None = None) -> float:
+    def get_float(self, key: str, default: float | None = None, *, above: float = 0) -> float:
         value = float(self._get(key, default, (int, float), "a number"))
         if not -1e30 < value < 1e30:  # json.loads accepts NaN and Infinity
             raise CheckpointError(f"{self.source}: {key} = {value}: must be finite")
+        if value <= above:
+            raise CheckpointError(f"{self.source}: {key} = {value}: must be above {above:g}")
         return value
 
     def get_bool(self, key: str, default: bool | None = None) -> bool:

@@ -6,6 +6,7 @@ unexpected or misshapen tensor after milliseconds, and the sizes are known befor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -244,7 +245,7 @@ def _default_sampling(generation: ModelConfig) -> dict[str, float | int]:
     found: dict[str, float | int] = {}
     for key in ("temperature", "top_p", "min_p", "repetition_penalty"):
         if generation.has(key):
-            found[key] = generation.get_float(key)
+            found[key] = generation.get_float(key, above=-math.inf)
     if generation.has("top_k"):
         found["top_k"] = generation.get_int("top_k", minimum=0)
     return found
