@@ -1,6 +1,7 @@
 // out [rows, N] = x [rows, K] times the transpose of a weight [N, K], for a few rows: a stream of weights, read once.
 // Weights are io_t, or int8 with a scale per output (-DINT8=1). x stays in the L1 cache.
-// Up to 2 rows (M): a warp computes OUTPUTS neighbouring outputs; a lane reads 16 bytes of each weight row at a time.
+// Up to 2 rows (M): a warp computes OUTPUTS neighbouring outputs; a lane reads 16 bytes of each weight row at a time. With
+// -DSHARED=1 all warps of a block compute the same ones and share K: few outputs of many inputs need more loads at once.
 // Up to 8 rows: on tensor cores, as the products alone would be more instructions than there is time for. A block
 // computes a tile of 16 rows of the weight, of which half are gates where it is gated; its warps share K by chunks of
 // 64 bytes. Lane (g, t) reads 16 bytes of weight rows g and g + 8 and the same inputs of row g of x: mma adds over k in
@@ -9,7 +10,8 @@
 // -DNORM=1: x is RMSNorm(x + residual) * norm [K], computed by every block into its shared memory [M, K]; the first one
 // writes the sum to `total` [rows, K]. `residual` [rows, K] may be null, then nothing is added and no sum is written.
 // bias [N] (of the products, [2 N] where gated) may be null.
-// Compile-time: M (1, 2 or 8), INT8, GATED, GELU, NORM. Grid: N / (WARPS * OUTPUTS); of 8 rows N / TILE.
+// Compile-time: M (1, 2 or 8), SHARED (of 1 or 2), INT8, GATED, GELU, NORM. Grid: N / (WARPS * OUTPUTS), if SHARED
+// N / OUTPUTS; of 8 rows N / TILE.
 #include "common.cuh"
 
 #define TENSOR (M > 2)
@@ -20,6 +22,7 @@
 #define PRODUCTS (GATED ? 2 * OUTPUTS : OUTPUTS)  // weight rows of a warp
 #define STEP (INT8 ? 16 : 8)                      // weights of 16 bytes
 #define STRIDE (32 * STEP)                        // weights of a row that a warp takes in a step
+#define SHARERS (SHARED ? WARPS : 1)              // warps that share a row's steps
 #define DEPTH (8 / PRODUCTS)                      // loads ahead of their use: 4 KB of a warp are in flight
 #define BLOCKS (TENSOR ? 2 : 4)                   // that share a multiprocessor's registers
 
@@ -196,24 +199,28 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
   out[(s64)row * n + output] = to_io(GATED ? activate(mine[0]) * mine[1] : mine[0]);
 }
 #else
+#define BY (SHARERS * STRIDE)
+
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     gemv(const io_t* __restrict__ x, const io_t* __restrict__ residual, const io_t* __restrict__ norm,
          EARLY const weight_t* __restrict__ weight, const io_t* __restrict__ scales, const io_t* __restrict__ bias,
          io_t* __restrict__ total, io_t* __restrict__ out, int rows, int n, int k, int row_stride, float eps) {
-  const int lane = threadIdx.x % 32, first = (blockIdx.x * WARPS + threadIdx.x / 32) * OUTPUTS;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, own_step = warp % SHARERS;
+  const int first = (blockIdx.x * WARPS + warp) / SHARERS * OUTPUTS;
   const weight_t* weights[PRODUCTS];
 #pragma unroll
   for (int j = 0; j < PRODUCTS; j++) {
     const int output = min(first + j % OUTPUTS, n - 1) + j / OUTPUTS * n;  // past the end: any row, never stored
-    weights[j] = weight + (s64)output * k + lane * STEP;
+    weights[j] = weight + (s64)output * k + own_step * STRIDE + lane * STEP;
   }
-  int left = k / STRIDE;  // whole steps of the warp
-  const bool rest = left * STRIDE + lane * STEP < k;
+  const int whole = k / STRIDE;
+  int left = (whole - own_step + SHARERS - 1) / SHARERS;  // whole steps of the warp
+  const bool rest = own_step == whole % SHARERS && whole * STRIDE + lane * STEP < k;
   vec16 ring[DEPTH][PRODUCTS], last[PRODUCTS];
 #pragma unroll
   for (int d = 0; d < DEPTH; d++)
-    if (d < left) load_weights(ring[d], weights, d * STRIDE);
-  if (rest) load_weights(last, weights, left * STRIDE);
+    if (d < left) load_weights(ring[d], weights, d * BY);
+  if (rest) load_weights(last, weights, left * BY);
   wait_for_kernels_before();
 #if NORM
   DYN_SMEM(io_t, own);
@@ -226,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
   const io_t* rows_of_x[M];
 #pragma unroll
   for (int m = 0; m < M; m++)  // past the end: any row, never stored
-    rows_of_x[m] = own + (s64)min(m, rows - 1) * row_stride + lane * STEP;
+    rows_of_x[m] = own + (s64)min(m, rows - 1) * row_stride + own_step * STRIDE + lane * STEP;
   float sums[M][PRODUCTS] = {};
   for (; left > 0; left -= DEPTH) {
 #pragma unroll
@@ -234,18 +241,18 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
       if (d >= left) break;
       float w[PRODUCTS][STEP];
       widen_all(ring[d], w);
-      if (d + DEPTH < left) load_weights(ring[d], weights, (d + DEPTH) * STRIDE);
-      multiply(sums, w, rows_of_x, d * STRIDE);
+      if (d + DEPTH < left) load_weights(ring[d], weights, (d + DEPTH) * BY);
+      multiply(sums, w, rows_of_x, d * BY);
     }
 #pragma unroll
-    for (int j = 0; j < PRODUCTS; j++) weights[j] += DEPTH * STRIDE;
+    for (int j = 0; j < PRODUCTS; j++) weights[j] += DEPTH * BY;
 #pragma unroll
-    for (int m = 0; m < M; m++) rows_of_x[m] += DEPTH * STRIDE;
+    for (int m = 0; m < M; m++) rows_of_x[m] += DEPTH * BY;
   }
   if (rest) {
     float w[PRODUCTS][STEP];
     widen_all(last, w);
-    multiply(sums, w, rows_of_x, left * STRIDE);  // back to behind the last whole step
+    multiply(sums, w, rows_of_x, left * BY);  // back to behind the last whole step
   }
   // Every lane gets every sum; lane m * OUTPUTS + j stores output j of row m.
   float mine[2] = {0.f, 0.f};
@@ -256,6 +263,20 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
       const float sum = warp_sum(sums[m][j]);
       if (lane == m * OUTPUTS + j % OUTPUTS) mine[j / OUTPUTS] = sum;
     }
+#if SHARED
+  __shared__ float parts[WARPS][2][M * OUTPUTS];
+#pragma unroll
+  for (int half = 0; half <= GATED; half++)
+    if (lane < M * OUTPUTS) parts[warp][half][lane] = mine[half];
+  __syncthreads();  // the parts of the row are there
+  if (warp > 0 || lane >= M * OUTPUTS) return;
+#pragma unroll
+  for (int half = 0; half <= GATED; half++) {
+    mine[half] = 0.f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) mine[half] += parts[w][half][lane];
+  }
+#endif
   const int row = lane / OUTPUTS, output = first + lane % OUTPUTS;
   if (row >= min(rows, M) || output >= n) return;
 #pragma unroll

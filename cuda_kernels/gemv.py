@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from cuda_kernels.launch import io_define, kernel, unfit
+from cuda_kernels.paged_attn import Device, device_of
 from cuda_kernels.tuning import tuning
 
 MAX_ROWS = 8
-MAX_SCALAR_ROWS = 2  # more are multiplied on tensor cores
+MAX_SCALAR_ROWS = 2  # of 16-bit weights; more, and two of int8, are multiplied on tensor cores
 WARPS, OUTPUTS = 4, 2
+AHEAD_BYTES = 8 * 16 * 32  # of a warp's weights in flight
 TENSOR_WARPS, TILE, PADDING = 8, 16, 32
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -78,6 +80,12 @@ def normed_linear(
     return _launch(x, residual, norm, eps, total, weight, scale, bias, activation), total
 
 
+def shares(weight: Tensor, outputs: int, device: Device) -> bool:
+    """Return whether warps share the inputs: blocks are few, and a warp has more of a row than it keeps in flight."""
+    few = -(-outputs // (WARPS * OUTPUTS)) < device.tuning.waves * device.multiprocessors
+    return few and weight[0].nbytes * len(weight) // outputs * OUTPUTS > AHEAD_BYTES
+
+
 def _launch(
     x: Tensor,
     residual: Tensor | None,
@@ -93,12 +101,13 @@ def _launch(
     gated = activation is not None
     outputs = len(weight) // (2 if gated else 1)
     out = x.new_empty(rows, outputs)
-    on_tensor_cores = rows > MAX_SCALAR_ROWS
+    on_tensor_cores = rows > (MAX_SCALAR_ROWS if scale is None else 1)
     most, warps, padding = (MAX_ROWS, TENSOR_WARPS, PADDING) if on_tensor_cores else (rows, WARPS, 0)
-    of_block = (TILE // 2 if gated else TILE) if on_tensor_cores else WARPS * OUTPUTS
+    shared = not on_tensor_cores and shares(weight, outputs, device_of(x.device))
+    of_block = (TILE // 2 if gated else TILE) if on_tensor_cores else OUTPUTS if shared else WARPS * OUTPUTS
     launched = kernel(
-        "gemv.cu", "gemv", M=most, INT8=int(scale is not None), GATED=int(gated), GELU=int(activation == "gelu_tanh"),
-        NORM=int(norm is not None), IO_FP16=io_define(x.dtype) or 0,
+        "gemv.cu", "gemv", M=most, SHARED=int(shared), INT8=int(scale is not None), GATED=int(gated),
+        GELU=int(activation == "gelu_tanh"), NORM=int(norm is not None), IO_FP16=io_define(x.dtype) or 0,
     )  # fmt: skip
     launched(
         (-(-outputs // of_block), 1, 1), (warps * 32, 1, 1),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cuda_kernels import gemv
 from cuda_kernels.launch import kernel
+from cuda_kernels.paged_attn import Device
 from tests.kernels.helpers import ROUNDING, assert_close, count, simulate
 from tools.ptx_simulator.program import Address, Operand, Register, Vector, parse
 
@@ -34,7 +35,10 @@ def reference(x: Tensor, weight: Tensor, scale: Tensor | None = None, bias: Tens
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize(("rows", "n", "k"), [(1, 18, 896), (2, 9, 1136), (3, 7, 272), (5, 35, 1136), (8, 16, 128)])
+@pytest.mark.parametrize(
+    ("rows", "n", "k"),
+    [(1, 18, 896), (2, 9, 1136), (1, 5, 4880), (2, 70, 1136), (3, 7, 272), (5, 35, 1136), (8, 16, 128)],
+)
 def test_linear(rows: int, n: int, k: int, dtype: torch.dtype, int8: bool) -> None:
     """Products of any shape, of 16-bit and of int8 weights, with a bias."""
     args = make(rows, n, k, dtype, int8=int8)
@@ -108,35 +112,40 @@ def test_weights_are_read_once(int8: bool) -> None:
 
 # Bytes of weights per warp instruction but for moves, which ptxas mostly leaves out: measured, less a tenth.
 @pytest.mark.parametrize(
-    ("rows", "int8", "least"),
+    ("rows", "int8", "dtype", "of_one_warp", "shared"),
     [
-        (1, False, 16),
-        (1, True, 6.5),
-        (2, False, 11),
-        (2, True, 4.8),
-        (3, False, 40),
-        (3, True, 7.8),
-        (8, False, 39),
-        (8, True, 7.7),
+        (1, False, torch.bfloat16, 16, 13),
+        (1, False, torch.float16, 10, 8.8),
+        (1, True, torch.bfloat16, 6.5, 5.5),
+        (1, True, torch.float16, 5.6, 4.8),
+        (2, False, torch.bfloat16, 11, 9.5),
+        (2, False, torch.float16, 7.1, 6.3),
+        (2, True, torch.float16, 7.8, 7.8),
+        (3, False, torch.bfloat16, 40, 40),
+        (8, False, torch.float16, 39, 39),
+        (8, True, torch.bfloat16, 7.7, 7.7),
     ],
 )
-def test_an_instruction_moves_many_bytes(rows: int, int8: bool, least: float) -> None:
-    """At least the 4.7 that an H200's memory brings in the time of one; of more than two rows by the tensor cores."""
-    assert least >= 4.7
-    args = make(rows, 16, 8192, torch.bfloat16, int8=int8)
-    issued = count(lambda: gemv.linear(**args)).issued
-    assert args["weight"].nbytes / (issued.total() - issued["mov"]) > least
+def test_an_instruction_moves_many_bytes(
+    rows: int, int8: bool, dtype: torch.dtype, of_one_warp: float, shared: float
+) -> None:
+    """At least the 4.7 that an H200's memory brings in the time of one, also where warps share a row."""
+    for outputs, least in ((64, of_one_warp), (16, shared)):
+        assert least >= 4.7
+        args = make(rows, outputs, 8192, dtype, int8=int8)
+        issued = count(lambda args=args: gemv.linear(**args)).issued
+        assert args["weight"].nbytes / (issued.total() - issued["mov"]) > least
 
 
 @pytest.mark.parametrize("gated", [0, 1])
 @pytest.mark.parametrize("int8", [0, 1])
-@pytest.mark.parametrize("rows", [1, 8])
-def test_weights_are_asked_for_long_before_their_use(rows: int, int8: int, gated: int) -> None:
+@pytest.mark.parametrize(("rows", "shared"), [(1, 0), (1, 1), (8, 0)])
+def test_weights_are_asked_for_long_before_their_use(rows: int, shared: int, int8: int, gated: int) -> None:
     """Of each lane 128 bytes are on their way before anything waits for the first of them, and one row's rest."""
-    launched = kernel("gemv.cu", "gemv", M=rows, INT8=int8, GATED=gated, GELU=0, NORM=0, IO_FP16=0)
+    macros = {"M": rows, "SHARED": shared, "INT8": int8, "GATED": gated, "GELU": 0, "NORM": 0, "IO_FP16": 0}
     waiting: list[set[str]] = []
     most = 0
-    for instruction in parse(launched.build("compute_90").ptx, "gemv").instructions:
+    for instruction in parse(kernel("gemv.cu", "gemv", **macros).build("compute_90").ptx, "gemv").instructions:
         if instruction.opcode == "ld" and "L1__no_allocate" in ".".join(instruction.modifiers):
             waiting.append(_registers(instruction.operands[0]))
             most = max(most, len(waiting))
@@ -145,6 +154,19 @@ def test_weights_are_asked_for_long_before_their_use(rows: int, int8: int, gated
             waiting = [loaded for loaded in waiting if not loaded & read]
     rest = 0 if rows > gemv.MAX_SCALAR_ROWS else 2 * gemv.OUTPUTS if gated else gemv.OUTPUTS
     assert most == 8 + rest
+
+
+def test_few_outputs_of_many_inputs_are_shared() -> None:
+    """A block's warps take the steps of a row in turn where whole rows for each would leave a GPU idle."""
+    h200 = Device(132, 227 * 1024)
+    weight = torch.empty(151936, 4864, dtype=torch.bfloat16, device="meta")
+    down, short, head, gated = weight[:896], weight[:896, :896], weight, weight[:3000, :1100]
+    assert [gemv.shares(w, len(w), h200) for w in (down, short, head)] == [True, False, False]
+    assert gemv.shares(gated, 1500, h200) and not gemv.shares(gated, 3000, h200)
+    long, whole = make(1, 8, 4096, torch.bfloat16, int8=False), make(1, 64, 4096, torch.bfloat16, int8=False)
+    blocks = [count(lambda args=args: gemv.linear(**args)).by_block for args in (long, whole)]
+    assert [len(of_block) for of_block in blocks] == [4, 8]  # two outputs a block instead of eight
+    assert max(blocks[0].values()) < 0.4 * max(blocks[1].values())
 
 
 def _registers(operand: Operand) -> set[str]:

@@ -76,6 +76,13 @@ def check_gemv(rows: int = 2) -> None:
 check_gemv_of_rows = partial(check_gemv, rows=5)
 
 
+def check_shared_gemv() -> None:
+    """Multiply one row by four outputs of 2,320 inputs, which the warps of a block share; the third has the rest."""
+    x, weight = torch.randn(1, 2320).bfloat16(), (torch.randn(4, 2320) / 8).bfloat16()
+    (out,) = simulate(lambda: (gemv.linear(x, weight),))
+    assert_close(out, x.double() @ weight.double().T, slack=2)
+
+
 def check_normed_gemv() -> None:
     """Multiply two sums of 1,040 inputs, normalised, by nine outputs: two blocks, rows longer than a block's piece."""
     x, residual, norm = torch.randn(2, 1040).bfloat16(), torch.randn(2, 1040).bfloat16(), torch.rand(1040).bfloat16()
@@ -215,6 +222,14 @@ BUGS = ATTENTION_BUGS | SAMPLE_BUGS | {
     "an output past the end": Bug("gemv.cu", "|| output >= n) return", ") return", check_gemv),
     "weights past the end": Bug("gemv.cu", "if (rest) {", "if (true) {", check_gemv),
     "the gate's scale for both": Bug("gemv.cu", "scales[output + half * n])", "scales[output])", check_gemv),
+    "shared: no barrier before the parts are added": Bug(
+        "gemv.cu", "__syncthreads();  // the parts of the row are there", "", check_shared_gemv
+    ),
+    "shared: a part is left out": Bug(
+        "gemv.cu", "w = 0; w < WARPS; w++) mine", "w = 1; w < WARPS; w++) mine", check_shared_gemv
+    ),
+    "shared: the rest for all": Bug("gemv.cu", "own_step == whole % SHARERS && ", "", check_shared_gemv),
+    "shared: a step too few": Bug("gemv.cu", "- own_step + SHARERS - 1)", "- own_step)", check_shared_gemv),
     "rows: no barrier before the parts are added": rows("__syncthreads();  // the parts of all warps are there", ""),
     "rows: a part is left out": rows("for (int w = 0; w < WARPS; w++) sum", "for (int w = 1; w < WARPS; w++) sum"),
     "rows: weights past the end": rows("ok ? load16(weights[i] + at)", "true ? load16(weights[i] + at)"),

@@ -42,6 +42,8 @@ W4 = ((8, 0, 4), (8, 1, 4), (16, 0, 4), (16, 1, 4), (32, 0, 4), (32, 1, 4), (64,
 W4_SCALES = ((0, 0), (1, 0), (2, 0), (2, 1))
 # Rows of a tile, int8 weights or not, stages, and whether blocks share the inputs: of experts, then of one weight.
 _EXPERTS = ((16, 0, 4, (0,)), (64, 0, 3, (0,)), (16, 1, 8, (0,)), (64, 1, 4, (0,)))
+# Rows, whether warps share the inputs, and int8 weights or not.
+GEMVS = ((1, 0, 0), (1, 0, 1), (1, 1, 0), (1, 1, 1), (2, 0, 0), (2, 1, 0), (8, 0, 0), (8, 0, 1))
 GEMMS = (*_EXPERTS, (16, 1, 16, (0, 1)), (32, 1, 12, (0, 1)), (64, 1, 8, (0, 1)))
 
 
@@ -117,8 +119,8 @@ def others() -> list[Kernel]:
             for head_dim, (int8, fp8), fp16 in product(HEAD_DIMS, KV_KINDS, flag)
         ),
         *(
-            kernel("gemv.cu", "gemv", M=m, INT8=int8, GATED=gated, GELU=0, NORM=norm, IO_FP16=fp16)
-            for m, int8, gated, norm, fp16 in product((1, 2, 8), flag, flag, flag, flag)
+            kernel("gemv.cu", "gemv", M=m, SHARED=shared, INT8=int8, GATED=gated, GELU=0, NORM=norm, IO_FP16=fp16)
+            for (m, shared, int8), gated, norm, fp16 in product(GEMVS, flag, flag, flag)
         ),
         *(
             kernel("moe.cu", entry, BM=rows, NUM_EXPERTS=128, TOP_K=8, IO_FP16=fp16)
