@@ -102,15 +102,19 @@ DEV void widen(u32 numbers, u32* a) {
 // Where a 16-byte piece of a row of x stands: ldmatrix reads one of each of eight rows.
 DEV int x_place(int row, int chunk) { return (row * (BK / 8) + (chunk ^ row % 8)) * 16; }
 
-// Copy the stage that begins at `tile`: x for all, and for each lane the weights that it alone reads.
-DEV void load_stage(unsigned char* stage, const io_t* x, const u32* const* weights, int rows, int row_stride, int tile,
-                    int tiles) {
-  const int first = blockIdx.y * BM, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+// Copy x of the stage that begins at `tile`, for all.
+DEV void load_inputs(unsigned char* stage, const io_t* x, int rows, int row_stride, int tile, int tiles) {
+  const int first = blockIdx.y * BM;
   for (int i = threadIdx.x; i < BM * (BK / 8); i += WARPS * 32) {
     const int row = i / (BK / 8), chunk = i % (BK / 8);
     const bool ok = first + row < rows && tile + chunk / 4 < tiles;
     copy16_async(stage + x_place(row, chunk), ok ? x + (s64)(first + row) * row_stride + tile * 32 + chunk * 8 : x, ok);
   }
+}
+
+// Copy the weights of that stage that this lane alone reads.
+DEV void load_weights(unsigned char* stage, const u32* const* weights, int tile, int tiles) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int p = 0; p < PARTS; p++)
 #pragma unroll
@@ -182,11 +186,10 @@ DEV void join(const float* partial, const io_t* bias, io_t* out, int rows, int n
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
-    gemm_w4(const io_t* __restrict__ x, const u32* __restrict__ weight, const scale_t* __restrict__ scales,
-            const offset_t* __restrict__ offsets, const io_t* __restrict__ bias, float* __restrict__ partial,
+    gemm_w4(const io_t* __restrict__ x, EARLY const u32* __restrict__ weight, EARLY const scale_t* __restrict__ scales,
+            EARLY const offset_t* __restrict__ offsets, const io_t* __restrict__ bias, float* __restrict__ partial,
             int* __restrict__ tickets, io_t* __restrict__ out, int rows, int n, int tiles, int groups, int span,
             int splits, int row_stride) {
-  wait_for_kernels_before();
   DYN_SMEM(unsigned char, shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = blockIdx.x * WARPS + warp;
   const int first = blockIdx.z * span, last = min(first + span, (tiles + TILES - 1) / TILES), of_group = tiles / groups;
@@ -205,17 +208,23 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
   for (int p = 0; p < PARTS; p++) next[p] = load_group(scales, offsets, group[p] + min(at, groups - 1));
 
 #pragma unroll
-  for (int s = 0; s < STAGES - 1; s++) {
-    if (first + s < last)
-      load_stage(shared + s * STAGE_BYTES, x, weights, rows, row_stride, (first + s) * TILES, tiles);
+  for (int s = 0; s < STAGES - 1; s++)
+    if (first + s < last) load_weights(shared + s * STAGE_BYTES, weights, (first + s) * TILES, tiles);
+  wait_for_kernels_before();
+#pragma unroll
+  for (int s = 0; s < STAGES - 1; s++) {  // the first group holds the weights of all these stages
+    if (first + s < last) load_inputs(shared + s * STAGE_BYTES, x, rows, row_stride, (first + s) * TILES, tiles);
     copies_commit();
   }
   for (int step = first; step < last; step++) {
     copies_wait<STAGES - 2>();
     __syncthreads();  // this stage is there for all, and all have left the one before
     const int ahead = step + STAGES - 1;
-    if (ahead < last)
-      load_stage(shared + (ahead - first) % STAGES * STAGE_BYTES, x, weights, rows, row_stride, ahead * TILES, tiles);
+    if (ahead < last) {
+      unsigned char* stage = shared + (ahead - first) % STAGES * STAGE_BYTES;
+      load_weights(stage, weights, ahead * TILES, tiles);
+      load_inputs(stage, x, rows, row_stride, ahead * TILES, tiles);
+    }
     copies_commit();
     const unsigned char* stage = shared + (step - first) % STAGES * STAGE_BYTES;
     constexpr int UNROLLED = BM == 64 ? 1 : TILES;

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cuda_kernels import gemm_w4
+from cuda_kernels.launch import kernel
 from tests.kernels.helpers import assert_close, count, simulate
+from tools.ptx_simulator.program import parse
 from trio_llm.model.ops.matrices import Blocks, Tiles
 from trio_llm.model.ops.torch_reference import dequantize
 
@@ -121,6 +123,17 @@ def test_weights_are_read_once_without_conflicts(rows: int, group: int, least: f
     for opcode in ("ldmatrix", "ld"):
         assert counted.passes[opcode] == counted.passes_least[opcode]
     assert matrix.nbytes / counted.issued.total() > least
+
+
+@pytest.mark.parametrize("gated", [0, 1])
+def test_weights_are_asked_for_before_the_wait(gated: int) -> None:
+    """While the kernel before runs, the weights of all stages but one are on their way, and nothing else."""
+    macros = {"BM": 8, "STAGES": 4, "GATED": gated, "GELU": 0, "OFFSET": 1, "WIDE_SCALES": 0, "SPLIT": 0, "IO_FP16": 0}
+    built = kernel("gemm_w4.cu", "gemm_w4", **macros).build("compute_90")
+    opcodes = [(one.opcode, one.modifiers[0]) for one in parse(built.ptx, "gemm_w4").instructions if one.modifiers]
+    before = opcodes[: opcodes.index(("griddepcontrol", "wait"))]
+    tiles = gemm_w4.BK // 32
+    assert before.count(("cp", "async")) == 3 * tiles * (1 + gated)
 
 
 def test_supports_says_why_not() -> None:

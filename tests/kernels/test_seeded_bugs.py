@@ -286,6 +286,8 @@ BUGS = ATTENTION_BUGS | SAMPLE_BUGS | {
     "w4: the stage in use is loaded": Bug(
         "gemm_w4.cu", "shared + (ahead - first) %", "shared + (step - first) %", check_w4_zeros
     ),
+    "w4: waits for no kernel": Bug("gemm_w4.cu", "  wait_for_kernels_before();\n", "", check_w4),
+    "w4: scales of another group early": Bug("gemm_w4.cu", "EARLY const scale_t*", "const scale_t*", check_w4),
     "w4: numbers in another order": Bug("gemm_w4.cu", "a[p * 2 + i / 2][i % 2]", "a[p * 2 + i % 2][i / 2]", check_w4),
     "w4: a bit too high": Bug("gemm_w4.cu", "#define BIT 3", "#define BIT 4", check_w4),
     "w4: the neighbour's zero point": Bug("gemm_w4.cu", "(16.f + zeros[i])", "(16.f + zeros[i ^ 1])", check_w4_zeros),
