@@ -64,7 +64,7 @@ def check_step() -> None:
     assert judge(check, simulate(check.run))["error"] < 2e-7
 
 
-def check_gemv(rows: int = 2) -> None:
+def check_gemv(rows: int = 1) -> None:
     """Multiply rows by seven int8 outputs of 272 inputs, gated."""
     x, weight = torch.randn(rows, 272).bfloat16(), torch.randint(-127, 128, (14, 272), dtype=torch.int8)
     scale = (torch.rand(14) / 100).bfloat16()
