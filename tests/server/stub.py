@@ -71,7 +71,7 @@ class GatedWorker(InlineWorker):
             self._gate.release()
 
     async def run(self, function: Callable[..., Any], *args: Any) -> Any:
-        if args and isinstance(args[0], StepPlan) and not self.open:
+        if any(isinstance(one, StepPlan) for one in args) and not self.open:
             await self._gate.acquire()
         return await super().run(function, *args)
 
