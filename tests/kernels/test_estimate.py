@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from tests.kernels.compilers import is_older
 from tools.kernel_lab import estimate, ledger
 from tools.kernel_lab.estimate import Cost, Part
 from tools.kernel_lab.recorded_step import Operation
 from tools.kernel_lab.shapes import MODELS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text(encoding="utf-8")
-TOLERANCE = 0.05  # between compilers
+TOLERANCE, OLDER = 0.05, 0.15  # between compilers, and to one before 13.5
 
 
 def cells(table: str) -> list[list[str]]:
@@ -22,29 +23,29 @@ def cells(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()]
 
 
-def differences(stated: str, made: str) -> list[tuple[str, str]]:
+def differences(stated: str, made: str, tolerance: float = TOLERANCE) -> list[tuple[str, str]]:
     """Return the cells that differ by more than compilers do."""
     one, other = cells(stated), cells(made)
     assert [len(row) for row in one] == [len(row) for row in other]
     pairs = [pair for rows in zip(one, other, strict=True) for pair in zip(*rows, strict=True)]
-    return [pair for pair in pairs if not is_close(*pair)]
+    return [pair for pair in pairs if not is_close(*pair, tolerance)]
 
 
-def is_close(stated: str, made: str) -> bool:
+def is_close(stated: str, made: str, tolerance: float) -> bool:
     """Compare numbers within the tolerance, or a unit of the last place, and anything else exactly."""
     try:
         numbers = float(stated), float(made)
     except ValueError:
         return stated == made
     unit = 10.0 ** -len(stated.partition(".")[2])
-    return numbers[0] == pytest.approx(numbers[1], rel=TOLERANCE, abs=1.01 * unit)
+    return numbers[0] == pytest.approx(numbers[1], rel=tolerance, abs=1.01 * unit)
 
 
 def test_the_page_has_the_table() -> None:
     """Between its marks stands what `python -m tools.kernel_lab estimate --write docs/gpu.md` puts there."""
     stated = PAGE.split("<!-- estimate: begin -->")[1].split("<!-- estimate: end -->")[0]
     made = estimate.table()
-    assert differences(stated, made) == []
+    assert differences(stated, made, OLDER if is_older() else TOLERANCE) == []
     # Of Qwen2.5-0.5B, one row: as many launches as are counted elsewhere, and bytes of all weights and the context.
     whole = next(row for row in cells(made) if row[:2] == ["Qwen2.5-0.5B, B=1", "whole step"])
     assert whole[2] == "149" and 0.99e3 < float(whole[3]) < 1.03e3

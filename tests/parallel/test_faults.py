@@ -40,7 +40,7 @@ CAUSES = {
 }
 AT_START = {**CAUSES, "raise": r"Rank 1 \(process \d+\) ended with exit code 1\."}
 # Until a rank that has stopped is noticed. Others must answer a collective within it, on a machine that is busy.
-PATIENCE_S = 5.0
+PATIENCE_S = 10.0
 
 
 class Letters(FakeTokenizer):
