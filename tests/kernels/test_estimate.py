@@ -41,6 +41,7 @@ def is_close(stated: str, made: str, tolerance: float) -> bool:
     return numbers[0] == pytest.approx(numbers[1], rel=tolerance, abs=1.01 * unit)
 
 
+@pytest.mark.slow
 def test_the_page_has_the_table() -> None:
     """Between its marks stands what `python -m tools.kernel_lab estimate --write docs/gpu.md` puts there."""
     stated = PAGE.split("<!-- estimate: begin -->")[1].split("<!-- estimate: end -->")[0]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cuda_kernels import gemm_s8, quant
+from tests.kernels.compilers import most
 from tests.kernels.helpers import ROUNDING, assert_close, count, simulate
 
 
@@ -106,7 +107,7 @@ def test_weights_are_read_once_without_conflicts() -> None:
         for difference in (lambda c: c.issued.total(), lambda c: c.issued["mma"])
     )
     assert products * 16 * 8 * 32 == 128 * 128 * 512
-    assert issued / products < 3.1  # measured, plus a tenth
+    assert issued / products < most(3.1)  # measured, plus a tenth
 
 
 def test_supports_says_why_not() -> None:
