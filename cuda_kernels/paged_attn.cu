@@ -10,8 +10,8 @@
 // context joins its parts: a block's first and last part have a place in `partial`, and a context the ticket of the block
 // that begins it (`tickets` [blocks, Hkv] start and end as 0).
 //
-// Warps: WARPS_M by rows, WARPS_N by columns: of the scores a warp of a group of WARPS_N computes BN / WARPS_N keys,
-// of the output TILED / WARPS_N dimensions; probabilities and maxima then pass through shared memory. With
+// Warps: WARPS_M by rows, each with WARP_ROWS, and WARPS_N by columns: of the scores a warp of a group of WARPS_N computes
+// BN / WARPS_N keys, of the output TILED / WARPS_N dimensions; probabilities and maxima then pass through shared memory. With
 // WARPS_N = 1 all stays in the warp's registers. Splitting the output dimensions is what makes HEAD_DIM 512 fit.
 //
 // int8 and e4m3 (-DKV_FP8=1, with KV_8BIT) caches: a 16-byte chunk holds 16 dimensions. An 8x8 matrix of 16-bit elements gives lane (g, t) the bytes
@@ -24,8 +24,8 @@
 // q, out [S, Hq, HEAD_DIM]; k, v [slots, Hkv, HEAD_DIM] with a slot stride; scales [slots, Hkv] with a stride;
 // tables [B, max_blocks]; cu_q [B + 1], context [B]; partial [blocks, Hkv, 2, BM, TILED], maxima [blocks, Hkv, 2, BM, 2].
 // Grid (tiles of rows, Hkv, B), or (-DSPLIT=1) (blocks, Hkv): of each, least_tiles of keys if a context has as many.
-// Compile-time: HEAD_DIM, GQA, BM, BN, WARPS_N, STAGES, KV_8BIT, KV_FP8, SPLIT, WINDOW and SOFTCAP (0: not looked at),
-// BLOCKS (that share a multiprocessor).
+// Compile-time: HEAD_DIM, GQA, BM, BN, WARP_ROWS (16 or 32), WARPS_N, STAGES, KV_8BIT, KV_FP8, SPLIT, WINDOW and SOFTCAP (0:
+// not looked at), BLOCKS (that share a multiprocessor).
 // Parts: paged_attn_tile.cuh (layout, loads), paged_attn_work.cuh, paged_attn_mma.cuh (products), paged_attn_softmax.cuh,
 // paged_attn_out.cuh.
 // Sources: online softmax, Milakov and Gimelshein 2018 (arXiv:1805.02867); FlashAttention-2, Dao 2023
@@ -51,15 +51,15 @@ DEV Rows rows_of(const Part& part) {
   return {part.tile * BM, part.own.tokens * GQA, part.own.first_token, (int)gridDim.y * GQA, (int)blockIdx.y * GQA};
 }
 
-// o [DIMS / 8][4], and of each row its maximum m and its sum l: those of a tile of rows over keys [at, stop).
-DEV void attend(float (*o)[4], float* m, float* l, unsigned char* shared, const io_t* q, const Rows& rows,
-                const Context& c, Mask mask, int at, int stop) {
+// o [FRAGMENTS][DIMS / 8][4], and of each row its maximum m and its sum l: those of a tile of rows over keys [at, stop).
+DEV void attend(float (*o)[DIMS / 8][4], float (*m)[2], float (*l)[2], unsigned char* shared, const io_t* q,
+                const Rows& rows, const Context& c, Mask mask, int at, int stop) {
   const int warp = threadIdx.x / 32, warp_m = warp / WARPS_N, warp_n = warp % WARPS_N;
 #pragma unroll
-  for (int i = 0; i < 2; i++) {
-    mask.position[i] = mask.before + (rows.first + warp_m * 16 + threadIdx.x % 32 / 4 + 8 * i) / GQA;
-    m[i] = NEG_INF;
-    l[i] = 0.f;
+  for (int i = 0; i < 2 * FRAGMENTS; i++) {
+    mask.position[i / 2][i % 2] = mask.before + (rows.first + warp_m * WARP_ROWS + threadIdx.x % 32 / 4 + 8 * i) / GQA;
+    m[i / 2][i % 2] = NEG_INF;
+    l[i / 2][i % 2] = 0.f;
   }
 #pragma unroll 1
   for (int s = 0; s < (STAGES > 1 ? STAGES - 1 : 1); s++) {
@@ -68,7 +68,7 @@ DEV void attend(float (*o)[4], float* m, float* l, unsigned char* shared, const 
   }
   load_queries(shared + Q_AT, q, rows);
 #pragma unroll
-  for (int n = 0; n < DIMS / 8; n++) o[n][0] = o[n][1] = o[n][2] = o[n][3] = 0.f;
+  for (int i = 0; i < FRAGMENTS * DIMS / 2; i++) o[i / (DIMS / 2)][i / 4 % (DIMS / 8)][i % 4] = 0.f;
 
   for (int stage = 0; at < stop; at += BN, stage = stage + 1 < STAGES ? stage + 1 : 0) {
     unsigned char* keys = shared + stage * STAGE_BYTES;
@@ -79,18 +79,19 @@ DEV void attend(float (*o)[4], float* m, float* l, unsigned char* shared, const 
       if (ahead < stop) load_tile(shared + (stage ? stage - 1 : STAGES - 1) * STAGE_BYTES, c, ahead);
       copies_commit();
     }
-    float s[KEYS / 8][4];
-#pragma unroll
-    for (int n = 0; n < KEYS / 8; n++) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.f;
+    float s[FRAGMENTS][KEYS / 8][4] = {};
     scores(s, shared + Q_AT, keys, warp_m, warp_n);
-    float top[2] = {m[0], m[1]};
-    if (at < mask.all_from || at + BN > mask.all_to)
-      mask_scores<true>(s, top, keys, at, mask, warp_n);
-    else
-      mask_scores<false>(s, top, keys, at, mask, warp_n);
-    join_maxima(top, shared, warp_m, warp_n);
-    rescale_to(top, m, l, o, mask.to_log2);
-    exponentiate(s, m, l, keys, mask.to_log2, warp_n);
+#pragma unroll
+    for (int f = 0; f < FRAGMENTS; f++) {
+      float top[2] = {m[f][0], m[f][1]};
+      if (at < mask.all_from || at + BN > mask.all_to)
+        mask_scores<true>(s[f], top, keys, at, mask, f, warp_n);
+      else
+        mask_scores<false>(s[f], top, keys, at, mask, f, warp_n);
+      join_maxima(top, shared, warp_m * FRAGMENTS + f, warp_n);
+      rescale_to(top, m[f], l[f], o[f], mask.to_log2);
+      exponentiate(s[f], m[f], l[f], keys, mask.to_log2, warp_n);
+    }
     weigh_values(o, s, shared, keys + TILE_BYTES, warp_m, warp_n);
     if (STAGES == 1 && at + BN < stop) {
       __syncthreads();
@@ -99,18 +100,21 @@ DEV void attend(float (*o)[4], float* m, float* l, unsigned char* shared, const 
     }
   }
   copies_wait<0>();
-  join_sums(l, shared, warp_m, warp_n);
 #pragma unroll
-  for (int i = 0; i < 2; i++) {
-    m[i] *= mask.to_log2;
-    l[i] *= NUMBER;
+  for (int f = 0; f < FRAGMENTS; f++) {
+    join_sums(l[f], shared, warp_m * FRAGMENTS + f, warp_n);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      m[f][i] *= mask.to_log2;
+      l[f][i] *= NUMBER;
+    }
   }
 }
 
 // `part` may be in shared memory, and what `in` holds are the kernel's arguments: a tile needs all registers.
 DEV void attend_to_part(unsigned char* shared, const Inputs& in, const Part& part) {
   const int kv_head = blockIdx.y;
-  float o[DIMS / 8][4], m[2], l[2];
+  float o[FRAGMENTS][DIMS / 8][4], m[FRAGMENTS][2], l[FRAGMENTS][2];
   {
     const Rows rows = rows_of(part);
     // Keys [first, end) are visible to some row of the tile.
@@ -128,7 +132,10 @@ DEV void attend_to_part(unsigned char* shared, const Inputs& in, const Part& par
   const int warp_m = threadIdx.x / 32 / WARPS_N, warp_n = threadIdx.x / 32 % WARPS_N;
   if (SPLIT && part.parts.count() > 1) {
     const Parts parts = part.parts;
-    store_partial(in.partial, in.maxima, o, m, l, rows, warp_m, warp_n, parts.place(blockIdx.x));
+#pragma unroll
+    for (int f = 0; f < FRAGMENTS; f++)
+      store_partial(in.partial, in.maxima, o[f], m[f], l[f], rows, warp_m * FRAGMENTS + f, warp_n,
+                    parts.place(blockIdx.x));
     if (is_last(in.tickets + parts.place(parts.first) / 2, parts.count(), shared))
       combine(in.partial, in.maxima, in.out, rows, parts, shared);
   } else {

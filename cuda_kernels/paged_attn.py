@@ -56,10 +56,11 @@ class Tile:
     keys: int
     warps_n: int
     stages: int
+    warp_rows: int = 16
 
     @property
     def threads(self) -> int:
-        return self.rows // 16 * self.warps_n * 32
+        return self.rows // self.warp_rows * self.warps_n * 32
 
     def shared_bytes(self, head_dim: int, *, int8: bool) -> int:
         dims = tiled(head_dim)
@@ -94,6 +95,20 @@ def choose_tile(packed_rows: int, head_dim: int, device: Device, *, int8: bool) 
         rows, keys, warps_n = 128, 64, 1
     two = Tile(rows, keys, warps_n, stages=2)
     return two if two.shared_bytes(head_dim, int8=int8) <= device.shared_bytes else replace(two, stages=1)
+
+
+def widened(tile: Tile, tiles: int, head_dim: int, device: Device, *, int8: bool) -> Tile:
+    """Return what takes the place of a tile that no blocks share: 32 rows a warp, so that a read serves twice as many.
+
+    Args:
+        tiles: The work in all; with fewer than the device has room for, more warps of fewer rows are faster.
+    """
+    widest = min(64, device.tuning.widest_head) if int8 else device.tuning.widest_head
+    if tile.rows < 128 or head_dim > widest:
+        return tile
+    wide = Tile(128, 64 if head_dim == 64 and not int8 else 32, 1, stages=2, warp_rows=32)  # more keys spill
+    together = wide.blocks(head_dim, device, int8=int8)
+    return wide if together > 1 and tiles >= together * device.multiprocessors else tile
 
 
 def choose_blocks(row_tiles: int, sequences: int, kv_heads: int, max_keys: int, resident: int, own: Tuning) -> int:
@@ -221,6 +236,9 @@ def _shape(
         blocks = choose_blocks(row_tiles, sequences, kv_heads, visible, resident, device.tuning)
     grid = (blocks, kv_heads, 1) if blocks else (row_tiles, kv_heads, sequences)
     if tile is None:
+        if not blocks:
+            chosen = widened(chosen, math.prod(grid), head_dim, device, int8=int8)
+            together = chosen.blocks(head_dim, device, int8=int8)
         fewest = min(together, -(-math.prod(grid) // device.multiprocessors))
         chosen = chosen.deepened(fewest, head_dim, device, int8=int8)
     return _Shape(chosen, together, blocks, least_tiles, grid)
@@ -241,7 +259,7 @@ def _kernel(
 ) -> Kernel:
     return kernel(
         "paged_attn.cu", "paged_attention", HEAD_DIM=head_dim, GQA=group, BM=tile.rows, BN=tile.keys,
-        WARPS_N=tile.warps_n, STAGES=tile.stages, BLOCKS=together, KV_8BIT=int(cache.itemsize == 1),
-        KV_FP8=int(cache == torch.float8_e4m3fn), SPLIT=int(split), WINDOW=int(window), SOFTCAP=int(softcap),
-        IO_FP16=fp16,
+        WARP_ROWS=tile.warp_rows, WARPS_N=tile.warps_n, STAGES=tile.stages, BLOCKS=together,
+        KV_8BIT=int(cache.itemsize == 1), KV_FP8=int(cache == torch.float8_e4m3fn), SPLIT=int(split),
+        WINDOW=int(window), SOFTCAP=int(softcap), IO_FP16=fp16,
     )  # fmt: skip

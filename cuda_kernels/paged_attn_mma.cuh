@@ -10,15 +10,19 @@ DEV u32 pack_probabilities(float low, float high) {
 #endif
 }
 
-// s [KEYS / 8][4] += q k for this warp's 16 rows and KEYS keys.
-DEV void scores(float (*s)[4], const unsigned char* q, const unsigned char* k, int warp_m, int warp_n) {
+// s [FRAGMENTS][KEYS / 8][4] += q k for this warp's rows and KEYS keys.
+DEV void scores(float (*s)[KEYS / 8][4], const unsigned char* q, const unsigned char* k, int warp_m, int warp_n) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int d = 0; d < HEAD_DIM; d += KV_8BIT ? 64 : 32) {
-    u32 a[KV_8BIT ? 4 : 2][4];
+    u32 a[FRAGMENTS][KV_8BIT ? 4 : 2][4];
 #pragma unroll
-    for (int i = 0; i < (KV_8BIT ? 4 : 2); i++)
-      load_matrices(a[i], q + swizzled<Q_CHUNKS>(warp_m * 16 + lane % 16, d / 8 + i * 2 + lane / 16) * 16);
+    for (int f = 0; f < FRAGMENTS; f++)
+#pragma unroll
+      for (int i = 0; i < (KV_8BIT ? 4 : 2); i++) {
+        const int row = warp_m * WARP_ROWS + f * 16 + lane % 16;
+        load_matrices(a[f][i], q + swizzled<Q_CHUNKS>(row, d / 8 + i * 2 + lane / 16) * 16);
+      }
 #pragma unroll
     for (int n = 0; n < KEYS / 8; n++) {  // eight keys, four chunks: 32 dimensions, or 64 of 8 bits
       u32 b[4];
@@ -30,18 +34,21 @@ DEV void scores(float (*s)[4], const unsigned char* q, const unsigned char* k, i
         float x[4];
         widen_numbers(b[i], x);
         const u32 pair[2] = {pack_io(x[0], x[1]), pack_io(x[2], x[3])};
-        mma_io(s[n], a[i], pair);
+#pragma unroll
+        for (int f = 0; f < FRAGMENTS; f++) mma_io(s[f][n], a[f][i], pair);
       }
 #else
-      mma_io(s[n], a[0], b);
-      mma_io(s[n], a[1], b + 2);
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int f = 0; f < FRAGMENTS; f++) mma_io(s[f][n], a[f][i], b + 2 * i);
 #endif
     }
   }
 }
 
-// o [DIMS / 8][4] += p v over keys [32 i, 32 i + 32), p in two fragments of 16 keys.
-DEV void accumulate(float (*o)[4], const u32 (*p)[4], const unsigned char* v, int i, int warp_n) {
+// o [FRAGMENTS][DIMS / 8][4] += p v over keys [32 i, 32 i + 32), p in two halves of 16 keys.
+DEV void accumulate(float (*o)[DIMS / 8][4], const u32 (*p)[2][4], const unsigned char* v, int i, int warp_n) {
   const int lane = threadIdx.x % 32;
 #if KV_8BIT
 #pragma unroll
@@ -55,8 +62,11 @@ DEV void accumulate(float (*o)[4], const u32 (*p)[4], const unsigned char* v, in
       widen_numbers(b[2 * half + 1], y);
       const u32 even[2] = {pack_bf16(x[0], x[2]), pack_bf16(y[0], y[2])};
       const u32 odd[2] = {pack_bf16(x[1], x[3]), pack_bf16(y[1], y[3])};
-      mma_bf16(o[2 * d], p[half], even);
-      mma_bf16(o[2 * d + 1], p[half], odd);
+#pragma unroll
+      for (int f = 0; f < FRAGMENTS; f++) {
+        mma_bf16(o[f][2 * d], p[f][half], even);
+        mma_bf16(o[f][2 * d + 1], p[f][half], odd);
+      }
     }
   }
 #else
@@ -67,42 +77,48 @@ DEV void accumulate(float (*o)[4], const u32 (*p)[4], const unsigned char* v, in
       u32 b[4];
       const int row = i * 32 + half * 16 + lane % 16;
       load_matrices_transposed(b, v + swizzled<KV_CHUNKS>(row, warp_n * (DIMS / 8) + 2 * d + lane / 16) * 16);
-      mma_io(o[2 * d], p[half], b);
-      mma_io(o[2 * d + 1], p[half], b + 2);
+#pragma unroll
+      for (int f = 0; f < FRAGMENTS; f++) {
+        mma_io(o[f][2 * d], p[f][half], b);
+        mma_io(o[f][2 * d + 1], p[f][half], b + 2);
+      }
     }
 #endif
 }
 
 // o += p v over a tile: probabilities s come from this warp's registers, or from all warps through shared memory.
-DEV void weigh_values(float (*o)[4], const float (*s)[4], unsigned char* shared, const unsigned char* values,
-                      int warp_m, int warp_n) {
+DEV void weigh_values(float (*o)[DIMS / 8][4], const float (*s)[KEYS / 8][4], unsigned char* shared,
+                      const unsigned char* values, int warp_m, int warp_n) {
 #if WARPS_N > 1
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   unsigned char* probabilities = shared + P_AT;
 #pragma unroll
   for (int n = 0; n < KEYS / 8; n++)
-    for (int i = 0; i < 2; i++) {
-      const int chunk = swizzled<P_CHUNKS>(warp_m * 16 + g + 8 * i, (warp_n * KEYS) / 8 + n);
-      reinterpret_cast<u32*>(probabilities)[chunk * 4 + t] = pack_probabilities(s[n][2 * i], s[n][2 * i + 1]);
+    for (int i = 0; i < 2 * FRAGMENTS; i++) {
+      const int chunk = swizzled<P_CHUNKS>(warp_m * WARP_ROWS + g + 8 * i, (warp_n * KEYS) / 8 + n);
+      const float* pair = s[i / 2][n] + i % 2 * 2;
+      reinterpret_cast<u32*>(probabilities)[chunk * 4 + t] = pack_probabilities(pair[0], pair[1]);
     }
   __syncthreads();
 #endif
 #pragma unroll
   for (int i = 0; i < BN / 32; i++) {
-    u32 p[2][4];
+    u32 p[FRAGMENTS][2][4];
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
+    for (int f = 0; f < FRAGMENTS; f++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
 #if WARPS_N > 1
-      const int chunk = i * 4 + half * 2 + lane / 16;
-      load_matrices(p[half], probabilities + swizzled<P_CHUNKS>(warp_m * 16 + lane % 16, chunk) * 16);
+        const int row = warp_m * WARP_ROWS + f * 16 + lane % 16, chunk = i * 4 + half * 2 + lane / 16;
+        load_matrices(p[f][half], probabilities + swizzled<P_CHUNKS>(row, chunk) * 16);
 #else
-      const int n = i * 4 + half * 2;
-      p[half][0] = pack_probabilities(s[n][0], s[n][1]);
-      p[half][1] = pack_probabilities(s[n][2], s[n][3]);
-      p[half][2] = pack_probabilities(s[n + 1][0], s[n + 1][1]);
-      p[half][3] = pack_probabilities(s[n + 1][2], s[n + 1][3]);
+        const int n = i * 4 + half * 2;
+        p[f][half][0] = pack_probabilities(s[f][n][0], s[f][n][1]);
+        p[f][half][1] = pack_probabilities(s[f][n][2], s[f][n][3]);
+        p[f][half][2] = pack_probabilities(s[f][n + 1][0], s[f][n + 1][1]);
+        p[f][half][3] = pack_probabilities(s[f][n + 1][2], s[f][n + 1][3]);
 #endif
-    }
+      }
     accumulate(o, p, values, i, warp_n);
   }
 }

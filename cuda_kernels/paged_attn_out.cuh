@@ -26,11 +26,11 @@ struct Parts {
 
 // Write this part's rows before they are divided by their sums, and their maxima and sums.
 DEV void store_partial(float* partial, float* maxima, const float (*o)[4], const float* m, const float* l,
-                       const Rows& rows, int warp_m, int warp_n, int place) {
+                       const Rows& rows, int fragment, int warp_n, int place) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    const int r = warp_m * 16 + g + 8 * i;
+    const int r = fragment * 16 + g + 8 * i;
     if (!rows.has(r)) continue;
     const s64 row = (s64)place * BM + r;
     if (warp_n == 0 && t == 0) *reinterpret_cast<float2*>(maxima + row * 2) = make_float2(m[i], l[i]);
@@ -47,19 +47,19 @@ DEV void store_partial(float* partial, float* maxima, const float (*o)[4], const
 }
 
 // Write the finished rows, through shared memory (which nobody reads any more), so that whole sectors are written.
-DEV void store_rows(io_t* out, unsigned char* result, const float (*o)[4], const float* l, const Rows& rows, int warp_m,
-                    int warp_n) {
+DEV void store_rows(io_t* out, unsigned char* result, const float (*o)[DIMS / 8][4], const float (*l)[2],
+                    const Rows& rows, int warp_m, int warp_n) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   __syncthreads();
 #pragma unroll
-  for (int i = 0; i < 2; i++) {
-    const float inverse = l[i] == 0.f ? 0.f : 1.f / l[i];
-    const int row = warp_m * 16 + g + 8 * i;
+  for (int i = 0; i < 2 * FRAGMENTS; i++) {
+    const float sum = l[i / 2][i % 2], inverse = sum == 0.f ? 0.f : 1.f / sum;
+    const int row = warp_m * WARP_ROWS + g + 8 * i;
 #pragma unroll
     for (int d = 0; d < DIMS / 16; d++)
       for (int j = 0; j < 2; j++) {
         float2 pair;
-        const int dimension = warp_n * DIMS + output_pair(o, d, j, i, t, &pair);
+        const int dimension = warp_n * DIMS + output_pair(o[i / 2], d, j, i % 2, t, &pair);
         const int place = swizzled<Q_CHUNKS>(row, dimension / 8) * 4 + dimension % 8 / 2;
         reinterpret_cast<u32*>(result)[place] = pack_io(pair.x * inverse, pair.y * inverse);
       }

@@ -1,10 +1,10 @@
-// Paged attention, between the products: the online softmax. A lane holds two rows, g (index 0) and g + 8 (index 1) of
-// its warp's sixteen, and of each the columns 2t and 2t + 1 of every eight keys.
+// Paged attention, between the products: the online softmax, of a fragment at a time. A lane holds two rows, g (index 0)
+// and g + 8 (index 1) of its sixteen, and of each the columns 2t and 2t + 1 of every eight keys.
 #pragma once
 #include "paged_attn_tile.cuh"
 
 struct Mask {  // what each row sees, and how scores become powers of two
-  int position[2];
+  int position[FRAGMENTS][2];
   int before, window;
   int all_from, all_to;  // keys that every row of the tile sees
   float inside, to_log2;
@@ -13,7 +13,8 @@ struct Mask {  // what each row sees, and how scores become powers of two
 // Raise `top` to the largest score that this lane holds of each row, of keys from `at`; those that a row does not see are
 // no more than any.
 template <bool MASKED>
-DEV void mask_scores(float (*s)[4], float* top, const unsigned char* keys, int at, const Mask& mask, int warp_n) {
+DEV void mask_scores(float (*s)[4], float* top, const unsigned char* keys, int at, const Mask& mask, int f,
+                     int warp_n) {
   const int t = threadIdx.x % 4;
 #pragma unroll
   for (int n = 0; n < KEYS / 8; n++)
@@ -25,7 +26,7 @@ DEV void mask_scores(float (*s)[4], float* top, const unsigned char* keys, int a
       x *= reinterpret_cast<const float*>(keys + 2 * TILE_BYTES)[column];
 #endif
       if (SOFTCAP) x = tanh_fast(x * mask.inside);
-      const int position = mask.position[row];
+      const int position = mask.position[f][row];
       if (MASKED && (key > position || (WINDOW && key <= position - mask.window))) x = -INF;
       s[n][e] = x;
       top[row] = fmaxf(top[row], x);
@@ -33,7 +34,7 @@ DEV void mask_scores(float (*s)[4], float* top, const unsigned char* keys, int a
 }
 
 // Make `top` the maxima of whole rows: over the four lanes that share them, then over the warps.
-DEV void join_maxima(float* top, unsigned char* shared, int warp_m, int warp_n) {
+DEV void join_maxima(float* top, unsigned char* shared, int fragment, int warp_n) {
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     top[i] = fmaxf(top[i], __shfl_xor_sync(FULL_WARP, top[i], 1));
@@ -41,7 +42,7 @@ DEV void join_maxima(float* top, unsigned char* shared, int warp_m, int warp_n) 
   }
 #if WARPS_N > 1
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  float* tops = reinterpret_cast<float*>(shared + MAXIMA_AT) + warp_m * 16;  // [WARPS_N][BM]
+  float* tops = reinterpret_cast<float*>(shared + MAXIMA_AT) + fragment * 16;  // [WARPS_N][BM]
   if (t == 0)
     for (int i = 0; i < 2; i++) tops[warp_n * BM + g + 8 * i] = top[i];
   __syncthreads();
@@ -84,7 +85,7 @@ DEV void exponentiate(float (*s)[4], const float* m, float* l, const unsigned ch
 }
 
 // Make `l` the sums of whole rows.
-DEV void join_sums(float* l, unsigned char* shared, int warp_m, int warp_n) {
+DEV void join_sums(float* l, unsigned char* shared, int fragment, int warp_n) {
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     l[i] += __shfl_xor_sync(FULL_WARP, l[i], 1);
@@ -92,7 +93,7 @@ DEV void join_sums(float* l, unsigned char* shared, int warp_m, int warp_n) {
   }
 #if WARPS_N > 1
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  float* sums = reinterpret_cast<float*>(shared + MAXIMA_AT) + warp_m * 16;
+  float* sums = reinterpret_cast<float*>(shared + MAXIMA_AT) + fragment * 16;
   __syncthreads();  // the last maxima have been read
   if (t == 0)
     for (int i = 0; i < 2; i++) sums[warp_n * BM + g + 8 * i] = l[i];

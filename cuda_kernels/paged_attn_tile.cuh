@@ -2,7 +2,8 @@
 #pragma once
 #include "common.cuh"
 
-#define WARPS_M (BM / 16)
+#define FRAGMENTS (WARP_ROWS / 16)  // sixteen rows each, that a warp has: what it reads of keys and values serves all of them
+#define WARPS_M (BM / WARP_ROWS)
 #define WARPS (WARPS_M * WARPS_N)
 #define THREADS (WARPS * 32)
 #define KEYS (BN / WARPS_N)         // keys of a warp's scores

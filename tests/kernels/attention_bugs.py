@@ -20,6 +20,7 @@ PREFILL = Case(head_dim=64, kv_heads=1, group=2, sequences=((40, 140), (1, 0)), 
 NO_KEYS = Case(head_dim=64, kv_heads=1, group=16, sequences=((5, 20), (1, 0)), blocks=0)
 ONE_STAGE = Case(head_dim=64, kv_heads=1, sequences=((1, 150),), blocks=0, tile=Tile(16, 64, 4, 1))
 FP8 = Case(head_dim=64, kv_heads=1, sequences=((1, 100),), int8=True, fp8=True, blocks=0)
+WIDE = Case(head_dim=64, kv_heads=1, group=3, sequences=((70, 90), (1, 0)), blocks=0, tile=Tile(128, 64, 1, 2, 32))
 EIGHTY = Case(head_dim=80, kv_heads=1, sequences=((1, 130), (1, 70), (1, 20)), blocks=3)
 INT8 = Case(head_dim=64, kv_heads=1, sequences=((1, 100),), int8=True, blocks=0)
 
@@ -64,17 +65,21 @@ ATTENTION_BUGS = {
         "__syncthreads();\n#pragma unroll\n  for (int w = 0; w", "for (int w = 0; w", DECODE
     ),
     "no barrier before probabilities": paged(
-        "s[n][2 * i + 1]);\n    }\n  __syncthreads();", "s[n][2 * i + 1]);\n    }", DECODE
+        "pair[1]);\n    }\n  __syncthreads();", "pair[1]);\n    }", DECODE
     ),
     "queries overwrite results": paged(
-        "  __syncthreads();\n#pragma unroll\n  for (int i = 0; i < 2; i++) {\n    const float inverse",
-        "#pragma unroll\n  for (int i = 0; i < 2; i++) {\n    const float inverse", NO_KEYS,
+        "  __syncthreads();\n#pragma unroll\n  for (int i = 0; i < 2 * FRAGMENTS; i++) {\n    const float sum",
+        "#pragma unroll\n  for (int i = 0; i < 2 * FRAGMENTS; i++) {\n    const float sum", NO_KEYS,
     ),
     "mma: halves of a swapped": paged("{%4,%5,%6,%7}", "{%5,%4,%6,%7}", DECODE),
     "mma: halves of b swapped": paged("{%8,%9}", "{%9,%8}", DECODE),
     "cvt: halves swapped": paged('"f"(high), "f"(low)', '"f"(low), "f"(high)', PREFILL),
     "ldmatrix not transposed": paged('_transposed, ".trans")', '_transposed, "")', DECODE),
     "swizzle of writes differs": paged("LOADED + row, chunk) * 16;", "LOADED + row, chunk ^ 1) * 16;", DECODE),
+    "wide: scores of the first rows": paged("a[f][i], b + 2 * i);", "a[0][i], b + 2 * i);", WIDE),
+    "wide: probabilities of the first rows": paged("p[f][half], b);", "p[0][half], b);", WIDE),
+    "wide: positions of the first rows": paged("mask.position[f][row]", "mask.position[0][row]", WIDE),
+    "wide: sums of the first rows": paged("const float sum = l[i / 2][i % 2]", "const float sum = l[0][i % 2]", WIDE),
     "a neighbour's slot": paged("slot, row);", "slot, row ^ 1);", DECODE),
     "a token sees not itself": paged("key > position ||", "key >= position ||", DECODE),
     "a token sees the next": paged("high + 1, in.block", "high + 2, in.block", DECODE),
@@ -104,6 +109,6 @@ ATTENTION_BUGS = {
     "int8: no scale of keys": paged("x *= reinterpret_cast<const float*>(keys", "x *= 1.f + 0.f * (keys", INT8),
     "int8: keys' scales for values": paged("[BN + warp_n * KEYS", "[warp_n * KEYS", INT8),
     "int8: queries in plain order": paged("pair % 2 * 4 + pair % 8 / 2;", "pair % 8;", INT8),
-    "int8: even and odd swapped": paged("p[half], even);", "p[half], odd);", INT8),
+    "int8: even and odd swapped": paged("p[f][half], even);", "p[f][half], odd);", INT8),
     "int8: biased wrongly": paged("8388736.f", "8388735.f", INT8),
 }  # fmt: skip

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from cuda_kernels.paged_attn import Tile
 from tests.kernels.compilers import most
 from tests.kernels.helpers import count
 from tools.kernel_lab.attention import Case, make
@@ -47,6 +48,23 @@ def test_a_padded_head_moves_no_more(head_dim: int, int8: bool, most_instruction
     assert counted.sectors["st"] * 32 == case.group * head_dim * 2
     assert counted.passes["ldmatrix"] == counted.passes_least["ldmatrix"]
     assert counted.issued.total() / 512 < most_instructions  # measured, plus a tenth
+
+
+# Head size, 8-bit cache, and most fragments read per product with 16 and 32 rows a warp: measured, plus a twentieth.
+@pytest.mark.parametrize(
+    ("head_dim", "int8", "narrow", "wide"),
+    [(64, False, 0.59, 0.33), (128, False, 0.59, 0.394), (64, True, 0.33, 0.263)],
+)
+def test_32_rows_a_warp_read_half_as_much(head_dim: int, int8: bool, narrow: float, wide: float) -> None:
+    """A fragment of keys that is read from shared memory serves all rows of its warp; so does widening 8-bit ones."""
+    keys = 64 if head_dim == 64 and not int8 else 32
+    case = Case(head_dim=head_dim, kv_heads=1, group=1, int8=int8, sequences=((128, 256),), blocks=0)
+    tiles = Tile(128, 64, 1, 2), Tile(128, keys, 1, 2, warp_rows=32)
+    of_16, of_32 = (count(make(replace(case, tile=tile)).run) for tile in tiles)
+    for counted, bound in ((of_16, narrow), (of_32, wide)):
+        assert counted.issued["ldmatrix"] / counted.issued["mma"] < bound
+        assert counted.passes["ldmatrix"] == counted.passes_least["ldmatrix"]
+    assert of_32.issued["mma"] == of_16.issued["mma"] and of_32.issued.total() < of_16.issued.total()
 
 
 def test_a_long_context_is_not_one_blocks_work() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cuda_kernels.paged_attn import HEAD_DIMS, Device, Tile, choose_blocks, choose_tile, supports
+from cuda_kernels.paged_attn import HEAD_DIMS, Device, Tile, choose_blocks, choose_tile, supports, widened
 from cuda_kernels.tuning import BY_ARCHITECTURE
 from tests.kernels.helpers import assert_close, simulate
 from tools.kernel_lab.attention import CASES, MATRIX, Case, make
@@ -39,6 +39,21 @@ def test_tiles_follow_the_packed_rows(packed_rows: int, rows: int) -> None:
             for int8 in (False, True):
                 tile = choose_tile(packed_rows, head_dim, device, int8=int8)
                 assert tile.shared_bytes(head_dim, int8=int8) <= device.shared_bytes
+
+
+def test_long_prefills_have_32_rows_a_warp() -> None:
+    """Where two such blocks fit on every multiprocessor, and registers suffice; others keep more warps of 16 rows."""
+    h200, ada = Device(132, 227 * 1024), Device(128, 99 * 1024)
+    b200 = Device(148, 227 * 1024, BY_ARCHITECTURE[10, 0])
+    narrow = choose_tile(4096, 128, h200, int8=False)
+    assert widened(narrow, 264, 128, h200, int8=False) == Tile(128, 32, 1, 2, warp_rows=32)
+    assert widened(narrow, 264, 64, h200, int8=False) == Tile(128, 64, 1, 2, warp_rows=32)
+    assert widened(narrow, 264, 64, h200, int8=True).keys == 32
+    assert widened(narrow, 263, 128, h200, int8=False) == widened(narrow, 264, 128, h200, int8=True) == narrow
+    assert widened(narrow, 500, 128, ada, int8=False) == widened(narrow, 500, 128, b200, int8=False) == narrow
+    assert widened(narrow, 500, 64, ada, int8=False) == widened(narrow, 500, 64, b200, int8=False) != narrow
+    small = choose_tile(16, 128, h200, int8=False)
+    assert widened(small, 1000, 128, h200, int8=False) == small
 
 
 def test_blocks_fill_the_device_and_no_more() -> None:

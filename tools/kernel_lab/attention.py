@@ -62,6 +62,7 @@ CASES = [
     Case(head_dim=80, kv_heads=1, sequences=((1, 130), (1, 17), (1, 70)), blocks=4),
     Case(head_dim=96, sequences=((20, 80), (1, 9))),
     Case(head_dim=80, int8=True, sequences=((30, 70), (1, 20))),
+    Case(kv_heads=1, group=5, sequences=((50, 120), (1, 0)), blocks=0, tile=Tile(128, 32, 1, 2, warp_rows=32)),
     Case(int8=True, sequences=((1, 100), (1, 31)), blocks=2, padding=128),
     Case(int8=True, head_dim=64, group=7, kv_heads=1, sequences=((12, 80),), window=17),
     Case(int8=True, fp8=True, head_dim=64, group=7, kv_heads=1, sequences=((1, 70), (3, 20)), blocks=2, softcap=5.0),
@@ -73,6 +74,11 @@ MATRIX = [
     Case(dtype=torch.float16, int8=True, kv_heads=1, sequences=((30, 70),)),
     Case(dtype=torch.float16, head_dim=64, sequences=((1, 50),), blocks=2),
     Case(head_dim=64, kv_heads=1, group=1, sequences=((1, 4200),), blocks=70),
+    *(Case(head_dim=head_dim, kv_heads=1, group=4, int8=int8, fp8=fp8, sequences=((40, 130), (33, 33)), blocks=0,
+           tile=Tile(128, keys, 1, 3, warp_rows=32), window=window, softcap=softcap, dtype=dtype)
+      for head_dim, int8, fp8, keys in ((64, False, False, 64), (64, True, False, 32), (96, False, False, 32),
+                                        (128, True, False, 32), (128, True, True, 32))
+      for window, softcap in ((None, None), (21, 20.0)) for dtype in (torch.bfloat16, torch.float16)),
     *(Case(dtype=dtype, int8=True, fp8=True, kv_heads=1, head_dim=head_dim, sequences=sequences, window=window)
       for dtype in (torch.bfloat16, torch.float16) for head_dim in (64, 80, 96, 128, 256, 512)
       for sequences, window in ((((1, 193), (1, 15)), None), (((40, 77), (5, 5)), 19)))

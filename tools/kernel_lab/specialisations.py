@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 import attrs
@@ -11,7 +11,8 @@ import attrs
 from cuda_kernels.compile import CompileError, Usage
 from cuda_kernels.gemm_s8 import STAGES
 from cuda_kernels.launch import Kernel, kernel
-from cuda_kernels.paged_attn import HEAD_DIMS, Device, choose_tile
+from cuda_kernels.paged_attn import HEAD_DIMS, Device, Tile, choose_tile, widened
+from cuda_kernels.tuning import BY_ARCHITECTURE
 from tools.ptx_simulator.program import parse
 
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -90,21 +91,31 @@ def _needed(kernel: Kernel, entry: str) -> tuple[str, ...]:
 
 def attention(arch: str) -> list[Kernel]:
     """Return the attention kernels that an architecture's shared memory leads to, full of blocks or not."""
-    device = Device(multiprocessors=100, shared_bytes=SHARED_BYTES[arch] * 1024)
+    tuned = BY_ARCHITECTURE[divmod(int(arch.removeprefix("sm_")), 10)]
+    device = Device(multiprocessors=100, shared_bytes=SHARED_BYTES[arch] * 1024, tuning=tuned)
     made: set[Kernel] = set()
-    for (head_dim, group), (int8, fp8), rows in product(HEADS, KV_KINDS, (16, 64, 128)):
-        tile = choose_tile(rows, head_dim, device, int8=bool(int8))
-        together = tile.blocks(head_dim, device, int8=bool(int8))
-        full, empty = (tile.deepened(blocks, head_dim, device, int8=bool(int8)).stages for blocks in (together, 1))
-        defines = {
-            "HEAD_DIM": head_dim, "GQA": group, "BM": tile.rows, "BN": tile.keys, "WARPS_N": tile.warps_n,
-            "BLOCKS": together, "KV_8BIT": int8, "KV_FP8": fp8,
-        }  # fmt: skip
-        kinds = product((0, 1) if rows > tile.rows or rows == 128 else (1,), ((full, 0), (empty, 0), (full, 1)))
-        for (split, (stages, masks)), fp16 in product(kinds, (0, 1) if head_dim == 128 else (0,)):
-            own = {"STAGES": stages, "SPLIT": split, "WINDOW": masks, "SOFTCAP": masks, "IO_FP16": fp16}
-            made.add(kernel("paged_attn.cu", "paged_attention", **defines, **own))
+    for heads, kind, rows in product(HEADS, KV_KINDS, (16, 64, 128)):
+        int8 = bool(kind[0])
+        tile = choose_tile(rows, heads[0], device, int8=int8)
+        made.update(_of_tile(heads, kind, tile, device, (0, 1) if rows > tile.rows or rows == 128 else (1,)))
+        if (wide := widened(tile, 1000, heads[0], device, int8=int8)) != tile:
+            made.update(_of_tile(heads, kind, wide, device, (0,)))
     return sorted(made, key=str)
+
+
+def _of_tile(
+    heads: tuple[int, int], kind: tuple[int, int], tile: Tile, device: Device, splits: Sequence[int]
+) -> Iterator[Kernel]:
+    (head_dim, group), (int8, fp8) = heads, kind
+    together = tile.blocks(head_dim, device, int8=bool(int8))
+    full, empty = (tile.deepened(blocks, head_dim, device, int8=bool(int8)).stages for blocks in (together, 1))
+    kinds = product(splits, ((full, 0), (empty, 0), (full, 1)), (0, 1) if head_dim == 128 else (0,))
+    for split, (stages, masks), fp16 in kinds:
+        yield kernel(
+            "paged_attn.cu", "paged_attention", HEAD_DIM=head_dim, GQA=group, BM=tile.rows, BN=tile.keys,
+            WARP_ROWS=tile.warp_rows, WARPS_N=tile.warps_n, STAGES=stages, BLOCKS=together, KV_8BIT=int8, KV_FP8=fp8,
+            SPLIT=split, WINDOW=masks, SOFTCAP=masks, IO_FP16=fp16,
+        )  # fmt: skip
 
 
 def others() -> list[Kernel]:
