@@ -107,8 +107,11 @@ def command_line(pid: str) -> str:
 
 def children(pid: int | None = None) -> list[str]:
     """Return the processes that this one, or another, started and that are still there, or not reaped."""
-    threads = list(Path(f"/proc/{pid or os.getpid()}/task").iterdir())
-    return [child for thread in threads for child in (thread / "children").read_text().split()]
+    found: list[str] = []
+    for thread in list(Path(f"/proc/{pid or os.getpid()}/task").iterdir()):
+        with suppress(FileNotFoundError):  # It has ended: another thread has its children now.
+            found += (thread / "children").read_text().split()
+    return found
 
 
 @pytest.mark.parametrize(
