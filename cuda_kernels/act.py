@@ -10,6 +10,8 @@ from cuda_kernels.launch import io_define, kernel, unfit
 
 THREADS = 256
 
+Activation = Literal["silu", "gelu_tanh"]
+
 
 def supports(gate_up: Tensor) -> str | None:
     """Say why gate_up [S, 2I] cannot be taken; None where it can."""
@@ -20,7 +22,7 @@ def supports(gate_up: Tensor) -> str | None:
     return None
 
 
-def act_and_mul(gate_up: Tensor, kind: Literal["silu", "gelu_tanh"]) -> Tensor:
+def act_and_mul(gate_up: Tensor, kind: Activation) -> Tensor:
     """Return act(gate) * up [S, I] for gate_up [S, 2I], gate first; in float32 until it is stored."""
     rows, width = len(gate_up), gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, width)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from cuda_kernels.act import Activation
 from cuda_kernels.launch import io_define, kernel, unfit
 from cuda_kernels.paged_attn import Device, device_of
 from cuda_kernels.tickets import take_tickets
 from cuda_kernels.tuning import tuning
 
 BN, BK = 64, 64  # as in gemm.cu
-
-Activation = Literal["silu", "gelu_tanh"]
 
 
 def supports(x: Tensor, weight: Tensor) -> str | None:

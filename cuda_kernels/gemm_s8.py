@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from cuda_kernels.act import Activation
 from cuda_kernels.gemm import choose_splits, split
 from cuda_kernels.launch import io_define, kernel, unfit
 from cuda_kernels.paged_attn import device_of
@@ -15,8 +14,6 @@ from cuda_kernels.tickets import take_tickets
 BM, BN, BK = 128, 128, 64  # as in gemm_s8.cu
 STAGES = 3
 MAX_INPUTS = 2**17  # of products up to 127 * 127, whose sum is an int32
-
-Activation = Literal["silu", "gelu_tanh"]
 
 
 def supports(x: Tensor, weight: Tensor) -> str | None:

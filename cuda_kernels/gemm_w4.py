@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from cuda_kernels.act import Activation
 from cuda_kernels.gemm import choose_splits, split
 from cuda_kernels.launch import io_define, kernel, unfit
 from cuda_kernels.paged_attn import device_of
@@ -15,8 +14,6 @@ from cuda_kernels.tuning import tuning
 
 OUTPUTS, BK = 128, 128  # as in gemm_w4.cu
 MAX_STAGES = 4
-
-Activation = Literal["silu", "gelu_tanh"]
 
 
 def supports(x: Tensor) -> str | None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from cuda_kernels.act import Activation
 from cuda_kernels.launch import io_define, kernel, unfit
 from cuda_kernels.paged_attn import Device, device_of
 from cuda_kernels.tuning import tuning
@@ -16,8 +15,6 @@ MAX_SCALAR_ROWS = 2  # of 16-bit weights; more, and two of int8, are multiplied 
 WARPS, OUTPUTS = 4, 2
 AHEAD_BYTES = 8 * 16 * 32  # of a warp's weights in flight
 TENSOR_WARPS, TILE, PADDING = 8, 16, 32
-
-Activation = Literal["silu", "gelu_tanh"]
 
 
 def supports(x: Tensor, weight: Tensor) -> str | None:

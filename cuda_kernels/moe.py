@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from cuda_kernels.act import Activation
 from cuda_kernels.gemm import BK, grouped_linear
 from cuda_kernels.launch import Kernel, io_define, kernel, unfit
 from cuda_kernels.tuning import tuning
@@ -54,7 +53,7 @@ def moe(
     gate_up: Tensor,
     down: Tensor,
     load: Tensor,
-    kind: Literal["silu", "gelu_tanh"],
+    kind: Activation,
     scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Run each token through its experts and add up.
