@@ -27,7 +27,7 @@ class RecordDirectory:
         path: Created if it does not exist. The bound holds for all files in it that a server wrote, this one or one
             before; other names are left alone.
         header: The header of each file; `begin` adds its state.
-        max_bytes: Maximum size of all files together. The state that a file begins with may exceed it for a while.
+        max_bytes: Maximum size of all files together. Only a file that is larger all by itself exceeds it.
 
     Attributes:
         number: Of the file that is being written, from 1 on.
@@ -38,7 +38,8 @@ class RecordDirectory:
         self._max_bytes = max_bytes
         self._run = f"{_PREFIX}{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
         self.number = 0
-        self._left = 0
+        self._size = self._left = 0
+        self._name: Path | None = None
         self._file: BinaryIO | None = None
         path.mkdir(parents=True, exist_ok=True)
 
@@ -51,23 +52,29 @@ class RecordDirectory:
         """Begin the next file with this state; return the number of bytes written."""
         self.close()
         self.number += 1
+        self._name = None
         self._left = self._max_bytes // FILES
-        self._delete_oldest()
-        # A record may hold token ids: only its owner may read it.
-        descriptor = os.open(self._next_name(), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        self._file = os.fdopen(descriptor, "wb")
         head = framed(replace(self._header, state=state))
-        written = write_head(self._file) + self._file.write(head)
+        self._make_room(len(head) + self._left)
+        # A record may hold token ids: only its owner may read it.
+        self._name = self._next_name()
+        descriptor = os.open(self._name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        self._file = os.fdopen(descriptor, "wb")
+        self._size = write_head(self._file) + self._file.write(head)
         self._file.flush()
-        return written
+        return self._size
 
     def write(self, frames: Iterable[Frame]) -> int:
         """Append frames; return the number of bytes written."""
         assert self._file is not None
         data = b"".join(map(framed, frames))
+        self._size += len(data)
+        self._left -= len(data)
+        if self.full:
+            # Calls that came before the state of the next file could be taken are more than this file's share.
+            self._make_room(self._size)
         self._file.write(data)
         self._file.flush()
-        self._left -= len(data)
         return len(data)
 
     def close(self) -> None:
@@ -80,12 +87,12 @@ class RecordDirectory:
             self.number += 1
         return path
 
-    def _delete_oldest(self) -> None:
-        """Delete files until the next one fits."""
-        files = sorted(self.path.glob(f"{_PREFIX}*{SUFFIX}"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    def _make_room(self, size: int) -> None:
+        """Delete the oldest of the other files until this one fits with `size` bytes."""
+        others = (path for path in self.path.glob(f"{_PREFIX}*{SUFFIX}") if path != self._name)
+        files = sorted(others, key=lambda path: (path.stat().st_mtime_ns, path.name))
         sizes = [path.stat().st_size for path in files]
-        room = self._max_bytes - self._max_bytes // FILES
         for at, path in enumerate(files):
-            if sum(sizes[at:]) <= room:
+            if sum(sizes[at:]) + size <= self._max_bytes:
                 return
             path.unlink()
