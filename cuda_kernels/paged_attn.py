@@ -151,6 +151,7 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    out: Tensor | None = None,
     tile: Tile | None = None,
     blocks: int | None = None,
 ) -> Tensor:
@@ -163,9 +164,11 @@ def paged_attention(
         k_scale, v_scale: [slots, Hkv] float32, or None.
         tables: [B, M] int32; entries before a window and past the end are never read.
         context_lens: [B] int32, tokens a sequence may see, its own of this step included; 0 gives zeros.
-        cu_q: [B + 1] int32, where each sequence's tokens begin in S.
+        cu_q: [B + 1] int32, where each sequence's tokens begin in S; others than from its first entry to its last are
+            neither read nor written.
         block_size: Tokens per block, a power of two.
         max_q, max_context: Bounds on tokens of this step and on context over the sequences; they size the grid.
+        out: [S, Hq, D], written to and returned.
         tile, blocks: Instead of what is chosen by these bounds. Blocks share the work of a key head; 0 is one for each
             tile of rows.
     Returns:
@@ -177,7 +180,7 @@ def paged_attention(
     visible = max_context if window is None else min(max_context, window + max_q)
     packed = max_q * (heads // kv_heads)
     shape = _shape(packed, sequences, kv_heads, head_dim, visible, device, int8=int8, tile=tile, blocks=blocks)
-    tile, out = shape.tile, torch.empty_like(q)
+    tile, out = shape.tile, torch.empty_like(q) if out is None else out
     partial, maxima = (_of_parts(q, shape, kv_heads, n) for n in (tiled(head_dim), 2))
     attend = _kernel(
         head_dim, heads // kv_heads, tile, shape.together, k_cache.dtype, split=shape.blocks > 0,

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tools.kernel_lab.attention import Problem
 from tools.kernel_lab.device import Call
+from trio_llm.model.ops import long_prefills
 from trio_llm.model.ops import torch_reference as ops_torch
 
 Maker = Callable[[], Call]
@@ -55,6 +56,8 @@ def attention(problem: Problem) -> dict[str, Maker]:
     if not problem.case.int8:
         makers["flex_attention, paged"] = Once(lambda: _flex(problem))
         makers["varlen_attn, paged"] = lambda: _varlen(problem)
+        if problem.case.sequences[0][0] > 1:
+            makers["flash with its gather, as long prefills"] = lambda: _long_prefill(problem)
     return makers
 
 
@@ -98,6 +101,13 @@ def _gather(problem: Problem) -> Call:
             v = v.to(dtype) * problem.v_scale[slots][..., None].to(dtype)
 
     return call
+
+
+def _long_prefill(problem: Problem) -> Call:
+    """Do what the engine does with a long prefill where that is faster: of one sequence."""
+    case, ((_, context),) = problem.case, problem.case.sequences
+    blocks, scale = problem.tables[0, : -(-context // case.block_size)], case.head_dim**-0.5
+    return lambda: long_prefills.attend(problem.q, problem.k, problem.v, blocks, context, case.block_size, scale)
 
 
 def _flex(problem: Problem) -> Call:

@@ -80,7 +80,7 @@ def load_runner(
         drafter = draft and draft.load(device.torch_device, report)
         _connect(ranks, report)
         if isinstance(device, Gpu):
-            budget = size_pool(budget, config, _rooms(loaded, config, device, ranks))
+            budget = size_pool(budget, config, _rooms(loaded, config, device, dispatch, ranks))
             info = _info(plan, config, budget, device)
         dispatch.take()  # do not count the calls of loading and measuring in a step
         runner = Runner(
@@ -158,12 +158,14 @@ def _connect(ranks: Ranks | None, report: Callable[[Progress], None]) -> None:
         ranks.connect(lambda loaded: report(Progress("waiting for ranks", loaded, total, "ranks")))
 
 
-def _rooms(loaded: LoadedModel, config: EngineConfig, device: Gpu, ranks: Ranks | None) -> list[Measured]:
+def _rooms(
+    loaded: LoadedModel, config: EngineConfig, device: Gpu, dispatch: Dispatch, ranks: Ranks | None
+) -> list[Measured]:
     """Measure steps on this GPU, at the same time as the other ranks on theirs; return what all have measured."""
     if ranks is None:
-        return [measure_room(loaded, config, device)]
+        return [measure_room(loaded, config, device, dispatch)]
     with ranks.together():
-        own = measure_room(loaded, config, device)
+        own = measure_room(loaded, config, device, dispatch)
     return [own, *ranks.measured()]
 
 

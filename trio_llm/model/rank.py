@@ -93,7 +93,7 @@ def follow(channel: Channel[Command]) -> None:
         on_gpu = isinstance(device, Gpu)
         plan.group.connect(load.meeting_place, config.distributed_timeout_s, device.torch_device, on_gpu=on_gpu)
         if isinstance(device, Gpu):
-            channel.send(measure_room(loaded, config, device))
+            channel.send(measure_room(loaded, config, device, dispatch))
         start = channel.receive()
         if start is None:
             return

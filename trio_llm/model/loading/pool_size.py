@@ -18,6 +18,9 @@ from trio_llm.errors import ConfigError
 from trio_llm.model.device.device import Gpu
 from trio_llm.model.loading.loader import LoadedModel, Model
 from trio_llm.model.loading.memory_budget import GIB, MemoryBudget, max_sampled_tokens
+from trio_llm.model.loading.prefill_choice import choose_prefills
+from trio_llm.model.ops.dispatch import Dispatch
+from trio_llm.model.ops.long_prefills import gathered_bytes
 from trio_llm.model.paged.attention_batch import AttentionBatch, lay_out
 from trio_llm.model.paged.kv_cache import KVCache, KVLayout
 from trio_llm.model.parallel.messages import Measured
@@ -29,12 +32,17 @@ def usable_bytes(device: Gpu, config: EngineConfig) -> int:
     return max(0, free - int((1 - config.gpu_memory_utilization) * total))
 
 
-def measure_room(loaded: LoadedModel, config: EngineConfig, device: Gpu) -> Measured:
-    """Measure the largest steps. All weights are on the device, the pool is not.
+def measure_room(loaded: LoadedModel, config: EngineConfig, device: Gpu, dispatch: Dispatch) -> Measured:
+    """Choose who attends for long prefills, then measure the largest steps. All weights are on the device, no pool is.
 
-    A draft model's steps are smaller, and run after the model's.
+    A draft model's steps are smaller, and run after the model's; its prefills are our kernel's.
     """
+    kernels = dispatch.kernels
+    if kernels is not None and kernels.NAME == "cuda" and dispatch.mode != "reference":
+        choose_prefills(loaded.kv_layout, loaded.plan.dtype, kernels, device, config.max_num_batched_tokens)
     workspace = measure_workspace(loaded.model, loaded.kv_layout, config, device)
+    # The measured steps have short contexts; a prefill may gather the longest.
+    workspace += gathered_bytes(config.max_model_len or loaded.plan.max_model_len)
     return Measured(workspace, usable_bytes(device, config))
 
 

@@ -190,7 +190,7 @@ WHY_NOT: Mapping[str, Callable[..., str | None]] = {
     "act_and_mul": act.supports,
     "prepare_decodes": lambda _: None,
     "write_kv": lambda qkv, kv: _cache(kv) or kv_write.supports(qkv, kv.k),
-    "paged_attention": lambda q, _, kv: _cache(kv) or attention.supports(q),
+    "paged_attention": lambda q, _batch, kv, _spec: _cache(kv) or attention.supports(q),
     "route": experts_on_cpu.supports_route,
     "moe": _moe,
     "draw": sample.supports,

@@ -13,7 +13,7 @@ from cuda_kernels import act, gemm, gemm_s8, gemm_w4, gemv, kv_write, norm, page
 from cuda_kernels import moe as experts_on_gpu
 from cuda_kernels import sample as choosing
 from cuda_kernels.tuning import tuning
-from trio_llm.model.ops import fp8
+from trio_llm.model.ops import fp8, long_prefills
 from trio_llm.model.ops import torch_reference as ops_torch
 from trio_llm.model.ops.logit_edits import LogitEdits
 from trio_llm.model.ops.matrices import Activation, Blocks, Dense, Experts, Fp8, Int8, SingleMatrix, Tiles
@@ -27,7 +27,12 @@ NAME = "cuda"
 FOR_CUBLAS = "many rows"
 FOR_WIDENED = "many rows, INT8 weights widened"
 FOR_SCALED_PRODUCT = "FP8 weights"
-LIBRARIES = {FOR_CUBLAS: "cublas", FOR_WIDENED: "cublas", FOR_SCALED_PRODUCT: "torch"}
+FOR_FLASH = "long prefills"
+FOR_FLASH_IN_PART = "long prefills, the kernel for other rows"
+LIBRARIES = {
+    FOR_CUBLAS: "cublas", FOR_WIDENED: "cublas", FOR_SCALED_PRODUCT: "torch",
+    FOR_FLASH: "torch", FOR_FLASH_IN_PART: "torch",
+}  # fmt: skip
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -186,12 +191,19 @@ def write_kv(
 
 def paged_attention(q: Tensor, batch: AttentionBatch, kv: LayerKV, spec: AttentionSpec) -> Tensor:
     """See `attention_torch.paged_attention`."""
-    attended = paged_attn.paged_attention(
-        q, kv.k, kv.v, kv.k_scale, kv.v_scale, batch.tables[kv.group], batch.context_lens, batch.cu_q,
-        block_size=_block_size(batch, kv), max_q=batch.max_q, max_context=batch.max_context,
-        scale=spec.scale, window=spec.window, softcap=spec.softcap,
-    )  # fmt: skip
-    return attended.flatten(1)
+    out, size = torch.empty_like(q), _block_size(batch, kv)
+    for part in long_prefills.parts_of(q, batch, kv, spec):
+        if part.is_long:
+            blocks, context = part.tables[0, : -(-part.max_context // size)], part.max_context
+            long = long_prefills.attend(q[part.tokens], kv.k, kv.v, blocks, context, size, spec.scale)
+            out[part.tokens] = long
+            continue
+        paged_attn.paged_attention(
+            q, kv.k, kv.v, kv.k_scale, kv.v_scale, part.tables, part.context_lens, part.cu_q,
+            block_size=size, max_q=part.max_q, max_context=part.max_context,
+            scale=spec.scale, window=spec.window, softcap=spec.softcap, out=out,
+        )  # fmt: skip
+    return out.flatten(1)
 
 
 route = experts_on_gpu.route
@@ -221,6 +233,13 @@ token_logprobs = choosing.token_logprobs
 
 def _block_size(batch: AttentionBatch, kv: LayerKV) -> int:
     return batch.layout.groups[kv.group].block_size
+
+
+def _paged_attention(q: Tensor, batch: AttentionBatch, kv: LayerKV, spec: AttentionSpec) -> str | None:
+    if reason := paged_attn.supports(q, kv.k, _block_size(batch, kv)):
+        return reason
+    kinds = {part.is_long for part in long_prefills.parts_of(q, batch, kv, spec)}
+    return None if kinds == {False} else FOR_FLASH if kinds == {True} else FOR_FLASH_IN_PART
 
 
 def _linear(x: Tensor, matrix: Dense | Int8 | Tiles | Fp8) -> str | None:
@@ -258,7 +277,7 @@ WHY_NOT: Mapping[str, Callable[..., str | None]] = {
     "act_and_mul": act.supports,
     "prepare_decodes": step.supports,
     "write_kv": lambda qkv, kv: kv_write.supports(qkv, kv.k),
-    "paged_attention": lambda q, batch, kv: paged_attn.supports(q, kv.k, _block_size(batch, kv)),
+    "paged_attention": _paged_attention,
     "route": experts_on_gpu.supports_route,
     "moe": _moe,
     "quantize_rows": quant.supports,

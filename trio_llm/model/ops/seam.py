@@ -196,7 +196,7 @@ def write_kv(
 
 def paged_attention(q: Tensor, batch: AttentionBatch, kv: LayerKV, spec: AttentionSpec) -> Tensor:
     """Attend every token to its row's cached keys and values: see `attention_torch.paged_attention`."""
-    return (choose("paged_attention", q, batch, kv) or attention_torch).paged_attention(q, batch, kv, spec)
+    return (choose("paged_attention", q, batch, kv, spec) or attention_torch).paged_attention(q, batch, kv, spec)
 
 
 def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
