@@ -279,3 +279,25 @@ def test_a_composed_grammar_blames_the_part_that_is_wrong(compiler) -> None:
         with pytest.raises(InvalidRequestError) as caught:
             compiler.compile(grammar.compose(["start: @form_0 | @form_1"], forms))
         assert caught.value.param == "wrong"
+
+
+def test_the_sign_of_a_multiple_does_not_count() -> None:
+    """The compiler takes it for the number without a sign, so it would be busy for as long."""
+    with pytest.raises(InvalidRequestError, match="multipleOf takes too long"):
+        grammar.json_schema({"type": "integer", "multipleOf": -10_000_019}, param="json")
+    with pytest.raises(InvalidRequestError, match="multipleOf takes too long"):
+        grammar.free_grammar('start: %json {"multipleOf": -10000019}', param="grammar")
+
+
+def test_a_schema_does_not_choose_its_separators() -> None:
+    """The compiler's own options inside a schema would overrule ours, and the answer would be no JSON."""
+    schema = {"type": "array", "items": {"const": 1}}
+    plain = grammar.json_schema(schema, param="json")
+    assert grammar.json_schema({**schema, "x-guidance": {"item_separator": ";"}}, param="json") == plain
+
+
+def test_blanks_are_bounded_in_schemas_inside_grammars() -> None:
+    """A model that writes nothing but blanks would do so in a %json of a client's grammar as well."""
+    rule = grammar.free_grammar('start: "a" %json {"type": "object"} %json true', param="grammar").text
+    assert json.loads(rule[rule.index("{") : rule.rindex("}") + 1])["x-guidance"] == grammar.json_options(True)
+    assert rule.endswith("%json true")

@@ -45,6 +45,8 @@ _BYTES_PER_GRAMMAR, _BYTES_PER_SOURCE_BYTE = 64 * 2**10, 32
 # White space between two tokens of JSON: one space, or a line break and indentation. Without a bound a weak model may
 # write nothing else: half of the answers of a 135M model did.
 _JSON_BLANKS = r"( |\r?\n[ \t]{0,24})"
+OPTIONS = "x-guidance"
+"""The key of a schema under which llguidance finds its options."""
 
 
 @attrs.frozen
@@ -79,11 +81,19 @@ def json_schema(schema: Any, *, param: str, any_whitespace: bool = True) -> Gram
         parsed = {}
     elif not isinstance(parsed, dict):
         raise InvalidRequestError(f"{param} must be a JSON schema (an object), not {type(parsed).__name__}.", param)
+    parsed.pop(OPTIONS, None)  # It would overrule ours: other separators than JSON's, for example.
     text = json.dumps(parsed)  # Compile what was checked: the original text may have duplicate keys.
     try:
-        return GrammarSource(_matcher().grammar_from_json_schema(text, overrides=_json_options(any_whitespace)), param)
+        return GrammarSource(_matcher().grammar_from_json_schema(text, overrides=json_options(any_whitespace)), param)
     except ValueError as error:  # It counts levels too, and allows fewer.
         raise InvalidRequestError(f"{param} cannot be used: {_first_line(error)}.", param) from None
+
+
+def json_options(any_whitespace: bool) -> JsonCompileOptions:
+    """Return how JSON is written: with bounded blanks, or as json.dumps does, as in models' training data."""
+    if any_whitespace:
+        return {"whitespace_flexible": True, "whitespace_pattern": _JSON_BLANKS}
+    return {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 def json_object(*, param: str) -> GrammarSource:
@@ -144,11 +154,7 @@ def free_grammar(grammar: str, *, param: str) -> GrammarSource:
     _check_size(grammar, param)
     if grammar.lstrip().startswith("{"):  # The compiler would parse it as its own format of several grammars.
         raise InvalidRequestError(f"{param} is neither a Lark nor a GBNF grammar.", param)
-    for start in re.finditer(r"%json\s*", grammar):
-        try:
-            check_multiples(json.JSONDecoder().raw_decode(grammar, start.end())[0], param)
-        except (ValueError, RecursionError):
-            raise InvalidRequestError(f"{param} has something else than JSON behind %json.", param) from None
+    grammar = _with_checked_schemas(grammar, param)
     if "::=" in grammar:
         from llguidance.gbnf_to_lark import gbnf_to_lark
 
@@ -157,6 +163,25 @@ def free_grammar(grammar: str, *, param: str) -> GrammarSource:
         except Exception as error:  # noqa: BLE001 - a converter of untrusted text; every refusal is the client's error
             raise InvalidRequestError(f"{param} is not a grammar: {_first_line(error)}", param) from None
     return GrammarSource(_matcher().grammar_from_lark(grammar), param)
+
+
+def _with_checked_schemas(grammar: str, param: str) -> str:
+    """Return a Lark grammar whose %json schemas are those that were checked, with bounded blanks by default."""
+    pieces: list[str] = []
+    end = 0
+    for start in re.finditer(r"%json\s*", grammar):
+        if start.start() < end:  # Inside a schema.
+            continue
+        try:
+            schema, after = json.JSONDecoder().raw_decode(grammar, start.end())
+            check_multiples(schema, param)
+        except (ValueError, RecursionError):
+            raise InvalidRequestError(f"{param} has something else than JSON behind %json.", param) from None
+        if isinstance(schema, dict):
+            schema = {OPTIONS: json_options(any_whitespace=True), **cast("dict[str, Any]", schema)}
+        pieces += [grammar[end : start.end()], json.dumps(schema)]
+        end = after
+    return "".join([*pieces, grammar[end:]])
 
 
 def check_multiples(schema: Any, param: str) -> None:
@@ -182,9 +207,9 @@ def _multiples(schema: Any) -> Iterator[int]:
             case dict() as node:
                 waiting += cast("dict[str, Any]", node).values()
                 match cast("dict[str, Any]", node).get("multipleOf"):
-                    case int() | float() as value if value == math.inf:
+                    case int() | float() as value if math.isinf(value):
                         yield MAX_MULTIPLE + 1  # Only a grammar of the client's own can spell it.
-                    case int() | float() as value if value > 0:
+                    case int() | float() as value if value != 0:  # The sign does not count for the compiler either.
                         number = Decimal(str(value)).as_tuple()
                         yield int("".join(map(str, number.digits))) * 10 ** max(int(number.exponent), 0)
                     case _:
@@ -355,19 +380,6 @@ def _matcher() -> type[LLMatcher]:
     from llguidance import LLMatcher
 
     return LLMatcher
-
-
-def _json_options(any_whitespace: bool) -> JsonCompileOptions:
-    # Without free white space the separators are those of json.dumps, as in models' training data.
-    return (
-        {"whitespace_flexible": True, "whitespace_pattern": _JSON_BLANKS}
-        if any_whitespace
-        else {
-            "whitespace_flexible": False,
-            "item_separator": ", ",
-            "key_separator": ": ",
-        }
-    )
 
 
 def _first_line(error: object) -> str:

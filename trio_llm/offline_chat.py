@@ -17,6 +17,7 @@ from trio_llm.params import SamplingParams
 from trio_llm.server.app import create_app
 from trio_llm.server.bodies.pipeline import parse_body
 from trio_llm.server.bodies.types import ChatBody
+from trio_llm.server.constraints.rehearsal import compilers
 from trio_llm.server.constraints.response_format import compile_grammar, structured_grammar
 from trio_llm.server.openai.chat import PreparedChat, prepare_chat
 from trio_llm.server.openai.chat_format import whole_message
@@ -31,8 +32,9 @@ def make_services(engine: Engine, config: Config) -> Services:
 
 
 def close_services() -> None:
-    """End the processes that render templates. Another LLM's are started again when it needs them."""
+    """End the processes that render templates and compile grammars. Another LLM starts its own when it needs them."""
     shared_pool().close()
+    compilers().close()
 
 
 async def compile_form(services: Services, params: SamplingParams) -> SamplingParams:

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from tests.server.stub import SPECIAL, TEMPLATE, TOKENIZER
 from trio_llm.config import LimitsConfig
 from trio_llm.errors import CheckpointError, InvalidRequestError, OverloadedError
+from trio_llm.server.children.frames import frame, read_frame
+from trio_llm.server.children.pool import _Child
 from trio_llm.server.templates.chat_template import ChatTemplate
-from trio_llm.server.templates.frames import frame, read_frame
-from trio_llm.server.templates.render_pool import RenderPool, _Child
+from trio_llm.server.templates.render_pool import RenderPool
 
 
 def template(source: str = TEMPLATE, limits: LimitsConfig | None = None) -> ChatTemplate:

@@ -92,6 +92,35 @@ async def test_nobody_else_waits_for_it(app: ServerApp, stuck: Stuck) -> None:
     assert (await post(app, "[a-z]new")).status == 200
 
 
+NEVER_ENDS = {"allOf": [{"pattern": f"[a-c]*{letter}.{{{n}}}"} for letter in "abc" for n in range(5, 16, 2)]}
+DEEP = "\n".join(f"{{0}}{n}: {{0}}{n + 1}" for n in range(4000))
+
+
+async def test_a_compilation_that_never_ends_holds_no_thread() -> None:
+    """What keeps the compiler busy for minutes is ended with its process, so the next new grammar is compiled."""
+    async with open_stub(StubRunner()) as engine:
+        app = create_app(engine, Config(limits=LimitsConfig(grammar_timeout_s=0.5)))
+        app.services.grammars.prepare()
+        for number in range(4):
+            body = {**HI, "structured_outputs": {"json": {"title": str(number), **NEVER_ENDS}}}
+            assert (await ask(app, "POST", "/v1/chat/completions", body)).status in {400, 503}
+        # A 503 takes half a second; the processes have half a second of CPU time each.
+        statuses = [(await post(app, "[a-z]new")).status for _ in range(40)]
+        assert statuses[-1] == 200, statuses
+
+
+@pytest.mark.parametrize("rule", ["a", "A"])
+async def test_a_grammar_that_exhausts_the_stack_ends_no_server(rule: str) -> None:
+    """Rules that refer to each other 4,000 deep ended the process; they are their client's error."""
+    grammar = f"start: {rule}0\n" + DEEP.format(rule) + f'\n{rule}4000: "x"'
+    async with open_stub(StubRunner()) as engine:
+        app = create_app(engine, Config())
+        answer = await ask(app, "POST", "/v1/chat/completions", {**HI, "structured_outputs": {"grammar": grammar}})
+        assert answer.status == 400, answer.body
+        assert answer.json()["error"]["message"].endswith(".grammar cannot be used: it is too complex to compile.")
+        assert (await post(app, "[ab]{3}")).status == 200
+
+
 async def test_the_vocabulary_is_indexed_before_anything_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     """The index holds the interpreter for seconds: it is complete when the server listens, and made only once."""
     made: list[threading.Thread] = []

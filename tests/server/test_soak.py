@@ -20,7 +20,7 @@ from trio_llm.server import services
 from trio_llm.server.app import ServerApp, create_app
 from trio_llm.server.services import Services
 
-WARM_UP, MEASURED = 120, 40
+WARM_UP, MEASURED = 120, 25
 TOOLS_TEMPLATE = "{% if tools %}{{ tools }}<tool_call>{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
@@ -53,13 +53,19 @@ async def mixed(app: ServerApp, number: int) -> int:
 
 
 async def bytes_per_request(app: ServerApp) -> float:
-    """Return by how much the memory that Python holds grows with a request."""
-    gc.collect()
-    before, _ = tracemalloc.get_traced_memory()
-    count = sum([await mixed(app, 1000 + number) for number in range(MEASURED)])
-    gc.collect()
-    after, _ = tracemalloc.get_traced_memory()
-    return (after - before) / count
+    """Return by how much the memory that Python holds grows with a request: the lesser of two growths in a row.
+
+    A table that doubles grows once; what a request leaves behind grows both times.
+    """
+    growths: list[float] = []
+    for _ in range(2):
+        gc.collect()
+        before, _ = tracemalloc.get_traced_memory()
+        count = sum([await mixed(app, 1000 + number) for number in range(MEASURED)])
+        gc.collect()
+        after, _ = tracemalloc.get_traced_memory()
+        growths.append((after - before) / count)
+    return min(growths)
 
 
 @pytest.mark.slow

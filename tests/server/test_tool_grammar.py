@@ -183,3 +183,12 @@ def test_a_tool_with_an_impossible_schema_is_the_clients_error(form: Any, wrong:
         ) as caught:
             GrammarCompiler(tokenizer.to_str(), vocab_size=300, eos_token_ids=[EOS]).compile(whole)
         assert caught.value.param == "tools"
+
+
+def test_whole_objects_have_bounded_blanks() -> None:
+    """Beside a format, calls of Llama 3 are whole JSON objects: nothing but blanks would be one for ever."""
+    tokenizer = make_tokenizer([])
+    source = tool_grammar("llama3", TOOLS, mode="alongside", parallel=False, added_tokens={})
+    compiler = GrammarCompiler(tokenizer.to_str(), vocab_size=tokenizer.get_vocab_size(), eos_token_ids=[EOS])
+    tokens = tokenizer.encode("{" + 9 * "\n").ids
+    assert compiler.compile(source).matcher().consume(tokens) < len(tokens)

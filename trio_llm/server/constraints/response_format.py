@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import trio
 
 from trio_llm import grammar, params
 from trio_llm.errors import InvalidRequestError, OverloadedError
 from trio_llm.grammar import GrammarSource
 from trio_llm.params import Grammar
-from trio_llm.server.bodies.size_limits import flag_of
 from trio_llm.server.bodies.types import GenerationBody, ResponseFormat, StructuredOutputs
+from trio_llm.server.constraints.rehearsal import rehearse, too_long
 from trio_llm.server.services import Services
 
+# llama.cpp's grammars are converted in Python: 64 KiB took 0.2 s, during which nothing else would run.
+_LONG_GRAMMAR_CHARS = 2_000
 _FORMS = ("json", "regex", "choice", "grammar", "json_object")
 
 
@@ -26,6 +30,14 @@ def output_grammar(form: ResponseFormat | None, structured: StructuredOutputs | 
     if form is not None and form.type != "text":
         raise InvalidRequestError("response_format and structured_outputs exclude each other.", "structured_outputs")
     return structured_grammar(structured)
+
+
+async def requested_form(services: Services, body: GenerationBody) -> GrammarSource | None:
+    """Return the grammar that a request asks for as `output_grammar` does; a long text is read off the event loop."""
+    read = partial(output_grammar, body.response_format, body.structured_outputs)
+    if body.structured_outputs is not None and len(body.structured_outputs.grammar or "") > _LONG_GRAMMAR_CHARS:
+        return await services.compiling.run(read, is_long=False)
+    return read()
 
 
 def asks_for_form(body: GenerationBody) -> bool:
@@ -79,7 +91,7 @@ def structured_grammar(structured: StructuredOutputs | params.StructuredOutputs)
 
 
 async def compile_grammar(services: Services, source: GrammarSource) -> Grammar:
-    """Compile off the event loop, in separate threads: a stuck thread delays only new grammars.
+    """Compile off the event loop, in separate threads: a slow grammar delays only new grammars.
 
     Raises:
         InvalidRequestError: The grammar is invalid, or takes too long to compile.
@@ -91,17 +103,17 @@ async def compile_grammar(services: Services, source: GrammarSource) -> Grammar:
         await services.compiling.run(services.grammars.prepare, abandon_on_cancel=True)
     begun = False
 
+    limit_s = services.config.limits.grammar_timeout_s
+
     def work() -> Grammar:
         nonlocal begun
         begun = True
+        rehearse(source, limit_s)
         return services.grammars.compile(source)
 
-    limit_s = services.config.limits.grammar_timeout_s
     with trio.move_on_after(limit_s):
-        # An abandoned thread continues and occupies its place, so the number of stuck threads is bounded.
+        # An abandoned thread continues and occupies its place until its rehearsal has used up its time.
         return await services.compiling.run(work, abandon_on_cancel=True)
     if not begun:
         raise OverloadedError("Other grammars are still being compiled.", retry_after_s=limit_s)
-    raise InvalidRequestError(
-        f"{source.param} takes longer than {limit_s:g} s to compile ({flag_of('grammar_timeout_s')}).", source.param
-    )
+    raise too_long(source, limit_s)

@@ -14,8 +14,6 @@ from trio_llm.server.parsing.tools import ToolForm
 
 Mode = Literal["auto", "required", "alongside"]
 
-# Formatted like json.dumps, as in models' training data.
-_JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _TEXT = r"/(.|\n)*/"
 
 
@@ -55,7 +53,7 @@ def tool_grammar(
 
 def _schema(tool: Tool) -> dict[str, Any]:
     # A call's arguments are always an object.
-    return {"type": "object", **tool.parameters, "x-guidance": _JSON_STYLE}
+    return {"type": "object", **tool.parameters, grammar.OPTIONS: grammar.json_options(any_whitespace=False)}
 
 
 def _whole_objects(tools: Sequence[Tool], key: str) -> list[str]:
@@ -73,7 +71,7 @@ def _whole_objects(tools: Sequence[Tool], key: str) -> list[str]:
             "additionalProperties": False,
             # References in the arguments are resolved in the outermost schema.
             **{name: arguments.pop(name) for name in ("$defs", "definitions") if name in arguments},
-            "x-guidance": {"whitespace_flexible": True},
+            grammar.OPTIONS: grammar.json_options(any_whitespace=True),
         }
         rules.append(f"object_{index}: %json {json.dumps(schema)}")
     return rules

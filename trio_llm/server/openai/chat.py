@@ -19,7 +19,7 @@ from trio_llm.server.bodies.size_limits import check_amounts
 from trio_llm.server.bodies.types import ChatBody
 from trio_llm.server.constraints.answer_grammar import Thinking, answer_grammar
 from trio_llm.server.constraints.custom_tools import unheld_tools
-from trio_llm.server.constraints.response_format import asks_for_form, compile_grammar, output_grammar
+from trio_llm.server.constraints.response_format import asks_for_form, compile_grammar, requested_form
 from trio_llm.server.constraints.thinking_budget import ThinkingBudget
 from trio_llm.server.constraints.tool_choice import ToolUse, tool_use
 from trio_llm.server.generation.chat_prompt import chat_prompt, warn_of_effort, warn_of_unreadable
@@ -160,7 +160,7 @@ async def _bind(
 ) -> SamplingParams:
     """Constrain the answer to the requested form, and keep the markers that the parsers need in the text."""
     tokenizer = services.tokenizer
-    output = output_grammar(body.response_format, body.structured_outputs) if tools.alongside else None
+    output = await requested_form(services, body) if tools.alongside else None
     forms = [grammar for grammar in (tools.grammar, output) if grammar is not None]
     form = services.thinking or THINK
     if (source := answer_grammar(forms, thinking, tokenizer.added_tokens, form)) is not None:

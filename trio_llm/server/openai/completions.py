@@ -16,7 +16,7 @@ from trio_llm.params import SamplingParams
 from trio_llm.server.answers.completions import Completion, CompletionChoice, CompletionColumns
 from trio_llm.server.bodies.request_body import read_body
 from trio_llm.server.bodies.types import CompletionBody
-from trio_llm.server.constraints.response_format import compile_grammar, output_grammar
+from trio_llm.server.constraints.response_format import compile_grammar, requested_form
 from trio_llm.server.generation.prompts import bad_word_ids, completion_prompts, reported_prompts, token_texts
 from trio_llm.server.generation.respond import Caller, Head, StreamUsage, UsageCounter, answer, is_large, submit
 from trio_llm.server.generation.sampling_params import check_max_tokens, sampling_params
@@ -51,7 +51,7 @@ async def prepare_completion(services: Services, body: CompletionBody) -> tuple[
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo and body.prompt_logprobs is None else body.prompt_logprobs,
     )
-    if (source := output_grammar(body.response_format, body.structured_outputs)) is not None:
+    if (source := await requested_form(services, body)) is not None:
         params = attrs.evolve(params, grammar=await compile_grammar(services, source))
     return await completion_prompts(services, body.prompt, body), params
 

@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 from trio_llm.config import LimitsConfig
 from trio_llm.errors import CheckpointError, InvalidRequestError
 from trio_llm.server.bodies.size_limits import flag_of
-from trio_llm.server.templates.render_pool import RenderCrashError, RenderPool, RenderTimeoutError, shared_pool
+from trio_llm.server.children.pool import ChildCrashError, ChildTimeoutError
+from trio_llm.server.templates.render_pool import RenderPool, shared_pool
 
 # Variables from the server, Jinja and transformers.
 _RESERVED = frozenset(
@@ -105,9 +106,9 @@ class ChatTemplate:
         """Compile once at startup, where an error is the model's and not a request's."""
         try:
             result = self._pool.run({"source": source}, cpu_s=_COMPILE_CPU_S, memory_bytes=self._memory_bytes)
-        except RenderTimeoutError:
+        except ChildTimeoutError:
             raise CheckpointError(f"The chat template takes longer than {_COMPILE_CPU_S:g} s to parse") from None
-        except RenderCrashError:
+        except ChildCrashError:
             raise CheckpointError("The chat template cannot be parsed: it ended the process that tried") from None
         if "error" in result:
             reason = result.get("reason") or "it is too large or nested too deeply"
@@ -117,9 +118,9 @@ class ChatTemplate:
         limits = self._limits
         try:
             result = self._pool.run(job, cpu_s=limits.template_timeout_s, memory_bytes=self._memory_bytes)
-        except RenderTimeoutError:
+        except ChildTimeoutError:
             _refuse(f"it takes longer than {limits.template_timeout_s:g} s ({flag_of('template_timeout_s')})")
-        except RenderCrashError:
+        except ChildCrashError:
             _refuse("it ended the process that renders it")
         except (RecursionError, ValueError) as error:
             _refuse(f"it cannot be written as JSON: {error}")

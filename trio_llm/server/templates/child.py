@@ -1,56 +1,21 @@
 """The process that renders: it reads jobs and writes their results. Started by `render_pool`.
 
-A template is a program from a model's directory. The kernel bounds it: SIGPROF ends the process when its CPU time is
-used up, and an allocation beyond the limit fails.
+A template is a program from a model's directory.
 """
 
 from __future__ import annotations
 
-import resource
-import signal
-import sys
 from collections.abc import Mapping
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from trio_llm.server.children.jobs import run_jobs
 from trio_llm.server.templates import provenance
 from trio_llm.server.templates.environment import Environment
-from trio_llm.server.templates.frames import frame, read_frame
 
 _NOT_EMPTY = "\ue000"  # Replaces an empty final message while rendering, and is removed again.
-
-
-def main() -> None:
-    """Run jobs until the other side closes the pipe."""
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # An ignored signal is inherited from the parent.
-    # systemd sends it to every process of a service; the server still renders while it drains.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    for limit in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
-        resource.setrlimit(limit, (0, 0))
-    while True:
-        try:
-            job = read_frame(sys.stdin.buffer)
-        except EOFError:
-            return
-        _limit_memory(job["memory_bytes"])
-        signal.setitimer(signal.ITIMER_PROF, job["cpu_s"])
-        result = _result(job)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.buffer.write(frame(result))
-        sys.stdout.buffer.flush()
-
-
-def _limit_memory(more_bytes: int) -> None:
-    """Limit the address space to `more_bytes` above the current size."""
-    try:
-        used_bytes = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
-    except OSError:  # Only Linux has it.
-        return
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, (used_bytes + more_bytes, hard))
 
 
 def _result(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,4 +76,4 @@ def _context(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_jobs(_result)
