@@ -196,8 +196,8 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
-# Operation, implementation (cuda: a kernel of this project, cublas, torch, reference), why no kernel ran ("" if one did), and
-# the number of calls. There are few different ones: they depend on the model, not on requests.
+# Operation, implementation (cuda: a kernel of this project, cublas, torch, reference), why no kernel ran ("" if one
+# did), and the number of calls. There are few different ones: they depend on the model, not on requests.
 KernelCall = tuple[str, str, str, int]
 
 
