@@ -20,7 +20,9 @@ from tests.server.helpers import Running, http, read_response, running
 from tests.server.stub import StubRunner, open_stub
 from trio_llm.config import AuthConfig, Config, LimitsConfig, ServerConfig
 from trio_llm.server.app import create_app
-from trio_llm.server.batches.file_store import FileWriter
+from trio_llm.server.batches import files
+from trio_llm.server.batches.disk import Disk
+from trio_llm.server.batches.file_store import FileWriter, StoredFile
 from trio_llm.server.http import edge
 
 KEYS = ("sk-0123456789abcdef", "sk-fedcba9876543210")
@@ -239,6 +241,38 @@ async def test_a_client_that_leaves_leaves_nothing(
             await trio.lowlevel.checkpoint()
     assert (await use_client(server, lambda client: client.files.list().data, KEYS[0])) == []
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+async def test_a_file_that_is_deleted_while_it_is_read_is_read_to_its_end(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deleting takes a file from those who ask later; before its answer begins, it is a 404."""
+    data = b"x" * (3 * MIB)
+    find = files._find
+
+    async def delete(disk: Disk, file_id: str) -> StoredFile:
+        stored = await find(disk, file_id)
+        await disk.run(disk.files.delete, file_id, stored.owner)
+        return stored
+
+    def upload(client: openai.OpenAI) -> str:
+        return client.files.create(file=("a.jsonl", io.BytesIO(data)), purpose="batch").id
+
+    def read(client: openai.OpenAI) -> bytes:
+        with client.files.with_streaming_response.content(upload(client)) as answer:
+            chunks = answer.iter_bytes(MIB)
+            first = next(chunks)
+            client.files.delete(str(answer.url).split("/")[-2])
+            return b"".join([first, *chunks])
+
+    def read_late(client: openai.OpenAI) -> None:
+        file_id = upload(client)
+        monkeypatch.setattr(files, "_find", delete)
+        with pytest.raises(openai.NotFoundError):
+            client.files.content(file_id)
+
+    assert await use_client(server, read, KEYS[0]) == data
+    await use_client(server, read_late, KEYS[0])
 
 
 async def test_a_client_that_stops_sending_is_answered(tmp_path: Path) -> None:

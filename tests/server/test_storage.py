@@ -506,6 +506,48 @@ def test_a_spoilt_database_is_one_line(tmp_path: Path, spoil) -> None:
     assert (tmp_path / "files" / file_id).exists()
 
 
+def of_other_columns(path: Path) -> None:
+    """Make a database of another program with tables of the same names."""
+    with closing(sqlite3.connect(path)) as connection:
+        for name in ("files", "batches", "lines"):
+            connection.execute(f"CREATE TABLE {name} (name TEXT)")
+
+
+@pytest.mark.parametrize("spoil", [spoil_header, of_another_program, of_other_columns, of_the_future])
+def test_a_directory_that_is_refused_is_left_as_it_was(tmp_path: Path, spoil) -> None:
+    """Neither our lock nor our folder stays in it, and another program's database is not changed."""
+    with closing(sqlite3.connect(tmp_path / "trio-llm.sqlite3")) as connection:
+        connection.execute("VACUUM")
+    spoil(tmp_path / "trio-llm.sqlite3")
+    before = tree(tmp_path)
+    with pytest.raises(ConfigError):
+        Database(tmp_path)
+    assert tree(tmp_path) == before
+
+
+def test_a_database_is_made_at_once(tmp_path: Path) -> None:
+    """A start that is killed while it makes the database leaves none that the next one takes for somebody else's."""
+    with closing(sqlite3.connect(tmp_path / "trio-llm.sqlite3")) as watcher:
+        seen: list[int] = []
+
+        def look(*_: object) -> int:
+            seen.append(len(watcher.execute("SELECT name FROM sqlite_master").fetchall()))
+            return 0
+
+        connect = sqlite3.connect
+
+        def watched(*args, **kwargs) -> sqlite3.Connection:
+            connection = connect(*args, **kwargs)
+            if args[0] != ":memory:":
+                connection.set_trace_callback(look)
+            return connection
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sqlite3, "connect", watched)
+            Database(tmp_path).close()
+        assert set(seen) <= {0, max(seen)}
+
+
 @pytest.mark.parametrize("name", ["lock", "trio-llm.sqlite3-wal", "files"])
 @pytest.mark.parametrize("spoil", [loop, pipe])
 def test_whatever_stands_in_the_directory_is_one_line(tmp_path: Path, name: str, spoil) -> None:

@@ -16,6 +16,7 @@ import sqlite3
 import stat
 import weakref
 from collections.abc import Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Self
 
@@ -82,6 +83,7 @@ class Database:
         self.files = directory / "files"
         try:
             _check_directory(directory)
+            ours = [path for path in (directory / _NAME, directory / "lock", self.files) if not os.path.lexists(path)]
             self.files.mkdir(parents=True, exist_ok=True, mode=0o700)
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             lock = os.open(directory / "lock", flags, 0o600)
@@ -90,10 +92,15 @@ class Database:
         try:
             # Lock before opening the database: another server may be creating it.
             _lock(lock)
+        except _UnusableError as error:
+            os.close(lock)
+            raise _refused(directory, error) from None
+        try:
             # SQLite would create it world-readable.
             os.close(os.open(directory / _NAME, flags, 0o600))
             self.connection = _connect(directory / _NAME)
         except (_UnusableError, OSError, sqlite3.Error) as error:
+            _remove(ours)
             os.close(lock)
             raise _refused(directory, error) from None
         # Closed with the object at the latest: a server may be cancelled before it closes the directory.
@@ -181,6 +188,13 @@ def _check_directory(directory: Path) -> None:
             )
 
 
+def _remove(ours: Sequence[Path]) -> None:
+    """Remove what was made in a directory that is refused after all, while it is locked; a folder if it is empty."""
+    for path in ours:
+        with suppress(OSError):
+            path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def _lock(fd: int) -> None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -193,21 +207,35 @@ def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     try:
         connection.row_factory = sqlite3.Row
-        tables = {row["name"] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if tables and not tables >= {"files", "batches", "lines"}:
+        tables, ours = _tables(connection), _our_tables()
+        # `leftovers` is younger than the others.
+        if tables and any(not tables.get(name, set()) >= ours[name] for name in ("files", "batches", "lines")):
             raise _UnusableError(f"must hold no {path.name} of another program")
         if (version := connection.execute("PRAGMA user_version").fetchone()[0]) > _VERSION:
             raise _UnusableError(f"was made by a newer trio-llm (version {version}, this one knows {_VERSION})")
         if (found := connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
             raise _UnusableError(f"must hold a database that is whole: {path.name} is damaged ({found!r})")
         # FULL: committed data survives a power failure, not only a killed process.
-        connection.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;" + SCHEMA)
-        if version < _VERSION:
-            connection.execute(f"PRAGMA user_version = {_VERSION}")
+        connection.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;")
+        # At once: a server that is killed meanwhile leaves no database that looks like another program's.
+        connection.executescript(f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;")
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def _our_tables() -> dict[str, set[str]]:
+    with closing(sqlite3.connect(":memory:")) as connection:
+        connection.executescript(SCHEMA)
+        return _tables(connection)
+
+
+def _tables(connection: sqlite3.Connection) -> dict[str, set[str]]:
+    """Return the columns of each table."""
+    names = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()]
+    columns = "SELECT name FROM pragma_table_info(?)"
+    return {name: {column for (column,) in connection.execute(columns, (name,)).fetchall()} for name in names}
 
 
 def _close(connection: sqlite3.Connection, lock: int) -> None:

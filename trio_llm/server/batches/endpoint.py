@@ -13,7 +13,7 @@ from quart_trio import QuartTrio
 from trio_llm.errors import InvalidRequestError
 from trio_llm.server.answers.stored import Batch, Batches
 from trio_llm.server.batches.disk import Disk
-from trio_llm.server.batches.files import owner, page_arguments, page_ends, read_files
+from trio_llm.server.batches.files import open_files, owner, page_arguments, page_ends
 from trio_llm.server.batches.input_file import MAX_LINES
 from trio_llm.server.batches.runner import BatchRunner
 from trio_llm.server.bodies.request_body import read_body
@@ -130,7 +130,7 @@ def register(app: QuartTrio, disk: Disk, runner: BatchRunner) -> None:
         if batch["status"] not in ("completed", "expired", "cancelled"):
             raise HttpError(409, f"Batch {batch_id} has no results yet: it is {batch['status']}.", param="batch_id")
         file_ids = [batch[name] for name in ("output_file_id", "error_file_id") if batch[name] is not None]
-        return Response(read_files(disk, file_ids), content_type="application/jsonl")
+        return Response(await open_files(disk, file_ids), content_type="application/jsonl")
 
 
 def _endpoint(name: str) -> _EndpointName:

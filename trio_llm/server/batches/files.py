@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, BinaryIO
 
 import trio
 from quart import Response, g, request
@@ -61,7 +61,7 @@ def register(app: QuartTrio, disk: Disk, max_file_bytes: int) -> None:
     async def get_file_content(file_id: str) -> Response:
         stored = await _find(disk, file_id)
         headers = {"Content-Type": "application/octet-stream", "Content-Length": str(stored.bytes)}
-        return Response(read_files(disk, [file_id]), headers=headers)
+        return Response(await open_files(disk, [file_id]), headers=headers)
 
     @app.delete("/v1/files/<file_id>")
     async def delete_file(file_id: str) -> Response:
@@ -146,13 +146,35 @@ def _expiry(fields: dict[str, str]) -> int | None:
 async def _find(disk: Disk, file_id: str) -> StoredFile:
     stored = await disk.run(disk.files.get, file_id, owner())
     if stored is None:
-        raise HttpError(404, f"No such file: {file_id[:80]!r}.", param="file_id")
+        raise _no_such_file(file_id)
     return stored
 
 
-async def read_files(disk: Disk, file_ids: Sequence[str]) -> AsyncIterator[bytes]:
-    """Yield the bytes of files, one after the other, in chunks."""
+async def open_files(disk: Disk, file_ids: Sequence[str]) -> AsyncIterator[bytes]:
+    """Open files for the current request; return their bytes in chunks, also of files that are deleted meanwhile.
+
+    Raises:
+        HttpError: 404, one of them is deleted.
+    """
+    files: list[BinaryIO] = []
     for file_id in file_ids:
-        with await disk.run(disk.files.open, file_id) as file:
-            while chunk := await disk.run(file.read, _CHUNK_BYTES):
-                yield chunk
+        files.append(await disk.run(_open, disk, file_id))
+        Caller.current().lifetime.stack.callback(files[-1].close)
+    return _read(disk, files)
+
+
+def _open(disk: Disk, file_id: str) -> BinaryIO:
+    try:
+        return disk.files.open(file_id)
+    except FileNotFoundError:
+        raise _no_such_file(file_id) from None
+
+
+async def _read(disk: Disk, files: Sequence[BinaryIO]) -> AsyncIterator[bytes]:
+    for file in files:
+        while chunk := await disk.run(file.read, _CHUNK_BYTES):
+            yield chunk
+
+
+def _no_such_file(file_id: str) -> HttpError:
+    return HttpError(404, f"No such file: {file_id[:80]!r}.", param="file_id")
