@@ -54,10 +54,18 @@ class Contract:
         self.seen.add((method.lower(), rule or path, f"{media} {'refused' if status >= 400 else 'done'}"))
         if media == "application/json":
             self.check(schema, answer.json())
-        elif "contentSchema" in schema:
-            for event in events_of(answer, has_names="anyOf" in schema["contentSchema"]):
-                self.check(schema["contentSchema"], event)
+        elif media == "text/event-stream":
+            for event in server_sent(answer.body):
+                self.check(schema, event)
+            for event in events_of(answer, has_names="event" in schema["properties"]):
+                self.check(schema["properties"]["data"]["contentSchema"], event)
         return answer
+
+
+def server_sent(body: bytes) -> list[dict[str, str]]:
+    """Parse the fields of server-sent events, as tools that read the document do."""
+    parts = body.decode().split("\n\n")[:-1]
+    return [dict(line.split(": ", 1) for line in part.split("\n")) for part in parts]  # type: ignore[misc]
 
 
 def events_of(answer: Answer, *, has_names: bool) -> list[Any]:
@@ -158,7 +166,9 @@ async def watch(contract: Contract) -> None:
         event = await call.chunks.receive()
         nursery.cancel_scope.cancel()
     schema = operation["responses"]["200"]["content"]["text/event-stream"]["schema"]
-    contract.check(schema["contentSchema"], json.loads(event.removeprefix(b"data: ")))
+    (fields,) = server_sent(event)
+    contract.check(schema, fields)
+    contract.check(schema["properties"]["data"]["contentSchema"], json.loads(fields["data"]))
     contract.seen.add(("get", "/v1/engine/live", "text/event-stream done"))
 
 

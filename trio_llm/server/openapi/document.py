@@ -319,16 +319,23 @@ def _answer(operation: Operation, media: str) -> dict[str, Any]:
         return {"schema": {"type": "array", "items": schema} if operation.listed else schema}
     if media == _JSON:
         return {"schema": {"type": "object", "required": list(operation.keys)}}
-    return {"schema": {"type": "string", **(_events(operation.events) if media == _EVENTS else {})}}
+    return {"schema": _event(operation.events) if media == _EVENTS else {"type": "string"}}
 
 
-def _events(data: type[msgspec.Struct] | UnionType | None) -> dict[str, Any]:
-    """Describe server-sent events."""
+def _event(data: type[msgspec.Struct] | UnionType | None) -> dict[str, Any]:
+    """Describe each of the server-sent events: before OpenAPI 3.2 nothing else can tell what they are."""
     names = [kind.__name__ for kind in _types(data)]
     refs = [{"$ref": _REF.format(name=name)} for name in names]
-    last = "" if len(names) > 1 else ", of the last one [DONE]"
-    return {
-        "description": f"Server-sent events; the data of each is a {' or '.join(names)} in JSON{last}.",
-        "contentMediaType": _JSON,
-        "contentSchema": {"anyOf": refs} if len(refs) > 1 else refs[0],
+    have_names = len(names) > 1
+    last = "" if have_names else ", of the last one [DONE]"
+    event = {
+        "data": {
+            "type": "string",
+            "description": f"A {' or '.join(names)} in JSON{last}.",
+            "contentMediaType": _JSON,
+            "contentSchema": {"anyOf": refs} if have_names else refs[0],
+        }
     }
+    if have_names:
+        event["event"] = {"type": "string", "description": "The type of the data."}
+    return {"type": "object", "description": "A server-sent event.", "properties": event, "required": list(event)}
