@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import os
 import select
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 
@@ -28,7 +31,8 @@ from trio_llm.errors import EngineDeadError
 from trio_llm.model.load import load_runner
 from trio_llm.model.parallel import ranks as ranks_module
 from trio_llm.model.parallel.group import Group
-from trio_llm.model.parallel.ranks import Ranks
+from trio_llm.model.parallel.messages import Channel, Failed, Report
+from trio_llm.model.parallel.ranks import Ranks, _Rank
 from trio_llm.model.parallel.silence import Silence
 from trio_llm.params import SamplingParams, Submission
 
@@ -130,10 +134,34 @@ def test_a_rank_that_fails_before_it_serves_ends_loading(
     """Loading raises why, and no process, socket or file of the ranks is left."""
     make_faulty(fault, phase, device)
     files, processes = open_files(), children()
-    with pytest.raises(EngineDeadError, match=says):
+    with pytest.raises(EngineDeadError, match=says) as caught:
         load_runner(settings(checkpoint("llama")))
     assert children() == processes
     assert open_files() == files
+    if phase == "connect":  # It is not waited for until nobody can come any more.
+        assert str(caught.value.__cause__) == "a rank ended before it connected"
+
+
+def test_two_threads_may_wait_for_a_rank() -> None:
+    """The watcher does not read the rest of a report that another thread has begun to read; it knows it as well."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        rank = _Rank(1, subprocess.Popen(["true"]), Channel(ours, Report))
+        report = Failed("Fault", "of the test", by_others=False)
+        data = msgspec.msgpack.encode(report)
+        heard: list[object] = []
+        threads = [threading.Thread(target=lambda: heard.append(rank.receive()), daemon=True)]
+        threads[0].start()
+        theirs.sendall(len(data).to_bytes(8, "little"))
+        while select.select([ours], [], [], 0)[0]:
+            pass  # until the first thread has read the length
+        threads.append(threading.Thread(target=rank.take_report, daemon=True))
+        threads[1].start()
+        theirs.sendall(data)
+        for thread in threads:
+            thread.join(60)
+        assert heard == [report] and rank.failed == report
+        assert rank.process.wait(60) == 0
 
 
 @pytest.mark.parametrize(("phase", "device"), [("step", "cpu"), ("drain", "cpu"), ("step", "gpu")])

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -23,6 +25,9 @@ from torch import Tensor
 from cpu_kernels import library
 from trio_llm.errors import ConfigError
 from trio_llm.model.parallel.span import Span
+
+# Seconds between looks whether a rank that has not come has ended.
+_LOOK_S = 0.2
 
 
 class RanksError(Exception):
@@ -61,7 +66,15 @@ class Group:
             return self.share(num_heads), self.share(num_kv_heads)
         return self.share(num_heads), Span(num_kv_heads, self.rank * num_kv_heads // self.size, 1, 1)
 
-    def connect(self, path: str, timeout_s: float, device: torch.device, *, on_gpu: bool = False) -> None:
+    def connect(
+        self,
+        path: str,
+        timeout_s: float,
+        device: torch.device,
+        *,
+        on_gpu: bool = False,
+        look: Callable[[], None] | None = None,
+    ) -> None:
         """Connect to the other ranks, on this machine.
 
         Args:
@@ -70,6 +83,7 @@ class Group:
             timeout_s: Seconds after which a collective on a CPU fails, and this call.
             device: Of the tensors of collectives.
             on_gpu: That is a GPU, of this rank alone.
+            look: Called now and then until all ranks have come. It may raise.
         Raises:
             RanksError: A rank did not come.
         """
@@ -87,12 +101,26 @@ class Group:
         try:
             store = distributed.FileStore(path, self.size)
             store.set_timeout(timeout)
+            store.set(f"rank {self.rank}", "")
+            if look is not None:
+                self._wait_for_all(store, timeout_s, look)
             self._processes = (_nccl if on_gpu else _gloo)(store, self.rank, self.size, timeout)
         except RuntimeError as error:
             raise RanksError(_first_line(error)) from error.with_traceback(None)  # Its frames would keep the store,
         finally:
             store = None  # and so would this one.
         self.all_reduce(torch.zeros(1, device=device))  # NCCL connects in its first collective.
+
+    def _wait_for_all(self, store: Any, timeout_s: float, look: Callable[[], None]) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            look()
+            try:
+                store.wait([f"rank {number}" for number in range(self.size)], timedelta(seconds=_LOOK_S))
+                return
+            except RuntimeError:
+                if time.monotonic() > deadline_s:
+                    raise
 
     def disconnect(self) -> None:
         """Close the connections; collectives fail from now on, and those that wait on a GPU end. Does not block."""

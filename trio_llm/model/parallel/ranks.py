@@ -61,6 +61,7 @@ class _Rank:
     process: subprocess.Popen[bytes]
     channel: Channel[Report]
     failed: Failed | None = None
+    _reading: threading.Lock = attrs.field(factory=threading.Lock, init=False)
 
     def __str__(self) -> str:
         return f"Rank {self.number} (process {self.process.pid})"
@@ -72,14 +73,27 @@ class _Rank:
             return state in ("T", "t")
         return False
 
+    def receive(self) -> Report | None:
+        """Wait for the next report, None if the rank has ended; keep its last one. Any thread may call this."""
+        with self._reading:
+            return self._receive()
+
     def take_report(self) -> None:
         """Keep the last report of a rank that has ended or is ending; waits for no rank that is alive and silent."""
-        while self.failed is None and _readable([self.channel.fileno()], 0):
-            report = self.channel.receive()
-            if report is None:
-                return
-            if isinstance(report, Failed):
-                self.failed = report
+        if not self._reading.acquire(timeout=_LAST_WORDS_S):
+            return  # Rank 0 waits for it.
+        try:
+            while self.failed is None and _readable([self.channel.fileno()], 0):
+                if self._receive() is None:
+                    return
+        finally:
+            self._reading.release()
+
+    def _receive(self) -> Report | None:
+        report = self.channel.receive()
+        if isinstance(report, Failed):
+            self.failed = report
+        return report
 
 
 class Ranks:
@@ -170,15 +184,18 @@ class Ranks:
             self._watcher.start()
         with self.together():
             self._send(Connect())
-            self._group.connect(self._meeting_place, self._timeout_s, self._device, on_gpu=on_gpu)
+            self._group.connect(self._meeting_place, self._timeout_s, self._device, on_gpu=on_gpu, look=self._look)
+
+    def _look(self) -> None:
+        if _readable([self._ended.fileno()], 0):
+            raise RanksError("a rank ended before it connected")
 
     def _hear(self, loading: dict[int, _Rank], fd: int) -> None:
         rank = loading[fd]
-        report = rank.channel.receive()
+        report = rank.receive()
         if isinstance(report, Loaded):
             del loading[fd]
         elif isinstance(report, Failed) or report is None:
-            rank.failed = report
             if report is not None and report.kind == CheckpointError.__name__:
                 raise CheckpointError(report.text)
             raise self.failure(RanksError("a rank ended while loading"))
@@ -193,10 +210,9 @@ class Ranks:
             return [self._measured(rank) for rank in self._ranks]
 
     def _measured(self, rank: _Rank) -> Measured:
-        report = rank.channel.receive()
+        report = rank.receive()
         if isinstance(report, Measured):
             return report
-        rank.failed = report if isinstance(report, Failed) else None
         raise RanksError("a rank ended while it measured steps")
 
     def start(self, command: Start) -> None:
