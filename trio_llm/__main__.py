@@ -7,7 +7,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line; exit 2 for a wrong setting, 130 after Ctrl-C, 1 for anything else that cannot be done."""
+    """Run the command line; exit 2 for a wrong setting or argument, 130 after Ctrl-C, 1 for all else that fails."""
     # Half a million objects are made at start and stay alive. Python's default of 700 collects them hundreds of times.
     gc.set_threshold(50_000, 20, 100)
     try:
@@ -18,13 +18,13 @@ def main() -> None:
 
 def _run() -> None:
     from trio_llm.cli.commands import cli
-    from trio_llm.errors import ConfigError, TrioLLMError
+    from trio_llm.errors import ConfigError, InvalidRequestError, TrioLLMError
 
     try:
         cli(prog_name="trio-llm")
     except TrioLLMError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)  # noqa: T201 - the console is the interface
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+        sys.exit(2 if isinstance(error, ConfigError | InvalidRequestError) else 1)
 
 
 if __name__ == "__main__":

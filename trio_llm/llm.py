@@ -17,7 +17,7 @@ from trio_llm.engine.admission import check_pooling, resolve
 from trio_llm.errors import CheckpointError, ConfigError, InvalidRequestError, UnsupportedError
 from trio_llm.model_info import ModelInfo
 from trio_llm.offline import EmbeddingOutput, Request, RequestOutput, Work, embed, generate, progress_bar
-from trio_llm.params import PoolingParams, SamplingParams, Submission
+from trio_llm.params import PoolingParams, SamplingParams, Submission, check_max_tokens
 from trio_llm.replay.explanation import Explanation
 
 if TYPE_CHECKING:
@@ -197,6 +197,8 @@ class LLM:
     def _generate(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
         for request in requests:
             resolve(request.submission, self._engine.limits)
+            assert isinstance(request.submission.params, SamplingParams)
+            check_max_tokens("max_tokens", request.submission.params.max_tokens, self.info.max_model_len)
         return self._run(generate, requests, use_tqdm)
 
     def _run(self, work: Work, requests: list[Request], use_tqdm: bool) -> list[Any]:

@@ -200,3 +200,17 @@ def check_prompt_length(
             param=name,
             code="context_length_exceeded",
         )
+
+
+def check_max_tokens(name: str, value: int | None, max_model_len: int) -> int | None:
+    """Refuse a limit beyond the context length; a limit beyond the rest after the prompt is clamped later.
+
+    Args:
+        name: The field, as the client calls it.
+    """
+    if value is not None and value > max_model_len:
+        raise InvalidRequestError(
+            f"{name} = {value} is not allowed: this model's maximum context length is {max_model_len} tokens.",
+            param=name,
+        )
+    return value

@@ -23,16 +23,17 @@ LOAD = Load(clients=(1, 3), num_requests=6, repetitions=2, max_tokens=4, prompt_
 UNLIMITED = Config(auth=AuthConfig(rate_limit_requests=0))
 
 
-async def test_every_request_is_sent_and_counted() -> None:
+async def test_every_request_is_sent_and_counted(capfd: pytest.CaptureFixture[str]) -> None:
     """Each client count sees each repetition, of so many requests of so many tokens, after one to warm up."""
     async with open_stub() as engine, running(create_app(engine, UNLIMITED)) as server:
-        rows = await bench_server(Api(f"http://127.0.0.1:{server.port}"), LOAD, None)
+        rows = await bench_server(Api(f"http://127.0.0.1:{server.port}"), LOAD, None, progress=True)
         await engine.render_metrics()
         labels = {"model_name": "models/stub", "engine": "0"}
         generated = engine.registry.get_sample_value("vllm:generation_tokens_total", labels)
         hits = engine.registry.get_sample_value("vllm:prefix_cache_hits_total", labels)
     assert generated == (1 + 2 * 2) * 6 * 4
     assert hits == 0  # No prompt helps another one.
+    assert "30/30" in capfd.readouterr().err
     assert [settings for settings, _ in rows] == [{"clients": 1}, {"clients": 3}]
     for _, figures in rows:
         named = {figure.name: figure for figure in figures}

@@ -106,6 +106,8 @@ def test_a_bad_prompt_is_refused_before_anything_runs(model: LLM, runner: StubRu
         model.generate("a", greedy(temperature=float("nan")), use_tqdm=False)
     with pytest.raises(InvalidRequestError, match="prompt_token_ids"):
         model.generate([{"text": "a"}], greedy(), use_tqdm=False)  # type: ignore[dict-item]
+    with pytest.raises(InvalidRequestError, match="max_tokens = 99999 is not allowed: this model's maximum context"):
+        model.generate(["a", "b"], [greedy(), greedy(max_tokens=99_999)], use_tqdm=False)
     assert runner.plans == []
 
 

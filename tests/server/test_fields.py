@@ -132,3 +132,31 @@ async def test_lines_of_batches_are_logged(caplog: pytest.LogCaptureFixture) -> 
             body = {"messages": [{**HI, "f\no": 1}], "max_tokens": 1}
             await execute_line(services, "/v1/chat/completions", json.dumps({"body": body}).encode(), "")
     assert "'messages[0].f\\no'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("field", "meant"),
+    [
+        ("temprature", "temperature"),
+        ("topP", "top_p"),
+        ("max-tokens", "max_tokens"),
+        ("maxCompletionTokens", "max_completion_tokens"),
+        ("frequence_penalty", "frequency_penalty"),
+        ("stop_sequences", "stop"),
+        ("max_new_tokens", "max_tokens"),
+        ("enable_thinking", "chat_template_kwargs"),
+        ("foo", None),
+        ("x" * 5000, None),
+    ],
+)
+async def test_a_field_that_is_misspelt_is_named_beside_the_one_that_was_meant(field: str, meant: str | None) -> None:
+    """The warning, and with --strict the error, say which field it is probably."""
+    body = {"messages": [HI], "max_tokens": 1, field: 0}
+    for strict in (False, True):
+        async with open_stub(StubRunner()) as engine:
+            app = create_app(engine, Config(limits=LimitsConfig(strict=strict)))
+            answer = await ask(app, "POST", "/v1/chat/completions", {"model": "stub", **body})
+        said = answer.json()["error"]["message"] if strict else answer.headers["warning"]
+        assert answer.status == (400 if strict else 200)
+        assert ("did you mean" in said) == (meant is not None)
+        assert meant is None or meant in said.partition("did you mean")[2]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +49,10 @@ def serve(
         raise click.UsageError("FLAGS are for a server that is started here: leave out --base-url.")
     what = Load(**load)
     if base_url is None:
-        rows = trio.run(bench_own_server, flags, what, model)
+        measure = partial(bench_own_server, flags, what, model)
     else:
-        rows = trio.run(bench_server, Api(base_url, api_key), what, model)
+        measure = partial(bench_server, Api(base_url, api_key), what, model)
+    rows = trio.run(partial(measure, progress=sys.stderr.isatty()))
     show("serve", rows, as_json=as_json)
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import attrs
+from tqdm import tqdm
 
 from trio_llm.cli.bench.child import BenchmarkError, serving
 from trio_llm.cli.bench.report import Figure, Row, percentile
@@ -84,27 +85,35 @@ async def stream(api: Api, path: str, body: dict[str, object]) -> Timing:
     return Timing(sent_s, tuple(events_s), num_tokens or len(events_s))
 
 
-async def bench_own_server(flags: Sequence[str], load: Load, model: str | None) -> list[Row]:
+async def bench_own_server(flags: Sequence[str], load: Load, model: str | None, *, progress: bool = False) -> list[Row]:
     """Start a server with these flags and run all repetitions against it."""
     with serving(flags) as child:
         await child.listening()
-        return await bench_server(child.api, load, model)
+        return await bench_server(child.api, load, model, progress=progress)
 
 
-async def bench_server(api: Api, load: Load, model: str | None) -> list[Row]:
-    """Run all repetitions against a server that is there."""
+async def bench_server(api: Api, load: Load, model: str | None, *, progress: bool = False) -> list[Row]:
+    """Run all repetitions against a server that is there, and show on stderr how many requests are answered."""
     model = model or (await api.models())[0]
-    await _measure(api, load, model, max(load.clients), _WARM_UP_NUMBER)
+    total = load.num_requests * (1 + len(load.clients) * load.repetitions)
+    with tqdm(total=total, desc="Requests", unit="request", dynamic_ncols=True, disable=not progress) as bar:
+        return await _bench(api, load, model, bar.update)
+
+
+async def _bench(api: Api, load: Load, model: str, done: Callable[[], object]) -> list[Row]:
+    await _measure(api, load, model, max(load.clients), _WARM_UP_NUMBER, done)
     runs: dict[int, list[Run]] = {clients: [] for clients in load.clients}
     first_number = 0
     for _ in range(load.repetitions):
         for clients in load.clients:
-            runs[clients].append(await _measure(api, load, model, clients, first_number))
+            runs[clients].append(await _measure(api, load, model, clients, first_number, done))
             first_number += load.num_requests
     return [({"clients": clients}, _figures(repetitions)) for clients, repetitions in runs.items()]
 
 
-async def _measure(api: Api, load: Load, model: str, clients: int, first_number: int) -> Run:
+async def _measure(
+    api: Api, load: Load, model: str, clients: int, first_number: int, done: Callable[[], object]
+) -> Run:
     """Send the requests from so many clients, each of which has one open at a time."""
     numbers = iter(range(first_number, first_number + load.num_requests))
     timings: list[Timing] = []
@@ -119,6 +128,7 @@ async def _measure(api: Api, load: Load, model: str, clients: int, first_number:
                 "ignore_eos": True,
             }
             timings.append(await stream(api, "/completions", body))
+            done()
 
     before = await _own_time(api)
     started_s = time.perf_counter()

@@ -66,10 +66,9 @@ def current_config() -> Config:
 def warn_of(extras: Sequence[ExtraField]) -> None:
     """Name fields without effect to the client and in the log, one warning per kind."""
     for kind, what in _KINDS.items():
-        paths = [_printable(extra.path) for extra in extras if extra.kind == kind]
-        if paths:
-            more = f" and {len(paths) - _MAX_NAMED} more" if len(paths) > _MAX_NAMED else ""
-            names = ", ".join(paths[:_MAX_NAMED]) + more
+        if named := [extra for extra in extras if extra.kind == kind]:
+            more = f" and {len(named) - _MAX_NAMED} more" if len(named) > _MAX_NAMED else ""
+            names = ", ".join(map(_named, named[:_MAX_NAMED])) + more
             warn(f"{what}: {names}")
             logger.info("%s of %s: %s", what, request.path, names)
 
@@ -77,13 +76,17 @@ def warn_of(extras: Sequence[ExtraField]) -> None:
 def warn_of_unknown(fields: Sequence[str]) -> None:
     """Name unknown fields to the client and in the log; in strict mode refuse the first one."""
     if fields and current_config().limits.strict:
-        raise unknown_field(fields[0])
+        raise unknown_field(ExtraField(fields[0], "unknown"))
     warn_of([ExtraField(name, "unknown") for name in fields])
 
 
 def warn(text: str) -> None:
     """Add a `Warning` header to the current response. `text` is printable ASCII without quotes."""
     g.setdefault("warnings", []).append(f'299 trio-llm "{text}"')
+
+
+def _named(extra: ExtraField) -> str:
+    return _printable(extra.path) + (f" (did you mean {extra.meant}?)" if extra.meant else "")
 
 
 def _printable(name: str) -> str:

@@ -11,6 +11,7 @@ objects: a body without such fields costs one comparison of key sets per object.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, Literal, TypeAlias, cast
@@ -34,6 +35,16 @@ _INSTEAD = {
     "functions": "tools",
     "function_call": "tool_choice",
 }
+# What other APIs call a field, where its spelling does not tell.
+_ELSEWHERE = {
+    "max_new_tokens": "max_tokens",
+    "max_output_tokens": "max_tokens",
+    "n_predict": "max_tokens",
+    "num_predict": "max_tokens",
+    "stop_sequences": "stop",
+    "enable_thinking": "chat_template_kwargs",
+}
+_MAX_CORRECTED_CHARS = 40
 
 
 @attrs.frozen
@@ -44,15 +55,33 @@ class ExtraField:
         path: For example `messages[0].name`.
         kind: "unknown": no type has the field; "hint": accepted without effect; "refused": not supported, and it would
             change the answer; "part": refused, as it is no text; "tool": a tool that this server cannot run.
+        known: Fields of the object that has an unknown one.
     """
 
     path: str
     kind: Literal["unknown", "hint", "refused", "part", "tool"]
+    known: frozenset[str] = frozenset()
 
     def below(self, where: str) -> ExtraField:
         """Return it with the path of an enclosing field or index in front."""
         joint = "" if self.path[:1] in ("", "[") else "."
-        return ExtraField(f"{where}{joint}{self.path}", self.kind)
+        return attrs.evolve(self, path=f"{where}{joint}{self.path}")
+
+    @property
+    def meant(self) -> str | None:
+        """The known field that was probably meant. Takes up to a millisecond."""
+        name = self.path.rpartition(".")[2]
+        if len(name) > _MAX_CORRECTED_CHARS or not self.known:
+            return None
+        if (other := _ELSEWHERE.get(name)) in self.known:
+            return other
+        spelled = {_plain(known): known for known in sorted(self.known)}
+        close = difflib.get_close_matches(_plain(name), spelled, n=1, cutoff=0.8)
+        return spelled[close[0]] if close else None
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "")
 
 
 _Walk: TypeAlias = Callable[[Any], Sequence[ExtraField]]
@@ -77,13 +106,14 @@ def check_fields(
             raise InvalidRequestError(f"'{extra.path}': only parts of text are supported.", param=extra.path)
     for extra in extras:
         if strict and extra.kind == "unknown":
-            raise unknown_field(extra.path)
+            raise unknown_field(extra)
     return tuple(extras)
 
 
-def unknown_field(path: str) -> InvalidRequestError:
+def unknown_field(extra: ExtraField) -> InvalidRequestError:
     """Return the error for an unknown field in strict mode."""
-    return InvalidRequestError(f"Unknown field '{path[:64]}': unknown fields are refused (--strict).", param=path[:64])
+    path, meant = extra.path[:64], f" (did you mean '{extra.meant}'?)" if extra.meant else ""
+    return InvalidRequestError(f"Unknown field '{path}'{meant}: unknown fields are refused (--strict).", param=path)
 
 
 def extra_fields(
@@ -117,7 +147,7 @@ def _outside(value: Mapping[str, Any], names: frozenset[str], refused: Neutral, 
         if name in refused:
             extras.append(ExtraField(name, "refused"))
         elif len(extras) < MAX_UNKNOWN:
-            extras.append(ExtraField(name, "hint" if name in hints else "unknown"))
+            extras.append(ExtraField(name, "hint") if name in hints else ExtraField(name, "unknown", names))
     return extras
 
 

@@ -18,16 +18,6 @@ _NAMED = ("presence_penalty", "frequency_penalty", "seed", "min_tokens", "ignore
 _DEFAULTED = ("top_p", "top_k", "min_p", "repetition_penalty")
 
 
-def check_max_tokens(name: str, value: int | None, info: ModelInfo) -> int | None:
-    """Refuse a limit beyond the context length; a limit beyond the rest after the prompt is clamped later."""
-    if value is not None and value > info.max_model_len:
-        raise InvalidRequestError(
-            f"{name} = {value} is not allowed: this model's maximum context length is {info.max_model_len} tokens.",
-            param=name,
-        )
-    return value
-
-
 def sampling_params(
     body: GenerationBody,
     *,

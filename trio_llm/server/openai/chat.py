@@ -13,7 +13,7 @@ from quart_trio import QuartTrio
 from trio_llm.engine import Stream
 from trio_llm.errors import InvalidRequestError
 from trio_llm.model_info import ModelInfo
-from trio_llm.params import SamplingParams
+from trio_llm.params import SamplingParams, check_max_tokens
 from trio_llm.server.bodies.request_body import read_body
 from trio_llm.server.bodies.size_limits import check_amounts
 from trio_llm.server.bodies.types import ChatBody
@@ -26,7 +26,7 @@ from trio_llm.server.generation.chat_prompt import chat_prompt, warn_of_effort, 
 from trio_llm.server.generation.history import text_of
 from trio_llm.server.generation.prompts import bad_word_ids, reported_prompts
 from trio_llm.server.generation.respond import Caller, Head, answer, submit
-from trio_llm.server.generation.sampling_params import check_max_tokens, sampling_params
+from trio_llm.server.generation.sampling_params import sampling_params
 from trio_llm.server.openai.chat_format import ChatFormat
 from trio_llm.server.openai.logprobs import TokenNames
 from trio_llm.server.parsing.custom_inputs import CustomTools
@@ -189,10 +189,10 @@ def _limit_thinking(services: Services, body: ChatBody, thinking: Thinking, para
 def _max_tokens(body: ChatBody, info: ModelInfo) -> int | None:
     """Return the limit; by default the rest of the context."""
     if body.max_completion_tokens is not None:
-        return check_max_tokens("max_completion_tokens", body.max_completion_tokens, info)
+        return check_max_tokens("max_completion_tokens", body.max_completion_tokens, info.max_model_len)
     if body.max_tokens == 0:
         raise InvalidRequestError("max_tokens = 0 is not allowed: at least 1.", param="max_tokens")
-    return check_max_tokens("max_tokens", body.max_tokens, info)
+    return check_max_tokens("max_tokens", body.max_tokens, info.max_model_len)
 
 
 def _num_logprobs(body: ChatBody, most: int) -> int | None:

@@ -12,14 +12,14 @@ from quart_trio import QuartTrio
 
 from trio_llm.engine import Delta, Stream
 from trio_llm.errors import InvalidRequestError
-from trio_llm.params import SamplingParams
+from trio_llm.params import SamplingParams, check_max_tokens
 from trio_llm.server.answers.completions import Completion, CompletionChoice, CompletionColumns
 from trio_llm.server.bodies.request_body import read_body
 from trio_llm.server.bodies.types import CompletionBody
 from trio_llm.server.constraints.response_format import compile_grammar, requested_form
 from trio_llm.server.generation.prompts import bad_word_ids, completion_prompts, reported_prompts, token_texts
 from trio_llm.server.generation.respond import Caller, Head, StreamUsage, UsageCounter, answer, is_large, submit
-from trio_llm.server.generation.sampling_params import check_max_tokens, sampling_params
+from trio_llm.server.generation.sampling_params import sampling_params
 from trio_llm.server.generation.timings import prompt_progress, timings
 from trio_llm.server.http.sse import AnswerFormat
 from trio_llm.server.openai.logprobs import CompletionLogprobs, TokenNames, prompt_logprobs
@@ -40,7 +40,7 @@ def register(app: QuartTrio, services: Services) -> None:
 async def prepare_completion(services: Services, body: CompletionBody) -> tuple[list[list[int]], SamplingParams]:
     """Return the token ids of the prompts of a checked body, and the parameters of their answers."""
     max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    check_max_tokens("max_tokens", body.max_tokens, services.engine.info)
+    check_max_tokens("max_tokens", body.max_tokens, services.engine.info.max_model_len)
     if max_tokens == 0 and not body.echo:
         raise InvalidRequestError("max_tokens = 0 is allowed only with echo, to score a prompt.", param="max_tokens")
     params = sampling_params(
