@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tools.kernel_lab import engine_tests, gather_wheels, run_all, steps, worker
+from tools.kernel_lab import engine_tests, gather_wheels, parts, run_all, steps, worker
 from tools.kernel_lab.device import Simulated
 from tools.kernel_lab.parts import OTHERS, SOURCES, Command
 
@@ -28,10 +28,10 @@ def run(folder: Path, *options: str) -> tuple[int, dict[tuple[str, str], dict[st
 
 @pytest.mark.timeout(300)
 def test_a_fault_and_a_hang_cost_their_source_only(tmp_path: Path) -> None:
-    """Both are named with the item, the rest of their items as not run; the other source gets its whole run."""
-    parts = [word for part in ("machine", "sample.cu", "act.cu", "quant.cu") for word in ("--only", part)]
+    """Both are named with the item, the rest of their items as not run; the other parts get their whole run."""
+    only = [word for part in (*OTHERS, "sample.cu", "act.cu", "quant.cu") for word in ("--only", part)]
     trouble = ["--rehearse", "act.cu", "fault", "--rehearse", "quant.cu", "hang"]
-    code, found, summary = run(tmp_path, "--budget", "240", "--item-limit", "15", *parts, *trouble)
+    code, found, summary = run(tmp_path, "--budget", "240", "--item-limit", "15", *only, *trouble)
     assert code == 1
     assert found["check", "act.cu: silu torch.bfloat16"]["failure"] == "the process died: exit code -6"
     assert found["check", "quant.cu: quantize_rows torch.bfloat16"]["failure"] == "not done within 15 s"
@@ -41,8 +41,9 @@ def test_a_fault_and_a_hang_cost_their_source_only(tmp_path: Path) -> None:
     assert "failed: not done within 15 s" in summary and why in summary
     assert "worker.py" in (tmp_path / "log.txt").read_text()  # the stacks of what was ended
     others = {key: result for key, result in found.items() if "act.cu" not in key[1] and "quant.cu" not in key[1]}
-    assert {phase for phase, _ in others} == {"machine", "prepare", "check", "time", "peers"}
-    assert not any("failure" in result or "skipped" in result for result in others.values())
+    assert {phase for phase, _ in others} == {stage.phase for stage in run_all.STAGES}
+    assert not any("failure" in result for result in others.values())
+    assert {phase for (phase, _), result in others.items() if "skipped" in result} == {"engine", "tools"}
     kernels = found["check", "sample.cu: greedy, plain, filtered"]["kernels"]
     assert kernels == ["likeliest THREADS=512", "draw THREADS=512"]
     entries = json.loads((tmp_path / "VERIFIED.simulated.json").read_text())
@@ -106,6 +107,15 @@ def test_the_engines_tests_are_items(tmp_path: Path) -> None:
     assert "assert 1 == 2" in results["test_wrong"]["failure"] and [r for r in said if "begin" in r]
     late: list[dict[str, Any]] = []
     assert engine_tests.run([str(tests)], 0, late.append) == {"skipped": 3}
+
+
+def test_kernels_come_before_what_no_kernel_takes() -> None:
+    """The engine's tests have an order, for time may run out: what runs on kernels first. None is left out."""
+    assert [Path(path).name for path in parts.ENGINE_TESTS] == [
+        "test_engine_on_kernels.py",
+        "test_engine_in_float32.py",
+    ]
+    assert {ROOT / path for path in parts.ENGINE_TESTS} == set((ROOT / "tests/gpu").glob("test_*.py"))
 
 
 def test_whole_steps_are_replayed() -> None:
