@@ -1,4 +1,4 @@
-"""What cuda_kernels/README.md says, held to the sources."""
+"""What cuda_kernels/README.md and IDEAS.md say, held to the sources."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from cuda_kernels import compile as compiling
 from cuda_kernels.tuning import BY_ARCHITECTURE, tuning
 from tools.kernel_lab.specialisations import ARCHS
 
-README = (compiling.SOURCES / "README.md").read_text(encoding="utf-8")
+README, IDEAS = ((compiling.SOURCES / name).read_text(encoding="utf-8") for name in ("README.md", "IDEAS.md"))
 
 
 def test_the_permutation_is_the_kernels() -> None:
     """Bytes of a lane and the k-indices they stand for, as `load_queries` places pairs of dimensions."""
-    rows = re.findall(r"^\| ([0-3]) \| ([\d ]+) \| ([\d ]+) \|$", README, re.M)
+    rows = re.findall(r"^\| ([0-3]) \| ([\d ]+) \| ([\d ]+) \|$", IDEAS, re.M)
     table = {int(byte): int(k) for _, own, ks in rows for byte, k in zip(own.split(), ks.split(), strict=True)}
     placed = "place = pair / 8 * 8 + pair % 2 * 4 + pair % 8 / 2"
     assert placed in compiling.expand("paged_attn.cu")
@@ -26,7 +26,7 @@ def test_every_file_is_named() -> None:
     """The table has each source; each Python name in backquotes that ends in .py or .cu is there."""
     assert all(f"`{path.name}`" in README for path in compiling.SOURCES.glob("*.cu"))
     root = compiling.SOURCES.parent
-    named = re.findall(r"`([\w./]+\.(?:py|cu|cuh))`", README)
+    named = re.findall(r"`([\w./]+\.(?:py|cu|cuh))`", README + IDEAS)
     places = ("", "cuda_kernels", "tests/kernels")
     assert [name for name in named if not any((root / place / name).exists() for place in places)] == []
 
