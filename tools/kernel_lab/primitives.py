@@ -59,7 +59,7 @@ def check_primitives(device: Device) -> dict[str, float]:
     require((out.cpu().numpy().view(np.uint32) == expected_integers(given)).all(), "integers differ")
     expected, actual = expected_floats(given), floats.cpu().numpy()
     error = np.abs(actual - expected) / (np.abs(expected) + 0.1)
-    require(error[:, :3].max() < 2e-5 and error[:, 3].max() < 8e-3, f"floats are off by {error.max(0)}")
+    require(bool(error[:, :3].max() < 2e-5 and error[:, 3].max() < 8e-3), f"floats are off by {error.max(0)}")
     counts = [*np.bincount(given % 8, minlength=8), given[given % 3 == 0].max()]
     require(histogram.tolist() == counts, "atomics miscount")
     return {"error": float(error[:, :3].max())}
