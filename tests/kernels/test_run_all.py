@@ -44,6 +44,7 @@ def test_a_fault_and_a_hang_cost_their_source_only(tmp_path: Path) -> None:
     assert {phase for phase, _ in others} == {stage.phase for stage in run_all.STAGES}
     assert not any("failure" in result for result in others.values())
     assert {phase for (phase, _), result in others.items() if "skipped" in result} == {"engine", "tools"}
+    assert found["engine", "engine: pytest -m gpu"]["outcomes"].keys() == {"skipped"}
     kernels = found["check", "sample.cu: greedy, plain, filtered"]["kernels"]
     assert kernels == ["likeliest THREADS=512", "draw THREADS=512"]
     entries = json.loads((tmp_path / "VERIFIED.simulated.json").read_text())
@@ -101,12 +102,12 @@ def test_the_engines_tests_are_items(tmp_path: Path) -> None:
         "@pytest.mark.skip(reason='no such thing')\ndef test_not_here(): pass\n"
     )
     said: list[dict[str, Any]] = []
-    assert engine_tests.run([str(tests)], 60, said.append) == {"passed": 1, "failure": 1, "skipped": 1}
+    assert engine_tests.run([str(tests)], 60, said.append) == {"outcomes": {"passed": 1, "failure": 1, "skipped": 1}}
     results = {record["item"].partition("::")[2]: record["result"] for record in said if "item" in record}
     assert results["test_fine"] == {"passed": True} and "no such thing" in results["test_not_here"]["skipped"]
     assert "assert 1 == 2" in results["test_wrong"]["failure"] and [r for r in said if "begin" in r]
     late: list[dict[str, Any]] = []
-    assert engine_tests.run([str(tests)], 0, late.append) == {"skipped": 3}
+    assert engine_tests.run([str(tests)], 0, late.append) == {"outcomes": {"skipped": 3}}
 
 
 def test_kernels_come_before_what_no_kernel_takes() -> None:

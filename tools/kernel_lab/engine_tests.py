@@ -11,11 +11,11 @@ import pytest
 from cuda_kernels.compile import SOURCES
 
 
-def run(paths: Sequence[str], seconds: float, say: Callable[[dict[str, Any]], None]) -> dict[str, int]:
+def run(paths: Sequence[str], seconds: float, say: Callable[[dict[str, Any]], None]) -> dict[str, dict[str, int]]:
     """Run the tests that need a GPU, in this process; those that would begin after `seconds` are left out.
 
     Returns:
-        How many there were of each outcome.
+        How many there were of each outcome, as one value: a key "failure" would make an item of them that failed.
     """
     reporter = _Reporter(time.monotonic() + seconds, say)
     # Warnings are errors where the versions of packages are ours to choose; here they are what they are.
@@ -23,7 +23,7 @@ def run(paths: Sequence[str], seconds: float, say: Callable[[dict[str, Any]], No
     code = pytest.main([*options, *paths], plugins=[reporter])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise RuntimeError(f"pytest ended with {code}: see the log")
-    return reporter.outcomes
+    return {"outcomes": reporter.outcomes}
 
 
 class _Reporter:
