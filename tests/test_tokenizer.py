@@ -248,3 +248,11 @@ def test_other_threads_run_while_a_long_text_is_tokenized() -> None:
     over.set()
     beside.join()
     assert gaps[0] < took / 2
+
+
+def test_an_absurd_id_is_refused() -> None:
+    """A vocabulary with an id of two billion took gigabytes of every mask before the server ended."""
+    data = json.loads(TOKENIZER.json)
+    data["model"]["vocab"]["far"] = 2**31
+    with pytest.raises(CheckpointError, match="token id 2147483648: at most"):
+        Tokenizer(json.dumps(data))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
-from types import TracebackType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar, get_type_hints
 
 import attrs
 
@@ -19,6 +20,7 @@ from trio_llm.model_info import ModelInfo
 from trio_llm.offline import EmbeddingOutput, Request, RequestOutput, Work, embed, generate, progress_bar
 from trio_llm.params import PoolingParams, SamplingParams, Submission, check_max_tokens
 from trio_llm.replay.explanation import Explanation
+from trio_llm.type_checks import is_a, spelled
 
 if TYPE_CHECKING:
     from trio_llm.server.services import Services
@@ -26,10 +28,6 @@ if TYPE_CHECKING:
 Prompt = str | Mapping[str, Sequence[int]]
 Message = Mapping[str, Any]
 Params = TypeVar("Params", SamplingParams, PoolingParams)
-
-
-# `Literal[...] | None` is of the older kind.
-_UNIONS = (Union, UnionType)
 
 
 class LLM:
@@ -48,7 +46,8 @@ class LLM:
         CheckpointError, UnsupportedError: The model cannot be loaded.
     """
 
-    def __init__(self, model: str | None = None, *, dtype: str = "auto", **settings: Any) -> None:
+    def __init__(self, model: str | os.PathLike[str] | None = None, *, dtype: str = "auto", **settings: Any) -> None:
+        model = os.fspath(model) if isinstance(model, os.PathLike) else model
         config = Config(engine=_engine_config({"model": model, "dtype": dtype, **settings}))
         self._config = config
         try:
@@ -125,6 +124,12 @@ class LLM:
         """
         from trio_llm.offline_chat import prepare_chats, read_messages
 
+        if not isinstance(messages, list | tuple | str):  # The check of a body names text.
+            raise InvalidRequestError(
+                f'messages is a list like [{{"role": "user", "content": "..."}}], or a list of such lists, not '
+                f"{messages!r:.80}.",
+                param="messages",
+            )
         listed = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         default = SamplingParams(**{**self.info.default_sampling, "max_tokens": None})  # type: ignore[arg-type]
         options = {
@@ -166,6 +171,8 @@ class LLM:
             close_services()
 
     def _requests(self, prompts: Prompt | Sequence[Prompt], params: Any, kind: type[Params]) -> list[Request]:
+        if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
+            raise _no_prompt(prompts)
         single = isinstance(prompts, str | Mapping)
         listed: Sequence[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item,arg-type]
         return [self._request(prompt, one) for prompt, one in zip(listed, _one_each(listed, params, kind), strict=True)]
@@ -176,8 +183,7 @@ class LLM:
         try:
             return Request(None, Submission(prompt["prompt_token_ids"], params))
         except (KeyError, TypeError):
-            allowed = 'text or {"prompt_token_ids": [...]}'
-            raise InvalidRequestError(f"A prompt is {allowed}, not {prompt!r}.", param="prompts") from None
+            raise _no_prompt(prompt) from None
 
     @cached_property
     def _services(self) -> Services:
@@ -197,8 +203,12 @@ class LLM:
     def _generate(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
         for request in requests:
             resolve(request.submission, self._engine.limits)
-            assert isinstance(request.submission.params, SamplingParams)
-            check_max_tokens("max_tokens", request.submission.params.max_tokens, self.info.max_model_len)
+            params = request.submission.params
+            assert isinstance(params, SamplingParams)
+            check_max_tokens("max_tokens", params.max_tokens, self.info.max_model_len)
+            if params.n > (most := self._engine.max_requests):
+                message = f"n = {params.n} is not allowed: this engine has {most} places for requests (max_batch_size)."
+                raise InvalidRequestError(message, param="n")
         return self._run(generate, requests, use_tqdm)
 
     def _run(self, work: Work, requests: list[Request], use_tqdm: bool) -> list[Any]:
@@ -224,7 +234,25 @@ def _one_each(prompts: Sequence[Any], params: Any, kind: type[Params]) -> list[P
         if not isinstance(one, kind):
             name = type(one).__name__
             raise InvalidRequestError(f"Parameters are {kind.__name__}(...), not {name}: {one!r:.80}.", param="params")
+        _check_types(one)
     return each
+
+
+def _check_types(params: Any, path: str = "") -> None:
+    """Refuse values of other types than the parameters' annotations, at any depth."""
+    for name, hint in get_type_hints(type(params)).items():
+        value = getattr(params, name)
+        if attrs.has(type(value)) and is_a(value, hint):
+            _check_types(value, f"{path}{name}.")
+        elif not is_a(value, hint):
+            raise InvalidRequestError(
+                f"{path}{name} = {value!r:.80} is not allowed: must be {spelled(hint)}.", param=f"{path}{name}"
+            )
+
+
+def _no_prompt(prompt: object) -> InvalidRequestError:
+    allowed = 'text or {"prompt_token_ids": [...]}'
+    return InvalidRequestError(f"A prompt is {allowed}, not {prompt!r:.80}.", param="prompts")
 
 
 def _engine_config(settings: Mapping[str, Any]) -> EngineConfig:
@@ -232,24 +260,6 @@ def _engine_config(settings: Mapping[str, Any]) -> EngineConfig:
     for name, value in settings.items():
         if name not in hints:
             raise ConfigError(name, value, "LLM", f"no such setting; there are {', '.join(hints)}")
-        if not _is_a(value, hints[name]):
-            raise ConfigError(name, value, "LLM", f"must be {_spelled(hints[name])}")
+        if not is_a(value, hints[name]):
+            raise ConfigError(name, value, "LLM", f"must be {spelled(hints[name])}")
     return EngineConfig(**settings)
-
-
-def _is_a(value: object, hint: Any) -> bool:
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if get_origin(hint) in _UNIONS:
-        return any(_is_a(value, one) for one in get_args(hint))
-    if isinstance(value, bool):
-        return hint is bool
-    return isinstance(value, hint)
-
-
-def _spelled(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return " or ".join(map(repr, get_args(hint)))
-    if get_origin(hint) in _UNIONS:
-        return " or ".join(map(_spelled, get_args(hint)))
-    return "None" if hint is type(None) else hint.__name__

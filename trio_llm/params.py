@@ -68,6 +68,12 @@ class StructuredOutputs:
     disable_any_whitespace: bool = False
 
 
+def _stop(given: str | Sequence[str] | None) -> tuple[str, ...]:
+    if isinstance(given, str):
+        return (given,)
+    return given if isinstance(given, tuple) else tuple(given or ())
+
+
 @attrs.frozen(kw_only=True)
 class SamplingParams:
     """How tokens are chosen and when a request ends. Names, defaults and ranges are vLLM's.
@@ -84,7 +90,7 @@ class SamplingParams:
         seed: The same seed and prompt give the same output, whatever else is in the batch. None draws a new one.
         max_tokens: Maximum output tokens; None means what the context has left.
         min_tokens: Number of output tokens below which nothing stops the output.
-        stop: Strings that end the output; found across token boundaries.
+        stop: Strings that end the output, or one string; found across token boundaries.
         logprobs: Report the sampled token and this many of the most likely ones; -1 means the whole vocabulary.
         logprob_token_ids: Also report these tokens, if `logprobs` is not None.
         prompt_logprobs: The same for each prompt token after the first.
@@ -107,7 +113,7 @@ class SamplingParams:
     seed: int | None = None
     max_tokens: int | None = 16
     min_tokens: int = 0
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] = attrs.field(default=(), converter=_stop)
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False

@@ -23,6 +23,9 @@ from trio_llm.gguf.header import GgufHeader, is_gguf, read_gguf
 from trio_llm.gguf.tokenizer import named_tokens, tokenizer_json
 from trio_llm.model_files import MAX_TEMPLATE_BYTES, MAX_TOKENIZER_BYTES, has_file, read_optional_json, read_text
 
+MAX_TOKENS = 2**22
+"""Bound of a tokenizer's ids, a guess: the largest vocabularies have 262,144."""
+
 if TYPE_CHECKING:
     import tokenizers
 
@@ -68,6 +71,8 @@ class Tokenizer:
         self._building = threading.Lock()
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
         self.vocab_size: int = 1 + max(ids, default=-1)
+        if self.vocab_size > MAX_TOKENS:  # Masks have a bit for each id, and the index of grammars many bytes.
+            raise CheckpointError(f"tokenizer.json: token id {self.vocab_size - 1}: at most {MAX_TOKENS - 1}")
 
     @classmethod
     def from_directory(cls, path: str | Path) -> Self:

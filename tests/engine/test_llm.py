@@ -5,10 +5,11 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.engine.fakes import FakeTokenizer, StubRunner, continuation, open_stub
-from trio_llm import LLM, SamplingParams, llm
+from trio_llm import LLM, SamplingParams, StructuredOutputs, llm
 from trio_llm.errors import CheckpointError, ConfigError, InvalidRequestError, RequestFailedError
 from trio_llm.messages import StepPlan
 
@@ -155,3 +156,51 @@ def test_engines_follow_one_another(runner: StubRunner) -> None:
             assert len(model.generate("a", greedy(), use_tqdm=False)) == 1
         assert threading.active_count() == threads
     model.close()
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"temperature": "1"}, "temperature = '1' is not allowed: must be float"),
+        ({"top_k": 1.5}, "top_k = 1.5 is not allowed: must be int"),
+        ({"n": "2"}, "n = '2' is not allowed: must be int"),
+        ({"n": 10**6}, "n = 1000000 is not allowed: this engine has"),
+        ({"max_tokens": 2.0}, "max_tokens = 2.0 is not allowed: must be int or None"),
+        ({"max_tokens": True}, "max_tokens = True is not allowed: must be int or None"),
+        ({"seed": "x"}, "seed = 'x' is not allowed: must be int or None"),
+        ({"stop": [3]}, r"stop = \(3,\) is not allowed: must be a list of str"),
+        ({"logit_bias": {"5": 1}}, "logit_bias = {'5': 1} is not allowed: must be a dict of int to float"),
+        ({"stop_token_ids": 5}, "stop_token_ids = 5 is not allowed: must be a list of int"),
+        ({"structured_outputs": {"regex": "a"}}, "must be StructuredOutputs or None"),
+        ({"structured_outputs": StructuredOutputs(choice="abc")}, "structured_outputs.choice = 'abc' is not allowed"),
+        ({"structured_outputs": StructuredOutputs(grammar=3)}, "structured_outputs.grammar = 3 is not allowed"),  # type: ignore[arg-type]
+        ({"grammar": "x"}, "grammar = 'x' is not allowed: must be Grammar or None"),
+    ],
+)
+def test_a_parameter_of_another_type_is_named(
+    model: LLM, runner: StubRunner, fields: dict[str, Any], says: str
+) -> None:
+    """What a type checker would have told is told before anything runs."""
+    with pytest.raises(InvalidRequestError, match=says):
+        model.generate("a", SamplingParams(**fields), use_tqdm=False)
+    assert runner.plans == []
+
+
+def test_numbers_and_lists_of_other_kinds_are_taken(model: LLM) -> None:
+    """An integer is a number, a list does for a tuple, numpy's scalars are numbers, and one stop string is a list."""
+    fields: dict[str, Any] = {"temperature": 0, "max_tokens": np.int64(3), "stop_token_ids": [59], "stop": None}
+    (plain,) = model.generate("abc", SamplingParams(**fields), use_tqdm=False)
+    text = plain.outputs[0].text
+    (cut,) = model.generate("abc", SamplingParams(**{**fields, "stop": text[1]}), use_tqdm=False)
+    assert cut.outputs[0].text == text[0]
+
+
+@pytest.mark.parametrize("prompts", [None, 3, b"hi"])
+def test_what_is_no_prompt_is_named(model: LLM, prompts: Any) -> None:
+    """Nothing but text, token ids and lists of them is a prompt; messages are a list."""
+    with pytest.raises(InvalidRequestError, match=f"A prompt is text or .*, not {prompts!r}"):
+        model.generate(prompts, greedy(), use_tqdm=False)
+    wrong: Any
+    for wrong in (prompts, {"role": "user", "content": "hi"}):
+        with pytest.raises(InvalidRequestError, match="messages is a list like"):
+            model.chat(wrong, greedy(), use_tqdm=False)
