@@ -18,7 +18,6 @@ import attrs
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from trio_llm.model.paged.attention_batch import AttentionBatch
 from trio_llm.model.paged.kv_cache import AttentionSpec, LayerKV
@@ -124,7 +123,7 @@ def attend(
         flash = torch.ops.aten._scaled_dot_product_flash_attention
         out = flash(q, k, v, 0.0, True, scale=scale)[0]
     else:
-        mask = causal_lower_right(q.shape[2], context)
+        mask = torch.ones(q.shape[2], context, dtype=torch.bool).tril(context - q.shape[2])
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
     return out[0].transpose(0, 1)
 
