@@ -301,3 +301,9 @@ def test_blanks_are_bounded_in_schemas_inside_grammars() -> None:
     rule = grammar.free_grammar('start: "a" %json {"type": "object"} %json true', param="grammar").text
     assert json.loads(rule[rule.index("{") : rule.rindex("}") + 1])["x-guidance"] == grammar.json_options(True)
     assert rule.endswith("%json true")
+
+
+def test_an_unknown_token_of_a_grammar_is_named_alone(compiler: grammar.GrammarCompiler) -> None:
+    """The names under which control tokens are kept out of a grammar's text are no help to anybody."""
+    with pytest.raises(InvalidRequestError, match=r'unknown special token: "<nope>"$'):
+        compiler.compile(grammar.free_grammar("start: <nope>", param="grammar"))

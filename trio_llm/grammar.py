@@ -384,7 +384,7 @@ def _matcher() -> type[LLMatcher]:
 
 def _first_line(error: object) -> str:
     line, *more = str(error).splitlines()
-    line = line[:300]
+    line = line.partition("; following special tokens")[0][:300]  # They have names that nobody can spell.
     if line.endswith("regex parse error:"):  # What is wrong stands below a drawing of where.
         line = " ".join([line, *(reason.removeprefix("error: ") for reason in more if reason.startswith("error: "))])[
             :400

@@ -326,6 +326,17 @@ def test_a_free_port_is_left_free() -> None:
     check_address("127.0.0.1", port)
 
 
+def test_a_host_that_is_none_is_named_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that cannot be looked up is a fault of the host, not of the port."""
+
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(ConfigError, match=r"server\.host = 'a b:8000': cannot listen there"):
+        check_address("a b", 8000)
+
+
 async def test_a_port_in_use_is_a_wrong_setting(stub_engine: GatedWorker) -> None:
     """An address that cannot be listened on is told as the setting it is."""
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")

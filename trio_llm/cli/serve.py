@@ -80,7 +80,8 @@ def check_address(host: str, port: int) -> None:
 
 
 def _cannot_listen(host: str, port: int, error: OSError) -> ConfigError:
-    return ConfigError("server.port", f"{host}:{port}", "settings", f"cannot listen there: {error.strerror}")
+    wrong = "server.host" if isinstance(error, socket.gaierror) else "server.port"
+    return ConfigError(wrong, f"{host}:{port}", "settings", f"cannot listen there: {error.strerror}")
 
 
 def raise_file_limit(num_files: int) -> None:
