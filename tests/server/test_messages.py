@@ -348,8 +348,10 @@ async def test_errors_have_their_classes_and_shape(server: Running) -> None:
         await use_client(server, lambda client: client.messages.count_tokens(**count), "wrong")
     with pytest.raises(anthropic.APIStatusError) as method:
         await use_client(server, lambda client: client.get("/v1/messages", cast_to=object))
-    bodies: list[Any] = [error.value.body for error in (missing, unknown, method)]
-    kinds = ["not_found_error", "authentication_error", "invalid_request_error"]
+    with pytest.raises(anthropic.NotFoundError) as batches:
+        await use_client(server, lambda client: client.messages.batches.list())
+    bodies: list[Any] = [error.value.body for error in (missing, unknown, method, batches)]
+    kinds = ["not_found_error", "authentication_error", "invalid_request_error", "not_found_error"]
     assert [(body["type"], body["error"]["type"]) for body in bodies] == [("error", kind) for kind in kinds]
     assert "claude" in bodies[0]["error"]["message"]
 

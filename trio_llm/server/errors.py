@@ -30,7 +30,7 @@ _TYPES = {
     504: "timeout_error",
     507: "insufficient_storage_error",
 }
-_ANTHROPIC_PATHS = frozenset({"/v1/messages", "/v1/messages/count_tokens"})
+_ANTHROPIC_ROOT = "/v1/messages"
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -110,4 +110,5 @@ def anthropic_error_object(error: HttpError) -> AnthropicError:
 
 def error_body(error: HttpError, path: str = "") -> bytes:
     """Return the error object as JSON, in the form of the API at `path`."""
-    return msgspec.json.encode((anthropic_error_object if path in _ANTHROPIC_PATHS else error_object)(error))
+    is_anthropic = path == _ANTHROPIC_ROOT or path.startswith(f"{_ANTHROPIC_ROOT}/")
+    return msgspec.json.encode((anthropic_error_object if is_anthropic else error_object)(error))
