@@ -48,7 +48,7 @@ class LLM:
 
     def __init__(self, model: str | os.PathLike[str] | None = None, *, dtype: str = "auto", **settings: Any) -> None:
         model = os.fspath(model) if isinstance(model, os.PathLike) else model
-        config = Config(engine=_engine_config({"model": model, "dtype": dtype, **settings}))
+        config = Config(engine=engine_config({"model": model, "dtype": dtype, **settings}))
         self._config = config
         try:
             self._bridge = Bridge(partial(open_engine, config))
@@ -234,16 +234,16 @@ def _one_each(prompts: Sequence[Any], params: Any, kind: type[Params]) -> list[P
         if not isinstance(one, kind):
             name = type(one).__name__
             raise InvalidRequestError(f"Parameters are {kind.__name__}(...), not {name}: {one!r:.80}.", param="params")
-        _check_types(one)
+        check_types(one)
     return each
 
 
-def _check_types(params: Any, path: str = "") -> None:
+def check_types(params: Any, path: str = "") -> None:
     """Refuse values of other types than the parameters' annotations, at any depth."""
     for name, hint in get_type_hints(type(params)).items():
         value = getattr(params, name)
         if attrs.has(type(value)) and is_a(value, hint):
-            _check_types(value, f"{path}{name}.")
+            check_types(value, f"{path}{name}.")
         elif not is_a(value, hint):
             raise InvalidRequestError(
                 f"{path}{name} = {value!r:.80} is not allowed: must be {spelled(hint)}.", param=f"{path}{name}"
@@ -255,11 +255,12 @@ def _no_prompt(prompt: object) -> InvalidRequestError:
     return InvalidRequestError(f"A prompt is {allowed}, not {prompt!r:.80}.", param="prompts")
 
 
-def _engine_config(settings: Mapping[str, Any]) -> EngineConfig:
+def engine_config(settings: Mapping[str, Any], source: str = "LLM") -> EngineConfig:
+    """Return checked settings. Raises ConfigError: there is no such setting, or its value is not allowed."""
     hints = get_type_hints(EngineConfig)
     for name, value in settings.items():
         if name not in hints:
-            raise ConfigError(name, value, "LLM", f"no such setting; there are {', '.join(hints)}")
+            raise ConfigError(name, value, source, f"no such setting; there are {', '.join(hints)}")
         if not is_a(value, hints[name]):
-            raise ConfigError(name, value, "LLM", f"must be {spelled(hints[name])}")
+            raise ConfigError(name, value, source, f"must be {spelled(hints[name])}")
     return EngineConfig(**settings)

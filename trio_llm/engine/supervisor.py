@@ -144,7 +144,7 @@ async def _serve(
     # Room for a Submit, a cancellation and an Abort per ticket, and for those of the request that held it before.
     send, inbox = trio.open_memory_channel[Submit | Abort](5 * tickets.limit)
     history = History(blocks, config.max_batch_size)
-    limits = _limits(config, info)
+    limits = request_limits(config, info)
     # At most one ask or grant is in flight.
     send_ask, asks = trio.open_memory_channel[BlockAsk](1)
     send_grant, grants = trio.open_memory_channel[BlockGrant](1)
@@ -212,7 +212,8 @@ def _metrics(config: EngineConfig, setup: CoreSetup, info: ModelInfo) -> Metrics
     return metrics
 
 
-def _limits(config: EngineConfig, info: ModelInfo) -> RequestLimits:
+def request_limits(config: EngineConfig, info: ModelInfo) -> RequestLimits:
+    """Return what the model and the settings allow in a request."""
     return RequestLimits(
         max_model_len=info.max_model_len,
         vocab_size=info.vocab_size,
