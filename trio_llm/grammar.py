@@ -306,11 +306,11 @@ class GrammarCompiler:
                 self._compiled.move_to_end(source.text)
             return grammar
 
-    def compile(self, source: GrammarSource) -> Grammar:
-        """Return the grammar, ready to be matched. Blocks for milliseconds: call it from a worker thread.
+    def check(self, source: GrammarSource) -> None:
+        """Refuse what need not be compiled for that. Takes microseconds.
 
         Raises:
-            InvalidRequestError: It is too large, too deep or invalid, or the model has no end token; names the field.
+            InvalidRequestError: It is too large, or the model has no end token; names the field.
         """
         if not self._eos_token_ids:
             raise InvalidRequestError(
@@ -319,6 +319,14 @@ class GrammarCompiler:
                 source.param,
             )
         _check_size(source.text, source.param)
+
+    def compile(self, source: GrammarSource) -> Grammar:
+        """Return the grammar, ready to be matched. Blocks for milliseconds: call it from a worker thread.
+
+        Raises:
+            InvalidRequestError: As `check`, or it is too deep or invalid; names the field.
+        """
+        self.check(source)
         if (grammar := self.cached(source)) is not None:
             return grammar
         prototype = _matcher()(self.prepare(), source.text, log_level=0, limits=self._limits)

@@ -17,6 +17,7 @@ from trio_llm import grammar
 from trio_llm.config import Config, LimitsConfig
 from trio_llm.grammar import GrammarCompiler, GrammarSource
 from trio_llm.server.app import ServerApp, create_app
+from trio_llm.server.constraints import response_format
 
 HI: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
 
@@ -107,6 +108,16 @@ async def test_a_compilation_that_never_ends_holds_no_thread() -> None:
         # A 503 takes half a second; the processes have half a second of CPU time each.
         statuses = [(await post(app, "[a-z]new")).status for _ in range(40)]
         assert statuses[-1] == 200, statuses
+
+
+async def test_what_is_too_large_is_refused_before_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large grammar costs no process five seconds before it is found to be too large."""
+    rehearsed: list[GrammarSource] = []
+    monkeypatch.setattr(response_format, "rehearse", lambda source, _: rehearsed.append(source))
+    async with open_stub(StubRunner()) as engine:
+        answer = await post(create_app(engine, Config()), "a" * 70_000)
+    assert answer.status == 400 and "too large" in answer.json()["error"]["message"]
+    assert rehearsed == []
 
 
 @pytest.mark.parametrize("rule", ["a", "A"])

@@ -99,6 +99,7 @@ async def compile_grammar(services: Services, source: GrammarSource) -> Grammar:
     """
     if (grammar := services.grammars.cached(source)) is not None:
         return grammar
+    services.grammars.check(source)
     if not services.grammars.prepared:  # This does not count toward the grammar's own time.
         await services.compiling.run(services.grammars.prepare, abandon_on_cancel=True)
     begun = False
