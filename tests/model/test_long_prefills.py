@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.model.test_attention import CASES, SPEC
 from tests.model.test_attention import run as attend_by
 from tests.model_runner import rows_in_torch
-from tests.model_runner.rows_in_torch import kernel_in_torch, layer_of, long_from
+from tests.model_runner.rows_in_torch import kernel_in_torch, layer_of, long_from, put_kernel_in_torch
 from tools.kernel_lab.attention import Case, make
 from trio_llm.model.device.device import Cpu
 from trio_llm.model.loading import prefill_choice
@@ -142,8 +142,8 @@ TIMES = {
 def limits(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[long_prefills.Shape, int]]:
     """Choose between small lengths, with the reference as the kernel."""
     monkeypatch.setattr(prefill_choice, "TOKENS", (64, 32, 16))
-    with kernel_in_torch():
-        yield long_prefills.limits
+    put_kernel_in_torch(monkeypatch)
+    yield long_prefills.limits
     long_prefills.limits.clear()
 
 

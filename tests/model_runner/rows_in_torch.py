@@ -52,9 +52,14 @@ def long_from(tokens: int) -> Iterator[None]:
 def kernel_in_torch() -> Iterator[None]:
     """Let the reference be the kernel for other rows."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paged_attn, "paged_attention", _attend)
-        patch.setattr(paged_attn, "supports", lambda *_: None)
+        put_kernel_in_torch(patch)
         yield
+
+
+def put_kernel_in_torch(patch: pytest.MonkeyPatch) -> None:
+    """Let the reference be the kernel until `patch` is undone, which a test that patches it again uses too."""
+    patch.setattr(paged_attn, "paged_attention", _attend)
+    patch.setattr(paged_attn, "supports", lambda *_: None)
 
 
 def layer_of(problem: Problem) -> tuple[AttentionBatch, LayerKV, AttentionSpec]:
