@@ -96,10 +96,12 @@ def settings(directory: Path, **options: Any) -> EngineConfig:
 
 
 def open_files() -> list[str]:
-    """Return what this process has open: sockets, files in memory, descriptors of processes."""
+    """Return what this process has open: sockets, descriptors of processes, files in memory but those for ranks."""
     found: list[str] = []
     for fd in list(Path("/proc/self/fd").iterdir()):
         with suppress(FileNotFoundError):  # that of the listing itself
+            if int(fd.name) in ranks_module._meetings:
+                continue
             found.append(str(fd.readlink()).partition(":")[0])
     return sorted(found)
 
@@ -116,6 +118,31 @@ def children(pid: int | None = None) -> list[str]:
         with suppress(FileNotFoundError):  # It has ended: another thread has its children now.
             found += (thread / "children").read_text().split()
     return found
+
+
+FREED_LATE = """
+import os, sys
+from trio_llm.config import EngineConfig
+from trio_llm.model.load import load_runner
+
+runner = load_runner(EngineConfig(model=sys.argv[1], tensor_parallel_size=2, num_kv_blocks=64, max_batch_size=4))
+connections = runner.ranks._group._processes
+assert connections is not None
+meeting = runner.ranks._meeting_fd
+runner.close()
+for _ in range(40):
+    os.open("/", os.O_RDONLY)
+del connections
+print(os.readlink(f"/proc/self/fd/{meeting}"))
+"""
+
+
+def test_connections_may_be_freed_at_any_time(checkpoint: Callable[[str], Path]) -> None:
+    """Torch goes back to where the ranks met, by number: whatever has taken numbers meanwhile is left alone."""
+    command = [sys.executable, "-c", FREED_LATE, str(checkpoint("llama"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("/memfd:trio-llm-ranks")
 
 
 @pytest.mark.parametrize(

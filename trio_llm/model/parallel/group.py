@@ -78,8 +78,8 @@ class Group:
         """Connect to the other ranks, on this machine.
 
         Args:
-            path: A file that all ranks can open and lock, empty at first; they find each other through it. It is there
-                until `wait_disconnected`: torch opens it once more when the connections are freed, whatever it is then.
+            path: A file that all ranks can open and lock, empty at first; they find each other through it. Torch opens
+                it once more when the connections are freed, whenever that is and whatever it is then.
             timeout_s: Seconds after which a collective on a CPU fails, and this call.
             device: Of the tensors of collectives.
             on_gpu: That is a GPU, of this rank alone.
@@ -105,7 +105,7 @@ class Group:
             if look is not None:
                 self._wait_for_all(store, timeout_s, look)
             self._processes = (_nccl if on_gpu else _gloo)(store, self.rank, self.size, timeout)
-        except RuntimeError as error:
+        except (RuntimeError, RanksError) as error:
             raise RanksError(_first_line(error)) from error.with_traceback(None)  # Its frames would keep the store,
         finally:
             store = None  # and so would this one.

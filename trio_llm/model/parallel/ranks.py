@@ -51,6 +51,10 @@ _TICK_S = 0.2
 _LOOK_S = 1.0
 # Seconds that a rank has to die after a collective has failed because of it, and to end when it is told. Guesses.
 _LAST_WORDS_S, _END_S = 2.0, 10.0
+# Files in memory for ranks to come: nothing of them is left, whatever becomes of this process. They are never closed.
+# Torch looks up a file's name again when it frees connections, which may be long after, in a garbage collection. A file
+# in memory has none, so it stops there; what has got the descriptor's number since then, it writes to, or it aborts.
+_meetings: list[int] = []
 
 
 @attrs.define(eq=False)
@@ -119,8 +123,7 @@ class Ranks:
         self._ranks: list[_Rank] = []
         self._ended = select.epoll()
         self._pidfds: list[int] = []
-        # A file in memory: nothing of it is left, whatever becomes of this process.
-        self._meeting_fd = os.memfd_create("trio-llm-ranks")
+        self._meeting_fd = _meetings.pop() if _meetings else os.memfd_create("trio-llm-ranks")
         self._lock = threading.Lock()
         self._failure: EngineDeadError | None = None
 
@@ -373,7 +376,8 @@ class Ranks:
         for fd in (*self._pidfds, self._stop_fd):
             os.close(fd)
         if self._group.wait_disconnected(max(0.0, deadline_s - time.monotonic())):
-            os.close(self._meeting_fd)
+            os.ftruncate(self._meeting_fd, 0)
+            _meetings.append(self._meeting_fd)
 
 
 def _bytes(columns: Sequence[NDArray[Any]]) -> list[bytes]:
