@@ -283,7 +283,7 @@ INLINE vi dot(vi sum, const u8* w, u32 x) { return dot_pairs(sum, widened_pairs(
 #endif
 
 // Two bfloat16 inputs of each lane's output times the same inputs of one row.
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && !defined(SLOW_BF16_DOT)  // compile.py says where
 constexpr bool BF16_DOT = LANES == 16;
 INLINE vf dot_bf16(vf sum, vu w, u32 x) {
   return bits_as<vf>(

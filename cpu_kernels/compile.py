@@ -31,7 +31,6 @@ SOURCES = Path(__file__).parent
 # The slowest to compile first.
 NAMES = ("linear", "attention", "pack", "pool", "kv_write", "moe", "act", "norm", "sample", "logprobs", "mask", "step")
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-pthread")
-NATIVE = ("-march=native",)
 NO_COMPILER = "no C++ compiler was found: install g++ or clang++, or pip install 'trio-llm[cpu]'"
 _POLL_S = 0.2
 _TERMINATE_S = 2.0
@@ -69,14 +68,20 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
-    wanted = ("model name", "flags", "Features", "CPU part")
+    wanted = ("vendor_id", "model name", "flags", "Features", "CPU part")
     return "\n".join(dict.fromkeys(line for line in lines if line.split("\t")[0].split(":")[0].strip() in wanted))
+
+
+def native_flags() -> tuple[str, ...]:
+    """Return the flags that compile for this processor."""
+    # Intel's cores compute dot products of bfloat16 pairs at half the rate of the float32 that replaces them.
+    return ("-march=native", *(("-DSLOW_BF16_DOT",) if "GenuineIntel" in processor() else ()))
 
 
 def build(
     report: Callable[[int, int], None] = lambda _, __: None,
     *,
-    flags: Sequence[str] = (*FLAGS, *NATIVE),
+    flags: Sequence[str] | None = None,
     texts: Mapping[str, str] | None = None,
 ) -> Path:
     """Compile and link, or take from the cache; return the library's path.
@@ -84,11 +89,13 @@ def build(
     Args:
         report: Receives how many of how many sources are compiled, a few times a second; not called where nothing has
             to be. What it raises ends the compilers.
+        flags: Of the compiler; None means FLAGS and those for this processor.
         texts: Expanded sources in place of the package's own, by name.
     Raises:
         CompileError: There is no compiler, or it refused a source.
     """
     compiler = find_compiler()
+    flags = (*FLAGS, *native_flags()) if flags is None else flags
     sources = {name: expand(name) for name in NAMES} | dict(texts or {})
     base = [*compiler, _version(tuple(compiler)), processor(), *flags]
     objects = [_keyed(".o", *base, sources[name]) for name in NAMES]

@@ -375,7 +375,7 @@ CHECKS: dict[str, Callable[[], None]] = {
 
 def main(*flags: str) -> None:
     """Build with these flags and run every check."""
-    base = [flag for flag in (*compiling.FLAGS, *compiling.NATIVE) if flag != "-O3"]
+    base = [flag for flag in (*compiling.FLAGS, *compiling.native_flags()) if flag != "-O3"]
     with library.using(library.open_library(compiling.build(flags=(*base, *flags)))), poisoned():
         library.set_num_threads(2)
         for name, check in CHECKS.items():

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from cpu_kernels import compile as compiling
+from cpu_kernels import library
 from cpu_kernels.library import kernels
+from tests.cpu_kernels.cases import check_gated, check_linear, check_moe, poisoned
 
 ROOT = Path(__file__).parents[2]
 ON_X86 = platform.machine() == "x86_64"
@@ -40,6 +42,25 @@ def run_checks(environment: dict[str, str], *flags: str) -> None:
 def test_other_instruction_sets(arch: str, environment: dict[str, str]) -> None:
     """Eight lanes without integer dot products, and four, as on machines without AVX2."""
     run_checks(environment, "-O1", f"-march={arch}")
+
+
+@pytest.mark.skipif("avx512_bf16" not in compiling.processor(), reason="no dot products of bfloat16")
+@pytest.mark.parametrize("slow", [False, True], ids=["dot products", "multiply-adds"])
+def test_bfloat16_in_both_ways(slow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of bfloat16 are right whichever of the two a processor's maker calls for."""
+    monkeypatch.setenv("TRIO_LLM_CACHE_DIR", str(tmp_path))
+    flags = ("-std=c++20", "-O1", "-fPIC", "-pthread", "-march=native", *(("-DSLOW_BF16_DOT",) if slow else ()))
+    with library.using(library.open_library(compiling.build(flags=flags))), poisoned():
+        check_linear()
+        check_gated()
+        check_moe()
+
+
+@pytest.mark.parametrize(("vendor", "slow"), [("GenuineIntel", True), ("AuthenticAMD", False)])
+def test_dot_products_of_bfloat16_depend_on_the_maker(vendor: str, slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only Intel's processors go without them: there they take longer than what replaces them."""
+    monkeypatch.setattr(compiling, "processor", lambda: f"vendor_id\t: {vendor}\nflags\t\t: avx512_bf16")
+    assert ("-DSLOW_BF16_DOT" in compiling.native_flags()) == slow
 
 
 @pytest.mark.slow
