@@ -1,8 +1,10 @@
-// Paged attention in place: every token attends to its row's cached keys and values through the block table.
+// Paged attention: every token attends to its row's cached keys and values through the block table.
 //
 // One kernel serves decodes, drafts and prefills. Its unit is a tile: up to TILE pairs of a token and a query head
-// that share a KV head. Keys pass in pieces of KEYS under an online softmax. Where there are fewer tiles than the
-// threads need, the contexts are divided too, and what the parts found is put together at the end.
+// that share a KV head. Keys pass in pieces of KEYS under an online softmax. A tile of few pairs reads them in place; for
+// more, each piece is first copied to dense float32, keys transposed, so that both products are multiply-adds in order.
+// Where there are fewer tiles than the threads need, the contexts are divided too, and what the parts found is put
+// together at the end.
 // Source: Kwon et al. 2023 (arXiv:2309.06180); online softmax, Milakov and Gimelshein 2018 (arXiv:1805.02867).
 #include <vector>
 
@@ -25,7 +27,8 @@ struct AttentionArgs {
 
 namespace {
 
-constexpr int TILE = 16, KEYS = 64, MOST_DIM = 1024;
+constexpr int TILE = 64, KEYS = 64;
+constexpr i64 FEWEST_TO_COPY = 12;                  // pairs of a tile that are worth a copy of its keys (a guess)
 constexpr int GROUP = 4;                            // rows that share a loaded key
 constexpr int CHUNK = MANY_REGISTERS ? 4 : 2;       // vectors of a value that stay in registers
 constexpr i64 LEAST_SPLIT = 128;                    // keys below which dividing a context costs more than it saves
@@ -35,10 +38,11 @@ struct Item {
   i64 row, kv_head, first, count, begin, end, part, parts, result;
 };
 
-// What a part found, for each of a tile's rows: weighted values, the largest score, the sum of weights.
+// What a part found, for each of a tile's pairs: weighted values, the largest score, the sum of weights.
 struct Found {
-  f32 value[TILE][MOST_DIM];
-  f32 most[TILE], sum[TILE];
+  f32 *value, *most, *sum;  // [TILE][room], [TILE], [TILE]
+  static i64 size(i64 room) { return TILE * (room + 2); }
+  Found(f32* memory, i64 room) : value(memory), most(memory + TILE * room), sum(most + TILE) {}
 };
 
 struct Keys {
@@ -47,7 +51,7 @@ struct Keys {
 };
 
 template <class KV, int ROWS>
-INLINE void score_rows(const AttentionArgs& a, const Keys& keys, i64 head, const f32 (*q)[MOST_DIM], f32 (*out)[KEYS]) {
+INLINE void score_rows(const AttentionArgs& a, const Keys& keys, i64 head, const f32* q, i64 room, f32* out) {
   const i64 whole = a.dim / LANES * LANES;
   for (i64 j = 0; j < keys.count; j += LANES) {
     vf part[ROWS][LANES] = {};
@@ -56,41 +60,78 @@ INLINE void score_rows(const AttentionArgs& a, const Keys& keys, i64 head, const
       vf total[ROWS] = {};
       for (i64 d = 0; d < whole; d += LANES) {
         const vf key = KV::load(k + d);
-        for (int r = 0; r < ROWS; r++) total[r] += key * Float32::load(q[r] + d);
+        for (int r = 0; r < ROWS; r++) total[r] += key * Float32::load(q + r * room + d);
       }
       if (whole < a.dim) {
         const vf key = load<KV>(k + whole, a.dim - whole);
-        for (int r = 0; r < ROWS; r++) total[r] += key * Float32::load(q[r] + whole);
+        for (int r = 0; r < ROWS; r++) total[r] += key * Float32::load(q + r * room + whole);
       }
       for (int r = 0; r < ROWS; r++) part[r][i] = total[r];
     }
-    for (int r = 0; r < ROWS; r++) Float32::store(out[r] + j, sums(part[r]));
+    for (int r = 0; r < ROWS; r++) Float32::store(out + r * KEYS + j, sums(part[r]));
   }
 }
 
 template <class KV, int ROWS>
-INLINE void add_values(const AttentionArgs& a, const Keys& keys, i64 head, const f32 (*weights)[KEYS],
-                       const f32* factor, f32 (*out)[MOST_DIM]) {
+INLINE void add_values(const AttentionArgs& a, const Keys& keys, i64 head, const f32* weights,
+                       const f32* factor, f32* out, i64 room) {
   const auto* base = (const typename KV::type*)a.v + head * a.dim;
   for (i64 d = 0; d < a.dim; d += CHUNK * LANES) {
     const i64 left = a.dim - d;
     vf sum[ROWS][CHUNK];
     for (int r = 0; r < ROWS; r++)
-      for (int c = 0; c < CHUNK; c++) sum[r][c] = Float32::load(out[r] + d + c * LANES) * factor[r];
+      for (int c = 0; c < CHUNK; c++) sum[r][c] = Float32::load(out + r * room + d + c * LANES) * factor[r];
     const auto add = [&](bool full) __attribute__((always_inline)) {
       for (i64 j = 0; j < keys.count; j++) {
         const auto* v = base + keys.slot[j] * a.slot_stride + d;
         for (int c = 0; c < CHUNK; c++) {
           if (!full && c * LANES >= left) break;
           const vf value = full ? KV::load(v + c * LANES) : load<KV>(v + c * LANES, left - c * LANES);
-          for (int r = 0; r < ROWS; r++) sum[r][c] += weights[r][j] * value;
+          for (int r = 0; r < ROWS; r++) sum[r][c] += weights[r * KEYS + j] * value;
         }
       }
     };
     if (left >= CHUNK * LANES) add(true);
     else add(false);
     for (int r = 0; r < ROWS; r++)
-      for (int c = 0; c < CHUNK; c++) Float32::store(out[r] + d + c * LANES, sum[r][c]);
+      for (int c = 0; c < CHUNK; c++) Float32::store(out + r * room + d + c * LANES, sum[r][c]);
+  }
+}
+
+// Copy a piece to keys [dim][KEYS] and values [KEYS][room], with zeros after the last key and the last dimension.
+template <class KV>
+void copy_piece(const AttentionArgs& a, const Keys& from, i64 head, i64 room, f32* keys, f32* values) {
+  const auto* k = (const typename KV::type*)a.k + head * a.dim;
+  const auto* v = (const typename KV::type*)a.v + head * a.dim;
+  for (i64 j = 0; j < KEYS; j += LANES)
+    for (i64 d = 0; d < room; d += LANES) {
+      vf square[LANES] = {};
+      const i64 left = a.dim - d;
+      for (i64 i = 0; i < LANES && left > 0 && j + i < from.count; i++) {
+        square[i] = load<KV>(k + from.slot[j + i] * a.slot_stride + d, left);
+        Float32::store(values + (j + i) * room + d, load<KV>(v + from.slot[j + i] * a.slot_stride + d, left));
+      }
+      transpose(square);
+      for (i64 i = 0; i < LANES; i++) Float32::store(keys + (d + i) * KEYS + j, square[i]);
+    }
+}
+
+// out[r] = out[r] * factor[r] plus the sum of x[r][i] * matrix[i] over `inner`, or that sum alone without a factor.
+// Rows of `matrix` and `out` have `columns` numbers, in whole chunks.
+template <int ROWS>
+void multiply_add(const f32* x, i64 x_stride, const f32* matrix, i64 inner, i64 columns, const f32* factor, f32* out) {
+  for (i64 at = 0; at < columns; at += CHUNK * LANES) {
+    vf sum[ROWS][CHUNK] = {};
+    for (i64 i = 0; i < inner; i++)
+      for (int c = 0; c < CHUNK; c++) {
+        const vf one = in_register(Float32::load(matrix + i * columns + at + c * LANES));
+        for (int r = 0; r < ROWS; r++) sum[r][c] += x[r * x_stride + i] * one;
+      }
+    for (int r = 0; r < ROWS; r++)
+      for (int c = 0; c < CHUNK; c++) {
+        f32* to = out + r * columns + at + c * LANES;
+        Float32::store(to, factor ? Float32::load(to) * factor[r] + sum[r][c] : sum[r][c]);
+      }
   }
 }
 
@@ -111,44 +152,52 @@ INLINE f32 weigh(const AttentionArgs& a, f32* scores, const f32* k_scale, const 
     std::fill(scores, scores + KEYS, 0.f);
     return 1.f;
   }
-  f32 peak = *most;
-  for (i64 j = low; j < high; j++) {
-    f32 score = scores[j] * (f32)a.scale * (k_scale ? k_scale[j] : 1.f);
-    if (a.softcap > 0) score = (f32)a.softcap * std::tanh(score / (f32)a.softcap);
-    scores[j] = score;
-    peak = std::max(peak, score);
+  vf peaks = all(*most), sums = {};
+  for (i64 j = 0; j < KEYS; j += LANES) {
+    vf score = Float32::load(scores + j) * (f32)a.scale;
+    if (k_scale) score *= Float32::load(k_scale + j);
+    if (a.softcap > 0) score = (f32)a.softcap * tanh(score / (f32)a.softcap);
+    const vi key = lanes() + (i32)j;
+    score = (key >= (i32)low) & (key < (i32)high) ? score : all(-INFINITY);
+    peaks = larger(score, peaks);  // NaN is not larger
+    Float32::store(scores + j, score);
   }
-  for (i64 j = high; j < KEYS; j++) scores[j] = -INFINITY;
-  for (i64 j = 0; j < low; j++) scores[j] = -INFINITY;
-  vf sums = {};
+  const f32 peak = largest(peaks);
   for (i64 j = 0; j < KEYS; j += LANES) {
     const vf score = Float32::load(scores + j);
     const vf weight = score == all(-INFINITY) ? vf{} : exp(score - peak);
     sums += weight;
-    Float32::store(scores + j, weight);
+    Float32::store(scores + j, v_scale ? weight * Float32::load(v_scale + j) : weight);
   }
   const f32 factor = *most == -INFINITY ? 0.f : std::exp(*most - peak);
   *total = *total * factor + sum(sums);
   *most = peak;
-  if (v_scale)
-    for (i64 j = low; j < high; j++) scores[j] *= v_scale[j];
   return factor;
 }
 
+// A thread's memory for a tile, after what it finds.
+struct Room {
+  f32 *q, *scores, *keys, *values;  // [TILE][room], [TILE][KEYS], [dim][KEYS], [KEYS][room]
+  static i64 size(i64 room) { return TILE * (room + KEYS) + 2 * KEYS * room; }
+  Room(f32* memory, i64 room)
+      : q(memory), scores(q + TILE * room), keys(scores + TILE * KEYS), values(keys + KEYS * room) {}
+};
+
+INLINE i64 room_of(i64 dim) { return (dim + CHUNK * LANES - 1) / (CHUNK * LANES) * (CHUNK * LANES); }
+
 template <class T, class KV>
-void attend(const AttentionArgs& a, const Item& item, Found& found) {
-  const i64 group = a.heads / a.kv_heads, begin = a.cu_q[item.row];
+void attend(const AttentionArgs& a, const Item& item, const Room& own, const Found& found) {
+  const i64 group = a.heads / a.kv_heads, begin = a.cu_q[item.row], room = room_of(a.dim);
   const i64 position = a.contexts[item.row] - (a.cu_q[item.row + 1] - begin);  // of the row's first token
-  alignas(64) f32 q[TILE][MOST_DIM];
-  alignas(64) f32 scores[TILE][KEYS];
-  f32 k_scale[KEYS], v_scale[KEYS], factor[TILE];
-  const i64 room = (a.dim + CHUNK * LANES - 1) / (CHUNK * LANES) * (CHUNK * LANES);
+  const bool copies = item.count >= FEWEST_TO_COPY;
+  alignas(64) f32 k_scale[KEYS] = {}, v_scale[KEYS] = {};
+  f32 factor[TILE];
   for (i64 r = 0; r < item.count; r++) {
     const i64 token = begin + (item.first + r) / group, head = item.kv_head * group + (item.first + r) % group;
     const auto* from = (const typename T::type*)a.q + token * a.q_stride + head * a.dim;
     for (i64 d = 0; d < room; d += LANES)
-      Float32::store(q[r] + d, d < a.dim ? load<T>(from + d, a.dim - d) : vf{});
-    std::fill(found.value[r], found.value[r] + room, 0.f);
+      Float32::store(own.q + r * room + d, d < a.dim ? load<T>(from + d, a.dim - d) : vf{});
+    std::fill(found.value + r * room, found.value + (r + 1) * room, 0.f);
     found.most[r] = -INFINITY, found.sum[r] = 0;
   }
   Keys keys;
@@ -161,25 +210,34 @@ void attend(const AttentionArgs& a, const Item& item, Found& found) {
       k_scale[j] = a.k_scale[keys.slot[j] * a.scale_stride + item.kv_head];
       v_scale[j] = a.v_scale[keys.slot[j] * a.scale_stride + item.kv_head];
     }
+    if (copies) copy_piece<KV>(a, keys, item.kv_head, room, own.keys, own.values);
     in_groups(item.count, [&](i64 r, auto rows) {
-      score_rows<KV, decltype(rows)::value>(a, keys, item.kv_head, q + r, scores + r);
+      constexpr int ROWS = decltype(rows)::value;
+      const f32* q = own.q + r * room;
+      f32* out = own.scores + r * KEYS;
+      if (copies) multiply_add<ROWS>(q, room, own.keys, a.dim, KEYS, nullptr, out);
+      else score_rows<KV, ROWS>(a, keys, item.kv_head, q, room, out);
     });
     for (i64 r = 0; r < item.count; r++) {
-      const i64 own = position + (item.first + r) / group, high = std::min(own + 1 - first, keys.count);
-      const i64 low = a.window ? own - a.window + 1 - first : 0;
-      factor[r] = weigh(a, scores[r], a.k_scale ? k_scale : nullptr, a.k_scale ? v_scale : nullptr, low, high,
-                        &found.most[r], &found.sum[r]);
+      const i64 own_key = position + (item.first + r) / group, high = std::min(own_key + 1 - first, keys.count);
+      const i64 low = a.window ? own_key - a.window + 1 - first : 0;
+      factor[r] = weigh(a, own.scores + r * KEYS, a.k_scale ? k_scale : nullptr, a.k_scale ? v_scale : nullptr, low,
+                        high, &found.most[r], &found.sum[r]);
     }
     in_groups(item.count, [&](i64 r, auto rows) {
-      add_values<KV, decltype(rows)::value>(a, keys, item.kv_head, scores + r, factor + r, found.value + r);
+      constexpr int ROWS = decltype(rows)::value;
+      const f32* weights = own.scores + r * KEYS;
+      f32* out = found.value + r * room;
+      if (copies) multiply_add<ROWS>(weights, KEYS, own.values, keys.count, room, factor + r, out);
+      else add_values<KV, ROWS>(a, keys, item.kv_head, weights, factor + r, out, room);
     });
   }
 }
 
 // Put the parts of a tile together and store it.
 template <class T>
-void finish(const AttentionArgs& a, const Item& item, Found* parts) {
-  const i64 group = a.heads / a.kv_heads;
+void finish(const AttentionArgs& a, const Item& item, const Found* parts) {
+  const i64 group = a.heads / a.kv_heads, room = room_of(a.dim);
   for (i64 r = 0; r < item.count; r++) {
     f32 most = -INFINITY, total = 0;
     for (i64 p = 0; p < item.parts; p++) most = std::max(most, parts[p].most[r]);
@@ -193,7 +251,7 @@ void finish(const AttentionArgs& a, const Item& item, Found* parts) {
     auto* out = (typename T::type*)a.out + (token * a.heads + head) * a.dim;
     for (i64 d = 0; d < a.dim; d += LANES) {
       vf value = {};
-      for (i64 p = 0; p < item.parts; p++) value += Float32::load(parts[p].value[r] + d) * factor[p];
+      for (i64 p = 0; p < item.parts; p++) value += Float32::load(parts[p].value + r * room + d) * factor[p];
       store<T>(out + d, value / total, a.dim - d);
     }
   }
@@ -232,17 +290,20 @@ std::vector<Item> divide(const AttentionArgs& a, i64* num_results) {
 template <class T, class KV>
 void run(const AttentionArgs& a) {
   i64 num_results = 0;
+  const i64 room = room_of(a.dim), size = Found::size(room);
   const std::vector<Item> items = divide(a, &num_results);
-  Found* results = (Found*)scratch(num_results * sizeof(Found));
+  f32* memory = (f32*)scratch(num_results * size * sizeof(f32));
+  std::vector<Found> results;
+  for (i64 i = 0; i < num_results; i++) results.emplace_back(memory + i * size, room);
   parallel((i64)items.size(), [&](i64 i) {
     const Item& item = items[i];
-    if (item.parts > 1) return attend<T, KV>(a, item, results[item.result + item.part]);
-    static thread_local Found found;
-    attend<T, KV>(a, item, found);
-    finish<T>(a, item, &found);
+    f32* own = (f32*)scratch((size + Room::size(room)) * sizeof(f32), 1);
+    const Found found(own, room);
+    attend<T, KV>(a, item, Room(own + size, room), item.parts > 1 ? results[item.result + item.part] : found);
+    if (item.parts == 1) finish<T>(a, item, &found);
   });
   for (const Item& item : items)
-    if (item.parts > 1 && item.part == 0) finish<T>(a, item, results + item.result);
+    if (item.parts > 1 && item.part == 0) finish<T>(a, item, &results[item.result]);
 }
 
 }  // namespace

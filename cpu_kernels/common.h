@@ -54,6 +54,11 @@ INLINE To bits_as(From from) {
 }
 INLINE vf all(f32 x) { return x - vf{}; }
 INLINE vi all(i32 x) { return x - vi{}; }
+INLINE vi lanes() {
+  vi v;
+  for (int i = 0; i < LANES; i++) v[i] = i;
+  return v;
+}
 INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
 
 // The same value, which the compiler now has to keep in a register: it would load it again for every use.
@@ -67,15 +72,33 @@ INLINE V in_register(V v) {
   return v;
 }
 
-INLINE f32 sum(vf v) {
-  f32 total = 0;
-  for (int i = 0; i < LANES; i++) total += v[i];
-  return total;
+// For each lane a lane of a, or of b where the index is LANES and more. Indices are constants.
+INLINE vf pick(vf a, vf b, vi index) {
+#if defined(__clang__)
+  vf v;
+  for (int i = 0; i < LANES; i++) v[i] = index[i] < LANES ? a[index[i]] : b[index[i] - LANES];
+  return v;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
 }
+
+// Lanes in another order, so that each meets the one `half` away.
+template <int HALF>
+INLINE vf turned(vf v) {
+  vi index;
+  for (int i = 0; i < LANES; i++) index[i] = i ^ HALF;
+  return pick(v, v, index);
+}
+template <int HALF = LANES / 2>
+INLINE f32 sum(vf v) {
+  if constexpr (HALF == 0) return v[0];
+  else return sum<HALF / 2>(v + turned<HALF>(v));
+}
+template <int HALF = LANES / 2>
 INLINE f32 largest(vf v) {
-  f32 most = v[0];
-  for (int i = 1; i < LANES; i++) most = std::max(most, v[i]);
-  return most;
+  if constexpr (HALF == 0) return v[0];
+  else return largest<HALF / 2>(larger(v, turned<HALF>(v)));
 }
 
 // Number types of activations and weights, by the codes that the wrappers pass. B4 and B8 are blocks (panels.h). S8 is for
@@ -197,10 +220,29 @@ INLINE vf exp(vf x) {
   return p * bits_as<vf>((half + 127) << 23) * bits_as<vf>((rest + 127) << 23);
 }
 INLINE vf silu(vf x) { return x / (1.f + exp(-x)); }
+// To an absolute error of some 1e-7.
+INLINE vf tanh(vf x) { return 1.f - 2.f / (1.f + exp(2.f * x)); }
 // 0.5 x (1 + tanh(u)) is x / (1 + e^-2u), which does not lose its digits where tanh is near -1.
 INLINE vf gelu_tanh(vf x) { return x / (1.f + exp(-1.59576912160f * (x + 0.044715f * x * x * x))); }
 enum { NO_ACTIVATION = 0, SILU = 1, GELU_TANH = 2 };
 INLINE vf activate(vf x, i64 kind) { return kind == SILU ? silu(x) : gelu_tanh(x); }
+
+// Turn LANES vectors, the rows of a matrix, into its columns. Each round turns the bits of a number's place by one.
+INLINE void transpose(vf (&rows)[LANES]) {
+  vi low, high;
+  for (int i = 0; i < LANES; i++) {
+    low[i] = i / 2 + i % 2 * LANES;
+    high[i] = low[i] + LANES / 2;
+  }
+  for (int round = 1; round < LANES; round *= 2) {
+    vf turned[LANES];
+    for (int i = 0; i < LANES / 2; i++) {
+      turned[2 * i] = pick(rows[i], rows[i + LANES / 2], low);
+      turned[2 * i + 1] = pick(rows[i], rows[i + LANES / 2], high);
+    }
+    for (int i = 0; i < LANES; i++) rows[i] = turned[i];
+  }
+}
 
 // Sums of LANES vectors, one a lane. Halves are added pairwise, so vectors are taken in bit-reversed order.
 template <int HALF>
@@ -211,16 +253,7 @@ INLINE vf add_halves(vf a, vf b) {
     first[i] = block + inside % HALF + (inside < HALF ? 0 : LANES);
     second[i] = first[i] + HALF;
   }
-#if defined(__clang__)
-  vf low, high;
-  for (int i = 0; i < LANES; i++) {
-    low[i] = first[i] < LANES ? a[first[i]] : b[first[i] - LANES];
-    high[i] = second[i] < LANES ? a[second[i]] : b[second[i] - LANES];
-  }
-  return low + high;
-#else
-  return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, second);
-#endif
+  return pick(a, b, first) + pick(a, b, second);
 }
 INLINE vf sums(const vf* v) {
   if constexpr (LANES == 4) {
@@ -360,5 +393,5 @@ void parallel_ranges(i64 count, i64 least, F&& f) {
   };
   parallel(rounds * threads, [&](i64 i) { f(bound(i), bound(i + 1)); });
 }
-// Memory of the calling thread, good until its next call of this function.
-void* scratch(size_t num_bytes);
+// Memory of the calling thread, good until its next call of this function for the same use, 0 or 1.
+void* scratch(size_t num_bytes, int use = 0);

@@ -100,11 +100,12 @@ struct Scratch {
   size_t size = 0;
   ~Scratch() { free(memory); }
 };
-thread_local Scratch own;
+thread_local Scratch owned[2];
 
 }  // namespace
 
-void* scratch(size_t num_bytes) {
+void* scratch(size_t num_bytes, int use) {
+  Scratch& own = owned[use];
   if (num_bytes > own.size) {
     free(own.memory);
     own.size = (num_bytes + 4095) / 4096 * 4096;
