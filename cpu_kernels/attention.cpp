@@ -1,8 +1,8 @@
 // Paged attention: every token attends to its row's cached keys and values through the block table.
 //
 // One kernel serves decodes, drafts and prefills. Its unit is a tile: up to TILE pairs of a token and a query head
-// that share a KV head. Keys pass in pieces of KEYS under an online softmax. A tile of few pairs reads them in place; for
-// more, each piece is first copied to dense float32, keys transposed, so that both products are multiply-adds in order.
+// that share a KV head. Keys pass in pieces of KEYS under an online softmax. A tile of few pairs reads them in place;
+// for more, each piece is first copied to float32, keys transposed, so that both products are multiply-adds in order.
 // Where there are fewer tiles than the threads need, the contexts are divided too, and what the parts found is put
 // together at the end.
 // Source: Kwon et al. 2023 (arXiv:2309.06180); online softmax, Milakov and Gimelshein 2018 (arXiv:1805.02867).
@@ -98,7 +98,7 @@ INLINE void add_values(const AttentionArgs& a, const Keys& keys, i64 head, const
   }
 }
 
-// Copy a piece to keys [dim][KEYS] and values [KEYS][room], with zeros after the last key and the last dimension.
+// Copy a piece to keys [dim][KEYS], with zeros after the last one, and values [KEYS][room].
 template <class KV>
 void copy_piece(const AttentionArgs& a, const Keys& from, i64 head, i64 room, f32* keys, f32* values) {
   const auto* k = (const typename KV::type*)a.k + head * a.dim;
@@ -176,17 +176,17 @@ INLINE f32 weigh(const AttentionArgs& a, f32* scores, const f32* k_scale, const 
 }
 
 // A thread's memory for a tile, after what it finds.
-struct Room {
+struct Workspace {
   f32 *q, *scores, *keys, *values;  // [TILE][room], [TILE][KEYS], [dim][KEYS], [KEYS][room]
   static i64 size(i64 room) { return TILE * (room + KEYS) + 2 * KEYS * room; }
-  Room(f32* memory, i64 room)
+  Workspace(f32* memory, i64 room)
       : q(memory), scores(q + TILE * room), keys(scores + TILE * KEYS), values(keys + KEYS * room) {}
 };
 
 INLINE i64 room_of(i64 dim) { return (dim + CHUNK * LANES - 1) / (CHUNK * LANES) * (CHUNK * LANES); }
 
 template <class T, class KV>
-void attend(const AttentionArgs& a, const Item& item, const Room& own, const Found& found) {
+void attend(const AttentionArgs& a, const Item& item, const Workspace& work, const Found& found) {
   const i64 group = a.heads / a.kv_heads, begin = a.cu_q[item.row], room = room_of(a.dim);
   const i64 position = a.contexts[item.row] - (a.cu_q[item.row + 1] - begin);  // of the row's first token
   const bool copies = item.count >= FEWEST_TO_COPY;
@@ -196,7 +196,7 @@ void attend(const AttentionArgs& a, const Item& item, const Room& own, const Fou
     const i64 token = begin + (item.first + r) / group, head = item.kv_head * group + (item.first + r) % group;
     const auto* from = (const typename T::type*)a.q + token * a.q_stride + head * a.dim;
     for (i64 d = 0; d < room; d += LANES)
-      Float32::store(own.q + r * room + d, d < a.dim ? load<T>(from + d, a.dim - d) : vf{});
+      Float32::store(work.q + r * room + d, d < a.dim ? load<T>(from + d, a.dim - d) : vf{});
     std::fill(found.value + r * room, found.value + (r + 1) * room, 0.f);
     found.most[r] = -INFINITY, found.sum[r] = 0;
   }
@@ -210,25 +210,25 @@ void attend(const AttentionArgs& a, const Item& item, const Room& own, const Fou
       k_scale[j] = a.k_scale[keys.slot[j] * a.scale_stride + item.kv_head];
       v_scale[j] = a.v_scale[keys.slot[j] * a.scale_stride + item.kv_head];
     }
-    if (copies) copy_piece<KV>(a, keys, item.kv_head, room, own.keys, own.values);
+    if (copies) copy_piece<KV>(a, keys, item.kv_head, room, work.keys, work.values);
     in_groups(item.count, [&](i64 r, auto rows) {
       constexpr int ROWS = decltype(rows)::value;
-      const f32* q = own.q + r * room;
-      f32* out = own.scores + r * KEYS;
-      if (copies) multiply_add<ROWS>(q, room, own.keys, a.dim, KEYS, nullptr, out);
+      const f32* q = work.q + r * room;
+      f32* out = work.scores + r * KEYS;
+      if (copies) multiply_add<ROWS>(q, room, work.keys, a.dim, KEYS, nullptr, out);
       else score_rows<KV, ROWS>(a, keys, item.kv_head, q, room, out);
     });
     for (i64 r = 0; r < item.count; r++) {
-      const i64 own_key = position + (item.first + r) / group, high = std::min(own_key + 1 - first, keys.count);
-      const i64 low = a.window ? own_key - a.window + 1 - first : 0;
-      factor[r] = weigh(a, own.scores + r * KEYS, a.k_scale ? k_scale : nullptr, a.k_scale ? v_scale : nullptr, low,
+      const i64 own = position + (item.first + r) / group, high = std::min(own + 1 - first, keys.count);
+      const i64 low = a.window ? own - a.window + 1 - first : 0;
+      factor[r] = weigh(a, work.scores + r * KEYS, a.k_scale ? k_scale : nullptr, a.k_scale ? v_scale : nullptr, low,
                         high, &found.most[r], &found.sum[r]);
     }
     in_groups(item.count, [&](i64 r, auto rows) {
       constexpr int ROWS = decltype(rows)::value;
-      const f32* weights = own.scores + r * KEYS;
+      const f32* weights = work.scores + r * KEYS;
       f32* out = found.value + r * room;
-      if (copies) multiply_add<ROWS>(weights, KEYS, own.values, keys.count, room, factor + r, out);
+      if (copies) multiply_add<ROWS>(weights, KEYS, work.values, keys.count, room, factor + r, out);
       else add_values<KV, ROWS>(a, keys, item.kv_head, weights, factor + r, out, room);
     });
   }
@@ -297,9 +297,9 @@ void run(const AttentionArgs& a) {
   for (i64 i = 0; i < num_results; i++) results.emplace_back(memory + i * size, room);
   parallel((i64)items.size(), [&](i64 i) {
     const Item& item = items[i];
-    f32* own = (f32*)scratch((size + Room::size(room)) * sizeof(f32), 1);
+    f32* own = (f32*)scratch((size + Workspace::size(room)) * sizeof(f32), 1);
     const Found found(own, room);
-    attend<T, KV>(a, item, Room(own + size, room), item.parts > 1 ? results[item.result + item.part] : found);
+    attend<T, KV>(a, item, Workspace(own + size, room), item.parts > 1 ? results[item.result + item.part] : found);
     if (item.parts == 1) finish<T>(a, item, &found);
   });
   for (const Item& item : items)

@@ -33,7 +33,8 @@ void add_tiles(
   alignas(64) u8 room[PIECE * PANEL * 4];
   const i64 bytes = is_blocks(kind) ? 1 : PANEL * size_of(kind), begin = layout.first_row(first);
   const u8* end = panel + panel_bytes(kind, layout.inputs);
-  const i64 most = last - first > 1 && !is_blocks(kind) ? PIECE : layout.inputs;
+  const i64 pieces = last - first > 1 && !is_blocks(kind) ? (layout.inputs + PIECE - 1) / PIECE : 1;
+  const i64 most = ((layout.inputs + pieces - 1) / pieces + BLOCK - 1) / BLOCK * BLOCK;
   const bool wide = last - first > MOST_NARROW_TILES && !is_blocks(kind);
   memset(sums, 0, (layout.first_row(last) - begin) * PANEL * 4);
   for (i64 k = 0; k < layout.inputs; k += most) {
@@ -49,32 +50,29 @@ void add_tiles(
   }
 }
 
-// Multiply all rows by the panels `begin` to `end`, a group of tiles after another. Of a gated matrix, several panels are
-// read before their partners: at each change from one to the other, memory has to be waited for.
-void multiply_panels(const Product& p, const Layout& layout, i64 begin, i64 end) {
+// Multiply the tiles from `first` to `last` by the panels `begin` to `end`. Of a gated matrix, several panels are read
+// before their partners: at each change from one to the other, memory has to be waited for.
+void multiply_panels(const Product& p, const Layout& layout, i64 first, i64 last, i64 begin, i64 end) {
   constexpr i64 MOST = TILES_AT_ONCE * MOST_ROWS;
   alignas(64) f32 sums[MOST * PANEL], up[2 * MOST * PANEL];
-  const i64 bytes = panel_bytes(p.kind, p.inputs);
-  for (i64 first = 0; first < layout.tiles; first += TILES_AT_ONCE) {
-    const i64 last = std::min<i64>(first + TILES_AT_ONCE, layout.tiles), row = layout.first_row(first);
-    const i64 size = (layout.first_row(last) - row) * PANEL, together = MOST * PANEL / size;
-    const i64 rows = std::min(layout.first_row(last), p.rows) - row;
-    for (i64 panel = begin; panel < end; panel += together) {
-      const i64 stop = std::min(panel + together, end);
-      const Partners partners(p, panel, stop);
-      const u8 *own = p.weight + panel * bytes, *others = p.weight + partners.first * bytes;
-      for (i64 i = 0; i < stop - panel; i++) {
-        const u8* after = i + 1 < stop - panel || !partners.count ? own + (i + 1) * bytes : others;
-        add_tiles(p.kind, layout, first, last, own + i * bytes, after, sums + i * size);
-      }
-      for (i64 i = 0; i < partners.count; i++) {
-        const u8* after = i + 1 < partners.count ? others + (i + 1) * bytes : p.weight + stop * bytes;
-        add_tiles(p.kind, layout, first, last, others + i * bytes, after, up + i * size);
-      }
-      for (i64 i = 0; i < stop - panel; i++) {
-        const f32* behind = i + 1 < partners.count ? up + (i + 1) * size : nullptr;
-        store_rows(p, panel + i, row, rows, sums + i * size, up + i * size, behind);
-      }
+  const i64 bytes = panel_bytes(p.kind, p.inputs), row = layout.first_row(first);
+  const i64 size = (layout.first_row(last) - row) * PANEL, together = MOST * PANEL / size;
+  const i64 rows = std::min(layout.first_row(last), p.rows) - row;
+  for (i64 panel = begin; panel < end; panel += together) {
+    const i64 stop = std::min(panel + together, end);
+    const Partners partners(p, panel, stop);
+    const u8 *own = p.weight + panel * bytes, *others = p.weight + partners.first * bytes;
+    for (i64 i = 0; i < stop - panel; i++) {
+      const u8* after = i + 1 < stop - panel || !partners.count ? own + (i + 1) * bytes : others;
+      add_tiles(p.kind, layout, first, last, own + i * bytes, after, sums + i * size);
+    }
+    for (i64 i = 0; i < partners.count; i++) {
+      const u8* after = i + 1 < partners.count ? others + (i + 1) * bytes : p.weight + stop * bytes;
+      add_tiles(p.kind, layout, first, last, others + i * bytes, after, up + i * size);
+    }
+    for (i64 i = 0; i < stop - panel; i++) {
+      const f32* behind = i + 1 < partners.count ? up + (i + 1) * size : nullptr;
+      store_rows(p, panel + i, row, rows, sums + i * size, up + i * size, behind);
     }
   }
 }
@@ -124,9 +122,17 @@ void multiply(const Product& p) {
   Layout layout(p);
   layout.memory = (u8*)scratch(layout.bytes());
   lay_rows(p, layout);
+  // Groups of tiles, one after another, each with all panels: threads share both, so that none waits long for the last.
   const i64 panels = num_panels(p.activation ? p.outputs / 2 : p.outputs);
-  const i64 least = 1 + LEAST_WORK / (layout.inputs * PANEL * layout.rows());
-  parallel_ranges(panels, least, [&](i64 begin, i64 end) { multiply_panels(p, layout, begin, end); });
+  const i64 groups = (layout.tiles + TILES_AT_ONCE - 1) / TILES_AT_ONCE;
+  const i64 least = 1 + LEAST_WORK * groups / (layout.inputs * PANEL * layout.rows());
+  parallel_ranges(groups * panels, least, [&](i64 begin, i64 end) {
+    for (i64 group = begin / panels; group * panels < end; group++) {
+      const i64 first = group * TILES_AT_ONCE, last = std::min(first + TILES_AT_ONCE, layout.tiles);
+      const i64 at = group * panels;
+      multiply_panels(p, layout, first, last, std::max(begin, at) - at, std::min(end, at + panels) - at);
+    }
+  });
 }
 
 struct LinearArgs {

@@ -56,7 +56,8 @@ struct Layout {
     piece = is_blocks(p.kind) ? Scaling(p.kind).piece() : BLOCK;
     pieces = blocks * (BLOCK / piece);
     input_bytes = type_of(p.kind) == B4 ? 1 : blocks ? 4 / DOT : p.kind == BF16 && BF16_DOT ? 2 : 4;
-    stride = ((blocks ? blocks * BLOCK : inputs) * input_bytes + 63) / 64 * 64;
+    // An odd number of cache lines, so that the rows of a tile do not share a set of the cache.
+    stride = (((blocks ? blocks * BLOCK : inputs) * input_bytes + 63) / 64 | 1) * 64;
   }
   i64 tile_size(i64 tile) const { return tile < large ? MOST_ROWS : small_rows; }
   i64 first_row(i64 tile) const {

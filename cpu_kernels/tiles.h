@@ -1,11 +1,11 @@
 // The inner loops of products: a few rows of activations times a panel, or times a piece of its inputs.
 //
 // Few rows read weights as they are stored, once, at the memory's rate. Where several tiles of rows use a panel, a piece
-// of it is first widened to what the arithmetic takes, and stays in the first-level cache for all of them.
+// of it is first widened to what the arithmetic takes, and stays in the second-level cache for all of them.
 #pragma once
 #include "blocks.h"
 
-constexpr int PIECE = 4096 / PANEL;   // inputs that are widened at a time: 16 KiB
+constexpr int PIECE = 1024;  // inputs that are widened at a time: 128 KiB with AVX-512
 
 constexpr bool is_wide(i64 kind) { return kind == F32 || (kind == S8 && DOT == 4) || (kind == BF16 && BF16_DOT); }
 

@@ -24,7 +24,7 @@ from tests.cpu_kernels import block_cases, logits_cases
 ROUNDING = {torch.float32: 2**-19, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 DTYPES = tuple(ROUNDING)
 INT8_MAX = 127
-LONG = 20, 600  # more inputs than are widened at a time
+LONG = 40, 2100  # more inputs than are widened at a time
 MANY = 8, 30, 210  # rows of a few tiles, of many, and of more than pass a panel at a time
 
 
@@ -267,12 +267,16 @@ def check_prefill() -> None:
     """Attend prompts, chunks of them and drafts, together with decodes."""
     attend([(40, 40), (1, 90), (7, 80), (17, 17)], dtype=torch.float32)
     attend([(70, 200)], dtype=torch.bfloat16, group=1, dim=32)
+    attend([(5, 70), (4, 4), (30, 131)], dtype=torch.float16, dim=80, block=4)
+    attend([(13, 29)], dtype=torch.float32, group=1, kv_heads=3, dim=6)
+    attend([(20, 150)], dtype=torch.bfloat16, group=2, kv_heads=1, dim=512)
+    attend([(300, 1500)], dtype=torch.float32)
 
 
 def check_window() -> None:
     """See a window and nothing before it, whose blocks belong to others by now."""
     for window in (1, 8, 40):
-        attend([(1, 100), (30, 90), (1, 5), (3, 300)], dtype=torch.float32, window=window)
+        attend([(1, 100), (30, 90), (1, 5), (3, 300), (90, 90)], dtype=torch.float32, window=window)
 
 
 def check_softcap() -> None:

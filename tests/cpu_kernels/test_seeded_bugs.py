@@ -76,8 +76,14 @@ BUGS = {
     ),
     "no rescaling": Bug("attention", "* factor[r];\n    const auto add", "* 1.f;\n    const auto add", "decode"),
     "parts added without their weights": Bug(
-        "attention", "parts[p].value[r] + d) * factor[p]", "parts[p].value[r] + d)", "decode"
+        "attention", "parts[p].value + r * room + d) * factor[p]", "parts[p].value + r * room + d)", "decode"
     ),
+    "copied keys a lane late": Bug(
+        "attention", "(d + i) * KEYS + j, square", "(d + i) * KEYS + (j ^ LANES), square", "prefill"
+    ),
+    "copied values of the keys": Bug("attention", "load<KV>(v + from.slot", "load<KV>(k + from.slot", "prefill"),
+    "copies are not rescaled": Bug("attention", "Float32::load(to) * factor[r] +", "Float32::load(to) +", "prefill"),
+    "rows of a matrix not turned": Bug("attention", "for (int round = 1;", "for (int round = 2;", "prefill"),
     "the first table for all": Bug("attention", "a.tables[item.row * a.table_stride +", "a.tables[", "decode"),
     "keys past the end": Bug("attention", "std::min<i64>(KEYS, item.end - first)", "KEYS", "decode"),
     "no softcap": Bug("attention", "if (a.softcap > 0)", "if (false)", "softcap"),
