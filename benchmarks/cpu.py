@@ -1,6 +1,7 @@
 """Decode and prefill on a CPU, ours beside every installed peer: `python benchmarks/cpu.py [DIR] [--gguf FILE]`.
 
-A checkpoint is measured with transformers too, a GGUF file with llama.cpp, each on the very same weights.
+A checkpoint is measured with transformers and vLLM's CPU build too, a GGUF file with llama.cpp, each on the very same
+weights.
 Each engine runs in a process of its own with the same number of threads; rounds are interleaved, so what else the
 machine does meets all alike. Figures are medians with their range over the rounds, beside the read bandwidth and the
 arithmetic that were measured in the same run. A machine that is busy gives figures that mean nothing: they are refused
@@ -181,7 +182,56 @@ def measure_llama_cpp(model: str, __: str, threads: int) -> dict[str, Any]:
     return found
 
 
-ENGINES = {"ours": measure_ours, "transformers": measure_transformers, "llama.cpp": measure_llama_cpp}
+def measure_vllm(model: str, kind: str, _: int) -> dict[str, Any]:
+    """Time vLLM's answers: prompts by answers of one token, decodes by what more tokens add. OMP_NUM_THREADS rules."""
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    vllm: Any = importlib.import_module("vllm")
+    began = time.perf_counter()
+    loaded = vllm.LLM(
+        model,
+        dtype=OURS[kind][0],
+        max_model_len=2 * max(PROMPTS),
+        max_num_batched_tokens=2 * max(PROMPTS),
+        max_num_seqs=SEQUENCES,
+        enable_prefix_caching=False,
+    )
+    found: dict[str, Any] = {"load s": time.perf_counter() - began}
+    sizes: list[int] = []
+    for path in Path(model).glob("*.safetensors"):
+        with path.open("rb") as file:
+            tensors: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        sizes += [math.prod(tensor["shape"]) for name, tensor in tensors.items() if name != "__metadata__"]
+    config = json.loads(Path(model, "config.json").read_text())
+    found |= {
+        "bytes": sum(sizes) * BYTES[kind],
+        "products": sum(sizes) - config["vocab_size"] * config["hidden_size"],
+    }
+
+    def run(rows: int, length: int, count: int) -> float:
+        """Return the least time of three in which `rows` prompts get answers of `count` tokens."""
+        prompts = [{"prompt_token_ids": list(range(5 + row, 5 + row + length))} for row in range(rows)]
+        params = vllm.SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+        times: list[float] = []
+        for _ in range(3):
+            at = time.perf_counter()
+            loaded.generate(prompts, params, use_tqdm=False)
+            times.append(time.perf_counter() - at)
+        return min(times)
+
+    run(1, CONTEXT, 1)
+    found["first token s"] = time.time() - STARTED
+    found |= {f"prefill {length}": length / run(1, length, 1) for length in PROMPTS}
+    for rows in ROWS:
+        found[f"decode {rows}"] = rows * DECODES / (run(rows, CONTEXT, 1 + DECODES) - run(rows, CONTEXT, 1))
+    return found
+
+
+ENGINES = {
+    "ours": measure_ours,
+    "transformers": measure_transformers,
+    "vLLM": measure_vllm,
+    "llama.cpp": measure_llama_cpp,
+}
 
 
 def measure_machine(_: str, __: str, threads: int) -> dict[str, Any]:
@@ -204,14 +254,14 @@ def measure_machine(_: str, __: str, threads: int) -> dict[str, Any]:
 
 def in_process(engine: str, model: str, kind: str, args: argparse.Namespace) -> dict[str, Any]:
     """Measure in a process of its own; add its peak memory."""
-    python = args.llama_python if engine == "llama.cpp" else sys.executable
+    python = {"llama.cpp": args.llama_python, "vLLM": args.vllm_python}.get(engine, sys.executable)
     command = [python, __file__, "--one", engine, model, "--kind", kind, "--threads", str(args.threads)]
     command += ["--started", str(time.time())]
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         return {"error": done.stderr.strip().splitlines()[-1:]}
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
 
 
 def engines(args: argparse.Namespace) -> list[tuple[str, str, str]]:
@@ -221,6 +271,8 @@ def engines(args: argparse.Namespace) -> list[tuple[str, str, str]]:
         wanted += [("ours", args.model, kind) for kind in OURS]
     if args.model and importlib.util.find_spec("transformers"):
         wanted += [("transformers", args.model, kind) for kind in ("fp32", "bf16")]
+    if args.model and args.vllm_python:
+        wanted += [("vLLM", args.model, kind) for kind in ("fp32", "bf16")]
     wanted += [(engine, path, Path(path).stem) for path in args.gguf or () for engine in ("ours", "llama.cpp")]
     return [one for one in wanted if not args.engine or one[0] in args.engine]
 
@@ -258,6 +310,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="directory of a checkpoint")
     parser.add_argument("--gguf", action="append", help="a GGUF file; may be repeated")
     parser.add_argument("--llama-python", default=sys.executable, help="Python that has llama-cpp-python")
+    parser.add_argument("--vllm-python", help="Python that has vLLM's CPU build")
     parser.add_argument("--engine", action="append", choices=list(ENGINES), help="only these; may be repeated")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=5)
