@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -72,23 +73,25 @@ INLINE V in_register(V v) {
   return v;
 }
 
-// For each lane a lane of a, or of b where the index is LANES and more. Indices are constants.
-INLINE vf pick(vf a, vf b, vi index) {
+// For lane i the lane index(i) of a, or of b where that is LANES and more. Indices are constants of the compiler: of a loop
+// over 16 lanes, clang makes no shuffle.
+template <class F, int... LANE>
+INLINE vf pick(vf a, vf b, F index, std::integer_sequence<int, LANE...>) {
 #if defined(__clang__)
-  vf v;
-  for (int i = 0; i < LANES; i++) v[i] = index[i] < LANES ? a[index[i]] : b[index[i] - LANES];
-  return v;
+  return __builtin_shufflevector(a, b, index(LANE)...);
 #else
-  return __builtin_shuffle(a, b, index);
+  return __builtin_shuffle(a, b, vi{index(LANE)...});
 #endif
+}
+template <class F>
+INLINE vf pick(vf a, vf b, F index) {
+  return pick(a, b, index, std::make_integer_sequence<int, LANES>{});
 }
 
 // Lanes in another order, so that each meets the one `half` away.
 template <int HALF>
 INLINE vf turned(vf v) {
-  vi index;
-  for (int i = 0; i < LANES; i++) index[i] = i ^ HALF;
-  return pick(v, v, index);
+  return pick(v, v, [](int i) { return i ^ HALF; });
 }
 template <int HALF = LANES / 2>
 INLINE f32 sum(vf v) {
@@ -229,11 +232,8 @@ INLINE vf activate(vf x, i64 kind) { return kind == SILU ? silu(x) : gelu_tanh(x
 
 // Turn LANES vectors, the rows of a matrix, into its columns. Each round turns the bits of a number's place by one.
 INLINE void transpose(vf (&rows)[LANES]) {
-  vi low, high;
-  for (int i = 0; i < LANES; i++) {
-    low[i] = i / 2 + i % 2 * LANES;
-    high[i] = low[i] + LANES / 2;
-  }
+  const auto low = [](int i) { return i / 2 + i % 2 * LANES; };
+  const auto high = [](int i) { return i / 2 + i % 2 * LANES + LANES / 2; };
   for (int round = 1; round < LANES; round *= 2) {
     vf turned[LANES];
     for (int i = 0; i < LANES / 2; i++) {
@@ -247,12 +247,8 @@ INLINE void transpose(vf (&rows)[LANES]) {
 // Sums of LANES vectors, one a lane. Halves are added pairwise, so vectors are taken in bit-reversed order.
 template <int HALF>
 INLINE vf add_halves(vf a, vf b) {
-  vi first, second;
-  for (int i = 0; i < LANES; i++) {
-    const int block = i / (2 * HALF) * 2 * HALF, inside = i % (2 * HALF);
-    first[i] = block + inside % HALF + (inside < HALF ? 0 : LANES);
-    second[i] = first[i] + HALF;
-  }
+  const auto first = [](int i) { return i / (2 * HALF) * 2 * HALF + i % HALF + (i % (2 * HALF) < HALF ? 0 : LANES); };
+  const auto second = [first](int i) { return first(i) + HALF; };
   return pick(a, b, first) + pick(a, b, second);
 }
 INLINE vf sums(const vf* v) {

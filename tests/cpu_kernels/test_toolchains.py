@@ -6,6 +6,7 @@ import fcntl
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,15 @@ SANITIZE = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 def environment(tmp_path: Path) -> dict[str, str]:
     """Return an environment with a cache of its own."""
     return {**os.environ, "TRIO_LLM_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+
+
+def zig() -> list[str]:
+    """Return the command of zig's clang; skip without it, except in CI."""
+    if importlib.util.find_spec("ziglang") is None:
+        if os.environ.get("CI"):
+            pytest.fail("CI must cross-compile: pip install ziglang")
+        pytest.skip("no cross compiler: pip install ziglang")
+    return [sys.executable, "-m", "ziglang", "c++"]
 
 
 def run_checks(environment: dict[str, str], *flags: str) -> None:
@@ -91,16 +101,29 @@ def test_threads_do_not_race(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", compiling.NAMES)
 def test_kernels_compile_for_neon(name: str, tmp_path: Path, environment: dict[str, str]) -> None:
     """Zig compiles every source for a 64-bit ARM server, with integer dot products."""
-    if importlib.util.find_spec("ziglang") is None:
-        if os.environ.get("CI"):
-            pytest.fail("CI must cross-compile: pip install ziglang")
-        pytest.skip("no cross compiler: pip install ziglang")
     source = tmp_path / f"{name}.cpp"
     source.write_text(compiling.expand(name))
     target = ["-target", "aarch64-linux-gnu", "-mcpu=neoverse_n1", "-std=c++20", "-O0", "-fPIC"]
-    command = [sys.executable, "-m", "ziglang", "c++", *target, "-c", str(source), "-o", str(tmp_path / "out.o")]
+    command = [*zig(), *target, "-c", str(source), "-o", str(tmp_path / "out.o")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("processor", ["x86_64", "haswell", "x86_64_v4"])
+def test_clang_moves_lanes_without_loops(processor: str, tmp_path: Path, environment: dict[str, str]) -> None:
+    """Clang, too, makes straight instructions of what moves lanes, for vectors of every width: no jumps, no calls."""
+    source, out = tmp_path / "moves.cpp", tmp_path / "moves.s"
+    source.write_text(
+        '#include "common.h"\n'
+        'extern "C" void transposed(vf* v) { transpose(*(vf(*)[LANES])v); }\n'
+        'extern "C" void added(vf* v, f32* to) { *v = sums(v), to[0] = sum(*v), to[1] = largest(*v); }\n'
+    )
+    target = ["-target", "x86_64-linux-gnu", f"-mcpu={processor}", "-g0", "-w", f"-I{ROOT / 'cpu_kernels'}"]
+    command = [*zig(), *compiling.FLAGS, *target, "-S", str(source), "-o", str(out)]
+    subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    text = out.read_text()
+    assert "transposed:" in text
+    assert re.findall(r"^\s+(?:j|call)\w*\s.*", text, re.M) == []
 
 
 def test_the_cache_is_keyed_by_all_that_matters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
