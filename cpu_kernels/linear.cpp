@@ -122,13 +122,14 @@ void multiply(const Product& p) {
   Layout layout(p);
   layout.memory = (u8*)scratch(layout.bytes());
   lay_rows(p, layout);
-  // Groups of tiles, one after another, each with all panels: threads share both, so that none waits long for the last.
+  // Even groups of tiles, one after another, each with all panels: threads share both, so that none waits for the last.
   const i64 panels = num_panels(p.activation ? p.outputs / 2 : p.outputs);
   const i64 groups = (layout.tiles + TILES_AT_ONCE - 1) / TILES_AT_ONCE;
+  const i64 tiles = (layout.tiles + groups - 1) / groups;
   const i64 least = 1 + LEAST_WORK * groups / (layout.inputs * PANEL * layout.rows());
   parallel_ranges(groups * panels, least, [&](i64 begin, i64 end) {
     for (i64 group = begin / panels; group * panels < end; group++) {
-      const i64 first = group * TILES_AT_ONCE, last = std::min(first + TILES_AT_ONCE, layout.tiles);
+      const i64 first = group * tiles, last = std::min(first + tiles, layout.tiles);
       const i64 at = group * panels;
       multiply_panels(p, layout, first, last, std::max(begin, at) - at, std::min(end, at + panels) - at);
     }
