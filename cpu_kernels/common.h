@@ -73,8 +73,8 @@ INLINE V in_register(V v) {
   return v;
 }
 
-// For lane i the lane index(i) of a, or of b where that is LANES and more. Indices are constants of the compiler: of a loop
-// over 16 lanes, clang makes no shuffle.
+// For lane i the lane index(i) of a, or of b where that is LANES and more. Indices are constants of the compiler: of a
+// loop over 16 lanes, clang makes no shuffle.
 template <class F, int... LANE>
 INLINE vf pick(vf a, vf b, F index, std::integer_sequence<int, LANE...>) {
 #if defined(__clang__)
