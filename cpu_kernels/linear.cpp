@@ -22,7 +22,10 @@ void lay_rows(const Product& p, const Layout& layout) {
 // Add to the sums [rows][PANEL] of a tile.
 template <bool FETCH>
 void add_tile(const Piece& piece, const Rows& x, i64 rows, const Next& next, f32* sums) {
-  with_rows(rows, [&](auto size) { add_piece<decltype(size)::value, FETCH>(piece, x, next, sums); });
+  if constexpr (FETCH) with_rows(rows, [&](auto size) { add_piece<decltype(size)::value, FETCH>(piece, x, next, sums); });
+  // A tile behind another is never one of a few rows: what is not compiled saves seconds.
+  else if (rows == MOST_ROWS) add_piece<MOST_ROWS, FETCH>(piece, x, next, sums);
+  else add_piece<FEWER_ROWS, FETCH>(piece, x, next, sums);
 }
 
 // Compute sums [rows][PANEL] of the tiles from `first` to `last` with a panel. One tile reads the panel as it is; more
