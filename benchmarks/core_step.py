@@ -1,10 +1,16 @@
-"""Microseconds that a decode step costs in the scheduler and the block manager: `python benchmarks/core_step.py`."""
+"""Microseconds that a decode step costs in the scheduler and the block manager: `python benchmarks/core_step.py`.
+
+Cold means that 32 MB are read between plan and commit, as a step of a model does: nothing of the sequences is left in
+the caches of the core. Warm is the core's own work.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
 from itertools import pairwise
+
+import numpy as np
 
 from trio_llm.core.block_manager import BlockManager
 from trio_llm.core.scheduler import Scheduler
@@ -14,10 +20,11 @@ from trio_llm.params import SamplingParams, Submission
 
 PROMPT_TOKENS, OUTPUT_TOKENS, BUDGET = 100, 300, 2048
 FULL = (KVGroup((0,), 16),)
+SWEPT = np.zeros(4 << 20)
 HYBRID = (KVGroup((0,), 16), KVGroup((1,), 16, 64))
 
 
-def measure(num_rows: int, groups: tuple[KVGroup, ...]) -> list[float]:
+def measure(num_rows: int, groups: tuple[KVGroup, ...], *, cold: bool) -> list[float]:
     """Return the medians of ask, reserve, plan, commit and their sum over the steps in which every row decodes."""
     blocks = BlockManager(num_blocks=32768, groups=groups, secret=b"benchmark", max_step_tokens=BUDGET)
     scheduler = Scheduler(
@@ -41,6 +48,8 @@ def measure(num_rows: int, groups: tuple[KVGroup, ...]) -> list[float]:
         if plan is None:
             continue
         result = StepResult(plan.step, tuple([(5,) if samples else () for samples in plan.samples]))
+        if cold:
+            SWEPT.sum()
         begin = time.perf_counter()
         scheduler.commit(result)
         spent = [later - earlier for earlier, later in pairwise(times)]
@@ -51,8 +60,10 @@ def measure(num_rows: int, groups: tuple[KVGroup, ...]) -> list[float]:
 
 
 if __name__ == "__main__":
-    print(f"{'rows':>5} {'groups':>6} {'ask':>6} {'reserve':>7} {'plan':>6} {'commit':>6} {'all, us':>8}")
+    print(f"{'rows':>5} {'groups':>6} {'caches':>6} {'ask':>6} {'reserve':>7} {'plan':>6} {'commit':>6} {'all, us':>8}")
     for num_rows in (1, 32, 256):
         for groups in (FULL, HYBRID):
-            ask, reserve, plan, commit, total = measure(num_rows, groups)
-            print(f"{num_rows:5} {len(groups):6} {ask:6.0f} {reserve:7.0f} {plan:6.0f} {commit:6.0f} {total:8.0f}")
+            for cold in (False, True):
+                columns = zip(measure(num_rows, groups, cold=cold), (6, 7, 6, 6, 8), strict=True)
+                spent = " ".join([f"{us:{width}.0f}" for us, width in columns])
+                print(f"{num_rows:5} {len(groups):6} {'cold' if cold else 'warm':>6} {spent}")

@@ -8,6 +8,7 @@ Prompts are sent once, at admission. Block tables are sent as additions.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import repeat
 from typing import Literal
 
 import attrs
@@ -343,10 +344,29 @@ class StepStats:
 
 @attrs.frozen
 class Commit:
-    """The outcome of a step: events in the order in which to send them, and statistics."""
+    """The outcome of a step: events for clients, and statistics. The tokens are columns with one entry per row.
 
-    events: tuple[tuple[int, Event], ...]
+    Attributes:
+        first: (request_id, event) before the tokens.
+        request_ids: The rows.
+        token_ids: Per row, the tokens that its sequence keeps.
+        logprobs: Per row, entries for at least these tokens; see StepResult.
+        last: (request_id, event) after the tokens.
+    """
+
+    first: tuple[tuple[int, Event], ...]
+    request_ids: tuple[int, ...]
+    token_ids: tuple[tuple[int, ...], ...]
+    logprobs: tuple[tuple[TokenLogprobs, ...] | None, ...] | None
+    last: tuple[tuple[int, Event], ...]
     stats: StepStats
+
+    @property
+    def events(self) -> tuple[tuple[int, Event], ...]:
+        """All events in the order in which to send them, made anew: while the next step runs, not between steps."""
+        rows = zip(self.request_ids, self.token_ids, self.logprobs or repeat(None), strict=False)
+        tokens = [(row, Tokens(kept, entries and entries[: len(kept)])) for row, kept, entries in rows if kept]
+        return (*self.first, *tokens, *self.last)
 
 
 @attrs.frozen

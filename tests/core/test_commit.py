@@ -51,7 +51,7 @@ def test_a_sequence_ends_for_the_right_reason(
 
 
 def test_events_come_in_order_with_the_tokens_logprobs() -> None:
-    """Started, then each step's token with its own logprobs, then the end; all in the order of the rows."""
+    """Started, then each row's token with its own logprobs, then the ends; all in the order of the rows."""
     bench = Bench()
     bench.submit(1, 3, SamplingParams(max_tokens=1, logprobs=0))
     bench.submit(2, 3)
@@ -63,8 +63,8 @@ def test_events_come_in_order_with_the_tokens_logprobs() -> None:
         (1, Started(0)),
         (2, Started(0)),
         (1, Tokens((5,), (entry,))),
-        (1, Finished("length", Usage(3, 1, 0))),
         (2, Tokens((6,))),
+        (1, Finished("length", Usage(3, 1, 0))),
     )
 
 

@@ -57,7 +57,6 @@ class Tape:
         self.encoder = Encoder(0.0, tokens=tokens, speculates=setup.max_draft_tokens > 0)
         self.keys = KeyEncoder({})
         self._clock = 0
-        self._rows: dict[int, tuple[int, ...]] = {}
         self._watch(loop.scheduler, loop.blocks)
 
     def header(self, state: State | None = None) -> Header:
@@ -106,7 +105,6 @@ class Tape:
         def planned(grant: BlockGrant) -> StepPlan | None:
             plan = plan_(grant)
             ask = last["ask"]
-            self._rows[grant.step] = () if plan is None else plan.request_ids
             columns = last["prompt_tokens"], ask.drafts, decisions(grant, plan)
             self.frames.append(self.encoder.planned(ask.step, tick(), *columns))
             self.frames.extend(self.keys.planned(ask.released, last["chains"]))
@@ -116,7 +114,7 @@ class Tape:
         def committed(result: StepResult) -> Commit:
             commit = commit_(result)
             result = attrs.evolve(result, seconds=0.002 + 0.0005 * commit.stats.num_tokens)
-            self.frames.append(self.encoder.committed(tick(), self._rows[result.step], result, commit))
+            self.frames.append(self.encoder.committed(tick(), result, commit))
             self.states[result.step] = capture(scheduler, blocks, tokens=self.tokens)
             self.begins[result.step] = len(self.frames), self.states[result.step]
             return commit

@@ -133,6 +133,7 @@ def test_a_file_begins_anywhere(tmp_path: Path, depth: int, tokens: bool, specul
 def test_a_state_covers_every_field_of_the_core() -> None:
     """A new field of a sequence, of its blocks or of a step in flight has to get a place in the state."""
     named = {"request_id", "submission", "key", "stop", "tokens", "status", "unsent", "drafts", "followers"}
+    named.add("num_prompt_tokens")  # derived from the submission
     covered = {
         Sequence: {*state._SEQUENCE, *state._SEQUENCE_FLAGS, *named, "prompt_logprobs", "lookup"},
         SequenceBlocks: {*state._BLOCKS, "request_id", "chain", "tables", "live_from", "was_admitted"},

@@ -5,7 +5,7 @@ Tokens come in, block ids go out. It does not know sampling, stopping or clients
 
 from __future__ import annotations
 
-from operator import itemgetter
+from operator import itemgetter, sub
 
 from trio_llm.core.block_math import blocks_for, first_visible_block, longest_sequence, max_live_blocks
 from trio_llm.core.block_pool import NULL_BLOCK, BlockPool, Removed, Stored
@@ -117,9 +117,10 @@ class BlockManager:
             self._drop(request_id, computed)
         for admit in ask.admits:
             self._learn(admit)
-        self._note_progress(ask)
+        short = self._note_progress(ask)
         rows = Rows(ask.token_budget)
-        self._serve_running(ask, rows)
+        if not self._serve_all(ask, short, rows):
+            self._serve_running(ask, rows)
         if not rows.preempted:
             self._serve_waiting(ask, rows)
         if ask.draft_ends:
@@ -164,10 +165,15 @@ class BlockManager:
             self._register(sequence, computed)
         self._release_all(sequence)
 
-    def _note_progress(self, ask: BlockAsk) -> None:
-        """Record what the last step sampled and computed, for all rows, before any of them can be preempted."""
+    def _note_progress(self, ask: BlockAsk) -> list[int]:
+        """Record what the last step sampled and computed, for all rows, before any of them can be preempted.
+
+        Return the indices of the rows that have no slots for all tokens up to their ends.
+        """
         sequences = self._sequences
-        for request_id, computed, new in zip(ask.request_ids, ask.computed, ask.new_token_ids, strict=True):
+        short: list[int] = []
+        columns = zip(ask.request_ids, ask.computed, ask.new_token_ids, ask.ends, strict=True)
+        for at, (request_id, computed, new, end) in enumerate(columns):
             sequence = sequences[request_id]
             if new:
                 sequence.num_tokens += len(new)
@@ -175,6 +181,9 @@ class BlockManager:
                     sequence.chain.tail += new
             if computed >= sequence.register_at:
                 self._register(sequence, computed)
+            if end > sequence.capacity:
+                short.append(at)
+        return short
 
     def _register(self, sequence: SequenceBlocks, computed: int) -> None:
         """Add the newly full blocks to the prefix cache, except those that left a window."""
@@ -194,6 +203,23 @@ class BlockManager:
                 self._pool.forget(block)
 
     # --- running rows ---------------------------------------------------------------------------------------------
+
+    def _serve_all(self, ask: BlockAsk, short: list[int], rows: Rows) -> bool:
+        """Serve all running rows at once, if budget and free blocks suffice for them, as in most steps.
+
+        Return whether they do; else nothing has changed, and `_serve_running` decides row by row.
+        """
+        counts = list(map(sub, ask.ends, ask.starts))
+        if sum(counts) > rows.budget or 0 in counts:
+            return False
+        growing = [(at, self._sequences[ask.request_ids[at]], ask.ends[at]) for at in short]
+        if sum([self._missing(sequence, end) for _, sequence, end in growing]) > self._pool.num_free:
+            return False
+        rows.add_all(ask.request_ids, ask.starts, counts)
+        for at, sequence, end in growing:
+            self._leave_windows(sequence, ask.computed[at])
+            rows.new_blocks[at] = self._grow(sequence, end)
+        return True
 
     def _serve_running(self, ask: BlockAsk, rows: Rows) -> None:
         sequences = self._sequences

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import compress, repeat
+from itertools import compress
+from operator import add, sub
 
 import attrs
 
@@ -41,29 +42,28 @@ class RunningStep:
     ) -> tuple[RunningStep, tuple[int, ...]]:
         """Return the step and its tokens, flattened over the rows; mark the tokens of the sequences as scheduled."""
         token_ids: list[int] = []
-        ends: list[int] = []
+        ends = list(map(add, grant.starts, grant.counts))
         samples: list[bool] = []
         prefills: list[int] = []
         num_prefill_tokens = 0
-        speculates = bool(grant.drafts)
-        num_drafts = grant.drafts or repeat(0)
-        columns = zip(rows, grant.starts, grant.counts, num_drafts, strict=False)
-        for at, (sequence, start, count, drafts) in enumerate(columns):
-            tokens, end = sequence.tokens, start + count - drafts
-            if end - start == 1 and start >= len(sequence.prompt):
+        if grant.drafts:
+            ends = list(map(sub, ends, grant.drafts))
+        for at, (sequence, start, end) in enumerate(zip(rows, grant.starts, ends, strict=True)):
+            tokens = sequence.tokens
+            if end - start == 1 and start >= sequence.num_prompt_tokens:
                 token_ids.append(tokens[start] if start < len(tokens) else UNKNOWN)
             else:
                 token_ids += tokens[start:end]
                 prefills.append(at)
                 num_prefill_tokens += end - start
-            token_ids += sequence.drafts[:drafts]
-            ends.append(end)
+            if grant.drafts:
+                token_ids += sequence.drafts[: grant.drafts[at]]
             sequence.scheduled = end
             sampled = end == sequence.target
             samples.append(sampled)
             # The next step can compute the sampled token, known or not, unless it is certainly the last one. With
             # drafts its position is unknown, so the sequence is not scheduled until its row is committed.
-            if sampled and not speculates and end < sequence.stop.max_len - 1:
+            if sampled and not grant.drafts and end < sequence.stop.max_len - 1:
                 sequence.target = end + 1
         step = cls(grant, rows, started, ends, samples, prefills, len(token_ids), num_prefill_tokens)
         return step, tuple(token_ids)

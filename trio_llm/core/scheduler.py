@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence as Seq
-from itertools import repeat
 
 from trio_llm.core.queues import Queues
 from trio_llm.core.running_step import RunningStep, without_ended
@@ -33,7 +32,6 @@ from trio_llm.messages import (
     Started,
     StepPlan,
     StepResult,
-    Tokens,
 )
 from trio_llm.params import SamplingParams, Submission, check_prompt_length
 
@@ -172,7 +170,8 @@ class Scheduler:
         check_ask(self._asked, len(self._in_flight))
         running = self._queues.running
         decodes = [sequence for sequence in running if sequence.target - sequence.scheduled == 1]
-        prefills = [sequence for sequence in running if sequence.target - sequence.scheduled > 1]
+        all_decode = len(decodes) == len(running)
+        prefills = [] if all_decode else [sequence for sequence in running if sequence.target - sequence.scheduled > 1]
         rows = decodes + prefills
         token_budget = self._budget(len(decodes), prompt_tokens)
         max_row_tokens = min(self._max_row_tokens, token_budget)
@@ -185,18 +184,19 @@ class Scheduler:
         ends = [min(sequence.target, sequence.scheduled + max_row_tokens) for sequence in rows]
         released, self._to_release = self._to_release, []
         self._step += 1
+        request_ids = tuple([sequence.request_id for sequence in rows])
         columns = self._speculation and self._speculation.draft_columns(decodes, rows + candidates, max_row_tokens)
         self._asked = BlockAsk(
             self._step,
             tuple([sequence.request_id for sequence in released]),
             tuple([sequence.trusted for sequence in released]),
             self._introduce(candidates),
-            tuple([sequence.request_id for sequence in rows]),
+            request_ids,
             tuple([sequence.computed for sequence in rows]),
             tuple([sequence.scheduled for sequence in rows]),
             tuple(ends),
             tuple([sequence.unsent for sequence in rows]),
-            tuple([sequence.request_id for sequence in running]),
+            request_ids if all_decode else tuple([sequence.request_id for sequence in running]),
             tuple([sequence.request_id for sequence in candidates]),
             token_budget,
             max_row_tokens,
@@ -302,9 +302,16 @@ class Scheduler:
         for at in step.prefills:
             if step.rows[at].status is Status.RUNNING:
                 self._commit_prompt(step.rows[at], step.ends[at], result, events)
-        num_generated = self._commit_tokens(step, result, events)
+        token_ids, ends = self._commit_tokens(step, result)
         num_preempted, self._num_preempted = self._num_preempted, 0
-        return Commit(tuple(events), step.stats(result, num_generated, num_preempted, self._queues))
+        return Commit(
+            tuple(events),
+            step.grant.request_ids,
+            tuple(token_ids),
+            result.logprobs,
+            tuple(ends),
+            step.stats(result, sum(map(len, token_ids)), num_preempted, self._queues),
+        )
 
     def _fail_rows(self, step: RunningStep, result: StepResult, events: Events) -> None:
         for sequence in step.rows:
@@ -339,28 +346,26 @@ class Scheduler:
             events.append((request_id, Finished("stop", sequence.usage)))
             self._end(sequence)
 
-    def _commit_tokens(self, step: RunningStep, result: StepResult, events: Events) -> int:
-        """Advance every row and append the sampled tokens; return how many tokens were kept."""
-        num_generated = 0
-        running = Status.RUNNING
-        logprobs = result.logprobs or repeat(None, len(step.rows))
-        columns = zip(step.rows, step.ends, step.samples, result.token_ids, logprobs, strict=True)
-        for at, (sequence, end, samples, sampled, row_logprobs) in enumerate(columns):
+    def _commit_tokens(self, step: RunningStep, result: StepResult) -> tuple[list[tuple[int, ...]], Events]:
+        """Advance every row and append the sampled tokens; return the tokens that each row keeps, and who is done."""
+        kept = list(result.token_ids)
+        ends: Events = []
+        running, speculation = Status.RUNNING, self._speculation
+        columns = zip(step.rows, step.ends, step.samples, result.token_ids, strict=True)
+        for at, (sequence, end, samples, sampled) in enumerate(columns):
             sequence.computed = end
             if not samples or sequence.status is not running:
+                kept[at] = ()
                 continue
-            stop = sequence.stop
-            if self._speculation is not None:
-                sampled = stop.cut(len(sequence.tokens), sampled)  # noqa: PLW2901
-                row_logprobs = row_logprobs and row_logprobs[: len(sampled)]  # noqa: PLW2901
-                self._speculation.commit_drafts(step, at, len(sampled), result)
-            num_generated += len(sampled)
-            sequence.tokens += sampled
+            stop, tokens = sequence.stop, sequence.tokens
+            if speculation is not None:
+                kept[at] = sampled = stop.cut(len(tokens), sampled)  # noqa: PLW2901
+                speculation.commit_drafts(step, at, len(sampled), result)
+            tokens += sampled
             sequence.unsent += sampled
-            events.append((sequence.request_id, Tokens(sampled, row_logprobs)))
-            if sampled[-1] in stop.stop_ids or len(sequence.tokens) >= stop.max_len:
-                self._finish_if_done(sequence, sampled[-1], events)
-        return num_generated
+            if sampled[-1] in stop.stop_ids or len(tokens) >= stop.max_len:
+                self._finish_if_done(sequence, sampled[-1], ends)
+        return kept, ends
 
     def _finish_if_done(self, sequence: Sequence, token_id: int, events: Events) -> None:
         stop = sequence.stop

@@ -99,6 +99,7 @@ class Sequence:
     computed: int = 0
     scheduled: int = 0
     target: int = attrs.field(default=attrs.Factory(lambda self: len(self.tokens), takes_self=True))
+    num_prompt_tokens: int = attrs.field(default=attrs.Factory(lambda self: len(self.prompt), takes_self=True))
     prompt_computed: bool = False
     unsent: tuple[int, ...] = ()
     cached_tokens: int | None = None

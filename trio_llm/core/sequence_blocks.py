@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import attrs
 
@@ -76,6 +77,14 @@ class Rows:
         self.counts.append(count)
         self.new_blocks.append(new_blocks)
         self.budget -= count
+
+    def add_all(self, request_ids: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> None:
+        """Add rows without new blocks."""
+        self.request_ids += request_ids
+        self.starts += starts
+        self.counts += counts
+        self.new_blocks += [()] * len(counts)
+        self.budget -= sum(counts)
 
     def extend(self, at: int, num_drafts: int, new_blocks: NewBlocks, capacity: int) -> None:
         """Add drafts to a row, and blocks after those that it already has."""

@@ -53,7 +53,7 @@ async def manage_blocks(
 ) -> None:
     """Run the KV manager: answer each ask with a grant."""
     async for ask in asks:
-        await grants.send(blocks.reserve(ask))
+        grants.send_nowait(blocks.reserve(ask))
 
 
 @attrs.define(eq=False)
@@ -168,7 +168,7 @@ class SchedulerActor:
         self._records.verified(plan)
         at_s = trio.current_time()
         for watcher in self.watchers:
-            watcher.committed(at_s, plan, result, commit)
+            watcher.committed(at_s, result, commit)
         self._beat(at_s)
         self.pulse.has_stepped = True
         self._note_failures(plan, result, commit)
@@ -179,7 +179,7 @@ class SchedulerActor:
         live = self._records.entries
         if any(request_id in live and request_id not in result.failed for request_id in plan.request_ids):
             self.pulse.failed_steps = 0
-        elif any(isinstance(event, Failed) for _, event in commit.events):
+        elif any(isinstance(event, Failed) for _, event in commit.first):
             self.pulse.failed_steps += 1
 
     async def _rest(self) -> None:

@@ -29,8 +29,8 @@ class CoreWatcher(Protocol):
         """See ask, reserve and plan; `prompt_tokens` is the argument of `ask`."""
         ...
 
-    def committed(self, at_s: float, plan: StepPlan, result: StepResult, commit: Commit) -> None:
-        """See a commit, and the plan that it belongs to."""
+    def committed(self, at_s: float, result: StepResult, commit: Commit) -> None:
+        """See a commit."""
         ...
 
     def ended(self, stats: RequestStats) -> None:

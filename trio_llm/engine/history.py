@@ -95,8 +95,8 @@ class History:
                 request.num_cached_tokens = start
                 request.difference = self._blocks.difference(request_id, start)
 
-    def committed(self, at_s: float, plan: StepPlan, result: StepResult, commit: Commit) -> None:  # noqa: ARG002 - as above
-        self._in_flight.pop(plan.step).committed_s = at_s
+    def committed(self, at_s: float, result: StepResult, commit: Commit) -> None:  # noqa: ARG002 - as above
+        self._in_flight.pop(result.step).committed_s = at_s
 
     def ended(self, stats: RequestStats) -> None:
         """Keep the statistics of an ended request, and forget the oldest one."""

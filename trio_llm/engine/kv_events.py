@@ -123,7 +123,7 @@ class KVEvents:
     def left(self, request_id: int, reason: FinishReason, at_s: float) -> None:
         pass
 
-    def committed(self, at_s: float, plan: StepPlan, result: StepResult, commit: Commit) -> None:
+    def committed(self, at_s: float, result: StepResult, commit: Commit) -> None:
         pass
 
     def ended(self, stats: RequestStats) -> None:

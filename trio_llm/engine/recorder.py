@@ -112,8 +112,8 @@ class Recorder:
             self._left_file, self._lost, self._paused = self._full_file, False, False
             self._put(partial, self._begin_file, state, chains)
 
-    def committed(self, at_s: float, plan: StepPlan, result: StepResult, commit: Commit) -> None:
-        self._put(self._encoder.committed, at_s, plan.request_ids, result, commit)
+    def committed(self, at_s: float, result: StepResult, commit: Commit) -> None:
+        self._put(self._encoder.committed, at_s, result, commit)
 
     def ended(self, stats: RequestStats) -> None:
         pass

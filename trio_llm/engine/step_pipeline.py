@@ -46,7 +46,7 @@ class StepPipeline:
     async def run(self) -> None:
         """Run the model runner: wait for each launched step and send its result to the scheduler."""
         async for wait in self._posted:
-            await self._send_result.send(await wait())
+            self._send_result.send_nowait(await wait())
 
     def close(self) -> None:
         """End the collector's thread."""

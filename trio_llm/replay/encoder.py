@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from zlib import crc32
 
 import attrs
 
 from trio_llm.core.prefix import Chain
-from trio_llm.messages import Commit, Finished, FinishReason, StepResult, Tokens
+from trio_llm.messages import Commit, Finished, FinishReason, StepResult
 from trio_llm.params import Submission
 from trio_llm.replay.frames import Arrival, Committed, Frame, Keys, Leave, Planned
 from trio_llm.replay.request import Request
@@ -41,27 +41,20 @@ class Encoder:
         """Encode a plan; `drafts` is the column of the ask, and `decisions` are those of the grant and the plan."""
         return Planned(step, at_s - self.start_s, prompt_tokens, drafts if any(drafts) else None, crc32(decisions))
 
-    def committed(self, at_s: float, request_ids: Sequence[int], result: StepResult, commit: Commit) -> Committed:
-        """Encode a result; `request_ids` are the rows of its plan."""
+    def committed(self, at_s: float, result: StepResult, commit: Commit) -> Committed:
+        """Encode a result."""
         tokens, drafts = self.tokens, result.drafts
         return Committed(
             result.step,
             at_s - self.start_s,
             result.seconds,
-            counts=_counts(request_ids, commit) if self.speculates and not tokens else None,
-            stopped=() if tokens else self._stopped(commit),
+            counts=tuple(map(len, commit.token_ids)) if self.speculates and not tokens else None,
+            stopped=() if tokens else _stopped(commit),
             failed=dict(result.failed),
             num_drafts=None if tokens or drafts is None else tuple(map(len, drafts)),
             token_ids=result.token_ids if tokens else None,
             drafts=drafts if tokens else None,
         )
-
-    def _stopped(self, commit: Commit) -> tuple[int, ...]:
-        # Usually each event is one row's token, and there is no end to look for.
-        if not self.speculates and len(commit.events) == commit.stats.num_generated_tokens:
-            return ()
-        ends = [(request_id, event) for request_id, event in commit.events if isinstance(event, Finished)]
-        return tuple(request_id for request_id, event in ends if event.reason == "stop")
 
 
 class KeyEncoder:
@@ -99,7 +92,7 @@ class KeyEncoder:
         return [Keys(request_id, known, b"".join([digest[:KEY_BYTES] for digest in new]))]
 
 
-def _counts(request_ids: Sequence[int], commit: Commit) -> tuple[int, ...]:
-    """Return the number of tokens that each row kept."""
-    kept = {request_id: len(event.token_ids) for request_id, event in commit.events if isinstance(event, Tokens)}
-    return tuple([kept.get(request_id, 0) for request_id in request_ids])
+def _stopped(commit: Commit) -> tuple[int, ...]:
+    """Return the requests that ended for another reason than their length."""
+    events = (*commit.first, *commit.last)
+    return tuple([request_id for request_id, event in events if isinstance(event, Finished) and event.reason == "stop"])

@@ -49,12 +49,16 @@ class BlockTables:
             return [np.zeros(0, kind) for _ in self.tables for kind in (np.int64, np.int32)]
         columns: list[Column] = []
         for group, table in enumerate(self.tables):
-            by_row = zip(rows.tolist(), new_blocks, strict=True)
-            added = [(row, *blocks[group]) for row, blocks in by_row if blocks]
             width = table.shape[1]
-            places = [np.arange(len(blocks)) + (row * width + first) for row, first, blocks in added if blocks]
-            values = [block for _, _, blocks in added for block in blocks]
-            columns += [np.concatenate([np.zeros(0, np.int64), *places]), np.array(values, np.int32)]
+            places: list[int] = []
+            values: list[int] = []
+            for row, by_group in zip(rows.tolist(), new_blocks, strict=True):
+                if by_group:
+                    first, blocks = by_group[group]
+                    at = row * width + first
+                    places += range(at, at + len(blocks))
+                    values += blocks
+            columns += [np.array(places, np.int64), np.array(values, np.int32)]
         return columns
 
     def write(self, additions: Sequence[Tensor]) -> None:
@@ -155,8 +159,10 @@ class InputRows:
 
     def of(self, plan: StepPlan) -> PlanRows:
         """Lay out a plan's rows. All of them are admitted."""
-        index = np.array([self._row_of[request_id] for request_id in plan.request_ids], np.intp)
-        starts, counts = np.array([plan.starts, plan.counts], np.int64)
+        num_rows = len(plan.request_ids)
+        index = np.fromiter(map(self._row_of.__getitem__, plan.request_ids), np.intp, num_rows)
+        starts = np.array(plan.starts, np.int64)
+        counts = np.array(plan.counts, np.int64)
         after = counts.cumsum()
         token_ids = np.array(plan.token_ids, np.int64)
         return PlanRows(
@@ -168,7 +174,7 @@ class InputRows:
             after - 1,
             token_ids,
             np.flatnonzero(token_ids == UNKNOWN),
-            np.array(plan.samples, np.bool_),
+            np.frombuffer(bytes(plan.samples), np.bool_),
             _drafts(plan, after.tolist()),
             self.tables.additions(index, plan.new_blocks),
         )
@@ -205,9 +211,12 @@ class InputRows:
         size: int,
     ) -> Column:
         num_tokens = len(token_ids)
-        positions = np.arange(num_tokens) + np.repeat(starts - (counts.cumsum() - counts), counts)
         padded = np.zeros((3, size), np.int64)
-        padded[0] = self.tables.padding_row
+        padded[0, num_tokens:] = self.tables.padding_row
+        if num_tokens == len(index):  # one token a row, as in most steps
+            padded[:, :num_tokens] = index, token_ids, starts
+            return padded
+        positions = np.arange(num_tokens) + np.repeat(starts - (counts.cumsum() - counts), counts)
         padded[:, :num_tokens] = np.repeat(index, counts), token_ids, positions
         return padded
 
