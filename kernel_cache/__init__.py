@@ -14,11 +14,19 @@ _INCLUDE = re.compile(r'^#include "([\w.]+)"\n', re.M)
 
 
 def directory() -> Path:
-    """Return the directory of compiled kernels: `$TRIO_LLM_CACHE_DIR`, else the user's cache directory."""
+    """Return the directory of compiled kernels: `$TRIO_LLM_CACHE_DIR`, else the user's cache directory.
+
+    Raises:
+        FileNotFoundError: The user has no home directory.
+    """
     given = os.environ.get("TRIO_LLM_CACHE_DIR")
     if given:
         return Path(given) / "kernels"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trio-llm" / "kernels"
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise FileNotFoundError(str(error)) from None
+    return cache / "trio-llm" / "kernels"
 
 
 @functools.cache

@@ -29,6 +29,7 @@ from trio_llm.config import EngineConfig
 from trio_llm.errors import ConfigError
 from trio_llm.messages import SamplingParams, StepPlan
 from trio_llm.model import load
+from trio_llm.model.device.device import Cpu
 from trio_llm.model.load import load_runner
 from trio_llm.model.ops import cpu as ops_cpu
 from trio_llm.model.runner import Runner
@@ -271,6 +272,29 @@ def test_without_a_compiler_the_reference_runs(
     monkeypatch.setenv("TRIO_LLM_KERNELS", "native")
     with pytest.raises(ConfigError, match=r"TRIO_LLM_KERNELS = 'native': auto or reference: no C\+\+ compiler"):
         load_runner(config)
+
+
+@pytest.mark.parametrize("home", [True, False])
+def test_without_a_place_for_compiled_kernels_the_reference_runs(
+    home: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A cache that cannot be written, or a user without a home, is named with the remedy; native refuses at start."""
+    monkeypatch.setattr(library, "_library", None)
+    monkeypatch.delenv("TRIO_LLM_KERNELS", raising=False)
+    monkeypatch.delenv("TRIO_LLM_CACHE_DIR", raising=False)
+    if home:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    else:
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("Could not determine home directory.")))
+    with caplog.at_level(logging.WARNING):
+        assert load.find_kernels("auto", Cpu(), Mock()) is None
+    (warning,) = caplog.messages
+    assert warning.startswith("no native kernels, the slower torch reference runs: ")
+    assert warning.endswith("; $TRIO_LLM_CACHE_DIR says where they are kept")
+    with pytest.raises(ConfigError, match=r"TRIO_LLM_KERNELS = 'native': auto or reference: .*TRIO_LLM_CACHE_DIR"):
+        load.find_kernels("native", Cpu(), Mock())
 
 
 def test_kernels_of_another_device_are_refused(

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -603,6 +604,18 @@ def test_quotas(database: Database, clock: Clock) -> None:
     put(files, b"x" * 60, owner="a")
     assert files.delete(kept, "c")
     put(files, b"x" * 40, owner="b")
+
+
+def test_a_user_without_a_home_has_no_default_directory(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server of such a user runs without files, and says which flag gives them a place."""
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("Could not determine home directory.")))
+    disk = Disk(None, 8000)
+    disk.open()
+    assert not disk.is_open
+    assert "There are no files and batches: ~ must be given: there is no home directory (--data-dir)" in caplog.text
 
 
 def test_each_port_has_a_default_directory(

@@ -227,7 +227,7 @@ def find_kernels(mode: Mode, device: Device, report: Callable[[Progress], None])
     """Return the kernels for the device, compiled if it is a CPU; None if there are none.
 
     Raises:
-        ConfigError: The mode names kernels of another device, or native ones that cannot be compiled.
+        ConfigError: The mode names kernels of another device, or native ones that cannot be compiled, kept or loaded.
     """
     kind = device.torch_device.type
     of_mode = {"native": "cpu", "cuda": "cuda"}.get(mode, kind)
@@ -238,10 +238,12 @@ def find_kernels(mode: Mode, device: Device, report: Callable[[Progress], None])
     kernels = importlib.import_module(_KERNELS[kind])
     try:
         kernels.prepare(lambda done, total: report(Progress("compiling kernels", done, total, "sources")))
-    except CompileError as error:
+    except (CompileError, OSError) as error:
+        # An OSError is the cache's: a home that is read-only, a full disk, a file system from which nothing may run.
+        reason = f"{error}; $TRIO_LLM_CACHE_DIR says where they are kept" if isinstance(error, OSError) else str(error)
         if mode == "native":
-            raise ConfigError("TRIO_LLM_KERNELS", mode, "environment", f"auto or reference: {error}") from error
-        _log.warning("no native kernels, the slower torch reference runs: %s", error)
+            raise ConfigError("TRIO_LLM_KERNELS", mode, "environment", f"auto or reference: {reason}") from error
+        _log.warning("no native kernels, the slower torch reference runs: %s", reason)
         return None
     return kernels
 

@@ -51,14 +51,13 @@ class Disk:
         """Open the directory. Raises ConfigError if an explicit one cannot be used."""
         if self._refusal is not None:
             return
-        path = Path(self._given) if self._given is not None else default_directory(self._port)
         try:
-            self._database = Database(path)
+            self._database = Database(default_directory(self._port) if self._given is None else Path(self._given))
         except ConfigError as error:
             if self._given is not None:
                 raise
             self._why_closed = error.allowed
-            logger.warning("There are no files and batches: %s %s (--data-dir)", path, error.allowed)
+            logger.warning("There are no files and batches: %s %s (--data-dir)", error.value, error.allowed)
             return
         files = FileStore(self._database, time.time, self._quotas)
         self._stores = files, BatchStore(self._database, files, time.time)
@@ -116,8 +115,17 @@ def check_directory(directory: str | None) -> None:
 
 
 def default_directory(port: int) -> Path:
-    """Return the default state directory of a user's server on `port` (XDG base directories)."""
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "trio-llm" / str(port)
+    """Return the default state directory of a user's server on `port` (XDG base directories).
+
+    Raises:
+        ConfigError: The user has no home directory.
+    """
+    try:
+        state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    except RuntimeError:
+        allowed = "must be given: there is no home directory"
+        raise ConfigError("server.data_dir", "~", "data directory", allowed) from None
+    return state / "trio-llm" / str(port)
 
 
 def _storage_error(error: sqlite3.Error | OSError) -> StorageError:
