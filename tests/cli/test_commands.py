@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -236,6 +237,25 @@ def test_seed_is_that_of_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
         result = CliRunner().invoke(cli, [*command, "--seed", "7"])
         assert result.exit_code == 0, result.output
     assert seen == [7, 7]
+
+
+@pytest.mark.parametrize("source", ["--file", "stdin"])
+def test_prompts_that_are_not_utf8_are_refused(source: str, tmp_path: Path) -> None:
+    """Bytes that are no text are one line, from a file and from stdin."""
+    data = b"What is\xbe?\n"
+    (tmp_path / "prompts").write_bytes(data)
+    given = ["--file", str(tmp_path / "prompts")] if source == "--file" else []
+    result = CliRunner().invoke(cli, ["generate", *given], input=data)
+    assert result.exit_code == 2
+    assert re.search(r"Error: The prompts in \S+ are not UTF-8: invalid start byte\.\n", result.output)
+
+
+def test_prompts_come_from_one_place(tmp_path: Path) -> None:
+    """A file beside prompts on the command line is refused, not left out silently."""
+    (tmp_path / "prompts").write_text("Hello\n")
+    result = CliRunner().invoke(cli, ["generate", "Hi", "--file", str(tmp_path / "prompts")])
+    assert result.exit_code == 2
+    assert "Error: Give the prompts as arguments or with --file, not both.\n" in result.output
 
 
 @pytest.mark.parametrize("wrap", [lambda error: error, lambda error: BaseExceptionGroup("", [error])])

@@ -16,6 +16,7 @@ from trio_llm.cli import run_batch
 from trio_llm.cli.commands import cli
 from trio_llm.config import Config
 from trio_llm.engine import Engine
+from trio_llm.errors import CheckpointError
 
 
 @pytest.fixture(autouse=True)
@@ -99,4 +100,44 @@ def test_a_line_that_is_no_request_ends_the_run_before_it_begins(tmp_path: Path,
     assert told.startswith("error: Invalid request on line 3: ")
     assert reason in told
     assert answers is None
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_the_input_is_never_the_output(tmp_path: Path) -> None:
+    """A file that is read is not overwritten: neither as the output, nor as what becomes it, nor by another name."""
+    source, other = tmp_path / "x.part", tmp_path / "link"
+    source.write_text(text := json.dumps(line("a")))
+    other.symlink_to(source)
+    for target in (source, tmp_path / "x", other):
+        done = CliRunner().invoke(cli, ["run-batch", "-i", str(source), "-o", str(target)])
+        assert done.exit_code == 2
+        assert "is what the command reads: it would be overwritten." in done.output
+        assert source.read_text() == text
+    assert {path.name for path in tmp_path.iterdir()} == {"x.part", "link"}
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line names the file and the reason, and no model was opened for it."""
+    monkeypatch.setattr(run_batch, "open_engine", None)
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps(line("a")))
+    done = CliRunner().invoke(cli, ["run-batch", "-i", str(source), "-o", str(tmp_path / "no" / "out")])
+    assert done.exit_code == 2
+    assert f"Error: Invalid value for '--output' / '-o': '{tmp_path}/no/out.part' cannot be written: " in done.output
+    assert "No such file or directory." in done.output
+
+
+def test_a_run_that_answers_nothing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the model cannot be loaded, no empty file is left beside the input."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise CheckpointError("no such model")
+
+    monkeypatch.setattr(run_batch, "open_engine", refuse)
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps(line("a")))
+    done = CliRunner().invoke(cli, ["run-batch", "-i", str(source), "-o", str(tmp_path / "out")])
+    assert isinstance(done.exception, CheckpointError)
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]

@@ -101,3 +101,28 @@ def test_what_is_no_record_is_refused_in_one_line(tmp_path: Path, data: bytes) -
     assert done.exit_code == 1
     assert done.output.startswith("Error: ") and "x.record" in done.output
     assert len(done.output.strip().splitlines()) == 1
+
+
+def test_the_record_is_never_the_output(record: Path) -> None:
+    """A record is not overwritten by what is made of it, whether it is named or found in its directory."""
+    before = record.read_bytes()
+    for source in (record, record.parent):
+        done = trace(source, "--format", "csv", "--output", record)
+        assert done.exit_code == 2
+        assert "is what the command reads: it would be overwritten." in done.output
+        assert record.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--output", "x"], "--output is for --format chrome and csv."),
+        (["--format", "csv", "--requests"], "--steps and --requests print tables: leave out --format."),
+        (["--format", "chrome", "--steps", "1", "2"], "--steps and --requests print tables: leave out --format."),
+    ],
+)
+def test_options_that_would_have_no_effect_are_refused(record: Path, options: list[str], reason: str) -> None:
+    """An option is followed or refused, never left out silently."""
+    done = trace(record, *options)
+    assert done.exit_code == 2
+    assert f"Error: {reason}\n" in done.output

@@ -32,9 +32,15 @@ def run(
     seed: int | None,
     as_json: bool,
 ) -> None:
-    """Answer the prompts given as words, else those of a file or stdin, one a line, and print the answers."""
+    """Answer the prompts given as words, else those of a file or stdin, one a line, and print the answers.
+
+    Raises:
+        click.UsageError: There is no prompt, there are words and a file, or the file is not UTF-8.
+    """
+    if words and file is not None:
+        raise click.UsageError("Give the prompts as arguments or with --file, not both.")
     engine = settings.config.engine
-    texts = list(words) or [line.strip() for line in file or sys.stdin if line.strip()]
+    texts = list(words) or _lines(file or sys.stdin)
     if not texts:
         raise click.UsageError("There is no prompt: give one as an argument, with --file, or on stdin.")
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
@@ -44,6 +50,14 @@ def run(
         outputs = llm.generate(prompts, params, use_tqdm=len(texts) > 1 and sys.stderr.isatty())
     for text, output in zip(texts, outputs, strict=True):
         click.echo(_as_json(text, output) if as_json else _as_text(text, output, alone=len(texts) == 1))
+
+
+def _lines(file: TextIO) -> list[str]:
+    """Return the lines that are not blank."""
+    try:
+        return [line.strip() for line in file if line.strip()]
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"The prompts in {file.name} are not UTF-8: {error.reason}.") from None
 
 
 def _questions(tokenizer: Tokenizer, texts: Iterable[str], limits: LimitsConfig) -> list[dict[str, list[int]]]:

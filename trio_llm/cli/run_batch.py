@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import attrs
 import click
@@ -14,6 +14,7 @@ import trio
 
 from trio_llm.assemble import open_engine
 from trio_llm.cli.announce import LoadingDisplay
+from trio_llm.cli.output_file import cannot_write, check_output
 from trio_llm.cli.settings import Settings
 from trio_llm.config import Config
 from trio_llm.engine import Engine
@@ -59,19 +60,34 @@ class _Count:
 def run(settings: Settings, input: Path, output: Path) -> int:
     """Answer every line and return the exit code: 0, 1 if some requests failed, 2 if the input is no batch.
 
-    The output file appears when it is complete.
+    The output file appears when it is complete. Raises click.BadParameter if it is the input or cannot be written.
     """
+    part = output.with_name(output.name + ".part")
+    for path in (output, part):
+        check_output(path, input)
     try:
         total = sum(1 for _ in _requests(input))
     except _InvalidLineError as error:
         click.echo(f"error: {error}", err=True)
         return 2
     count = _Count()
-    part = output.with_name(output.name + ".part")
-    trio.run(_answer_file, settings, input, part, total, count)
-    part.replace(output)
+    sink = _open(part)
+    try:
+        with sink:
+            trio.run(_answer_file, settings, input, sink, total, count)
+        part.replace(output)
+    finally:
+        if not count.lines:
+            part.unlink(missing_ok=True)
     click.echo(f"{count.lines} requests answered, of which {count.failed} with an error: {output}", err=True)
     return 1 if count.failed else 0
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return path.open("wb")
+    except OSError as error:
+        raise cannot_write(path, error) from None
 
 
 def _requests(path: Path) -> Iterator[tuple[int, bytes, _Line]]:
@@ -90,13 +106,13 @@ def _requests(path: Path) -> Iterator[tuple[int, bytes, _Line]]:
             yield number, text, line
 
 
-async def _answer_file(settings: Settings, input: Path, output: Path, total: int, count: _Count) -> None:
+async def _answer_file(settings: Settings, input: Path, sink: BinaryIO, total: int, count: _Count) -> None:
     from tqdm import tqdm
 
     with LoadingDisplay() as display:
         async with open_engine(settings.config, report=display.report, tune_interpreter=True) as engine:
             display.stop()
-            with output.open("wb") as sink, tqdm(total=total, unit="request", disable=None) as bar:
+            with tqdm(total=total, unit="request", disable=None) as bar:
 
                 def write(record: LineRecord) -> None:
                     sink.write(record.text + b"\n")

@@ -15,6 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from trio_llm.cli.output_file import check_output
 from trio_llm.errors import RecordError
 from trio_llm.replay import Replay
 from trio_llm.replay.export import write_chrome, write_csv
@@ -24,9 +25,19 @@ _WRITERS: dict[str, Callable[[Replay, TextIO], None]] = {"chrome": write_chrome,
 
 
 def run(path: Path, *, form: str, output: Path | None, steps: tuple[int, int] | None, requests: bool) -> None:
-    """Print or write a record. Raises ClickException if it cannot be read or replayed."""
+    """Print or write a record.
+
+    Raises:
+        ClickException: It cannot be read or replayed, options do not go together, or the output is the record.
+    """
+    if form in _WRITERS and (steps is not None or requests):
+        raise click.UsageError("--steps and --requests print tables: leave out --format.")
+    if form not in _WRITERS and output is not None:
+        raise click.UsageError(f"--output is for --format {' and '.join(_WRITERS)}.")
     try:
         replay = Replay.open(path)
+        if output is not None:
+            check_output(output, replay.record.path)
         if replay.record.notice is not None:
             click.echo(f"note: {replay.record.notice}", err=True)
         if form in _WRITERS:
