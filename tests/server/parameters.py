@@ -140,7 +140,7 @@ ROWS = [
     Row("min_tokens", asked("min_tokens", 0, 3), [-1, {"min_tokens": 9, "max_tokens": 8}]),
     Row("logit_bias", [({"logit_bias": {str(A): 100, "5": -100.0}}, param("logit_bias", {A: 100, 5: -100}))],
         [{"logit_bias": {"x": 1}}, {"logit_bias": {"-1": 1}}, {"logit_bias": {"99999": 1}},
-         {"logit_bias": {"1": 100.5}}, []]),
+         {"logit_bias": {"1": 1, "01": 2}}, {"logit_bias": {"1": 100.5}}, []]),
     Row("allowed_token_ids", [([A], param("allowed_token_ids", (A,)))], [[], [-1], [10**6], ["a"]]),
     Row("bad_words", [(["ab"], lambda s: set(s.params.bad_words_token_ids) == {(A, B), (SPACE, A, B)})],
         ["ab", [""], ["x"] * 129, ["x" * 1025]]),

@@ -132,7 +132,9 @@ async def test_truncation_to_the_context(app: ServerApp) -> None:
     """-1 keeps what fits, of any length."""
     body = (await complete(app, "x" * 5000, truncate_prompt_tokens=-1, max_tokens=4)).json()
     assert body["usage"]["prompt_tokens"] == 511
-    assert (await refused(app, truncate_prompt_tokens=0))["param"] == "truncate_prompt_tokens"
+    error = await refused(app, truncate_prompt_tokens=0)
+    assert error["param"] == "truncate_prompt_tokens"
+    assert error["message"] == "truncate_prompt_tokens = 0 is not allowed: at least 1, or -1 for as many as fit."
 
 
 async def test_samples(app: ServerApp) -> None:

@@ -82,7 +82,7 @@ def split_prompts(prompt: str | list[Any], field: str, limit: int, setting: str)
     if _are_ids(prompt):
         return (cast("list[int]", prompt),)
     if not prompt:
-        raise InvalidRequestError(f"{field} must hold at least one prompt.", param=field)
+        raise InvalidRequestError(f"{field} must not be an empty list.", param=field)
     if len(prompt) > limit:
         raise too_much(f"{field}: {len(prompt)} is too many", limit, setting, field)
     for item in prompt:
@@ -113,13 +113,24 @@ def check_chars(services: Services, text: str, what: str, body: GenerationBody) 
 def fit(services: Services, ids: list[int], what: str, body: GenerationBody) -> list[int]:
     """Truncate as requested, and refuse prompts that are empty or leave no room for one output token."""
     max_model_len = services.engine.info.max_model_len
-    if (keep := body.truncate_prompt_tokens) is not None:
-        if keep == 0:
-            raise InvalidRequestError("truncate_prompt_tokens = 0 is not allowed.", param="truncate_prompt_tokens")
-        keep = max_model_len - 1 if keep == -1 else keep
+    if (keep := kept_tokens(body.truncate_prompt_tokens, max_model_len - 1)) is not None:
         ids = ids[:keep] if body.truncation_side == "right" else ids[-keep:]
     check_prompt_length(len(ids), max_model_len, generates=True, name=what)
     return ids
+
+
+def kept_tokens(truncate: int | None, fitting: int) -> int | None:
+    """Return how many tokens `truncate_prompt_tokens` keeps, if any number: -1 stands for as many as fit.
+
+    Raises:
+        InvalidRequestError: It would keep none.
+    """
+    if truncate == 0:
+        raise InvalidRequestError(
+            "truncate_prompt_tokens = 0 is not allowed: at least 1, or -1 for as many as fit.",
+            param="truncate_prompt_tokens",
+        )
+    return fitting if truncate == -1 else truncate
 
 
 def token_texts(tokenizer: Tokenizer, ids: Sequence[int]) -> str:

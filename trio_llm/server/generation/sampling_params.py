@@ -97,6 +97,7 @@ def _repetition(detection: requests.RepetitionDetection | None) -> RepetitionDet
 
 def _logit_bias(biases: Mapping[str, float]) -> dict[int, float]:
     for key in biases:
-        if not re.fullmatch(r"[0-9]{1,10}", key):
+        # One spelling for each id: of "7" and "07", one would be lost.
+        if not re.fullmatch(r"0|[1-9][0-9]{0,9}", key):
             raise InvalidRequestError(f"logit_bias: {key[:64]!r} is not a token id.", param="logit_bias")
     return {int(key): bias for key, bias in biases.items()}

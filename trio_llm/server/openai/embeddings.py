@@ -18,8 +18,9 @@ from trio_llm.errors import InvalidRequestError
 from trio_llm.messages import Usage
 from trio_llm.params import PoolingParams, Submission, check_prompt_length
 from trio_llm.server.answers.models import Embeddings, PromptUsage, Vector
+from trio_llm.server.bodies.error_fields import fields_renamed
 from trio_llm.server.bodies.request_body import read_body
-from trio_llm.server.generation.prompts import encode_texts, run, split_prompts
+from trio_llm.server.generation.prompts import encode_texts, kept_tokens, run, split_prompts
 from trio_llm.server.generation.respond import Caller
 from trio_llm.server.services import Services
 
@@ -82,7 +83,7 @@ async def embed(services: Services, body: EmbeddingBody, caller: Caller) -> Any:
     submissions = [
         Submission(ids, params, priority=body.priority or 0, background=caller.background, salt=salt) for ids in inputs
     ]
-    with caller.deadline.enforced():
+    with caller.deadline.enforced(), fields_renamed({"prompt": "input"}):
         results = await _embed_all(submissions, partial(services.engine.embed, submitted=services.submitted(params)))
     encode = _base64 if body.encoding_format == "base64" else list[float]
     prompt_tokens = sum(usage.prompt_tokens for _, usage in results)
@@ -114,10 +115,10 @@ async def _inputs(services: Services, body: EmbeddingBody) -> list[list[int]]:
     return [_fit(ids, longest, body.truncate_prompt_tokens) for ids in inputs]
 
 
-def _fit(ids: list[int], longest: int, keep: int | None) -> list[int]:
+def _fit(ids: list[int], longest: int, truncate: int | None) -> list[int]:
     """Truncate as requested, and refuse inputs that are empty or too long."""
-    if keep is not None:
-        ids = ids[-(longest if keep == -1 else keep) :] if keep else []
+    if (keep := kept_tokens(truncate, longest)) is not None:
+        ids = ids[-keep:]
     check_prompt_length(len(ids), longest, generates=False, name="input")
     return ids
 
