@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -230,7 +231,17 @@ def test_import_is_light() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_other_threads_run_while_a_long_text_is_tokenized() -> None:
+MANY_IDS = [TOKENIZER.encode("word")[0]] * 1_000_000
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda: TOKENIZER.encode("a long text of many words " * 20_000),
+        lambda: TOKENIZER.decode(MANY_IDS),
+    ],
+)
+def test_other_threads_run_while_a_long_text_is_tokenized(work: Callable[[], object]) -> None:
     """Tokenizing does not hold the GIL: a thread beside it is never stopped for as long as half of it takes."""
     over, gaps = threading.Event(), [0.0]
 
@@ -243,11 +254,21 @@ def test_other_threads_run_while_a_long_text_is_tokenized() -> None:
     beside = threading.Thread(target=tick)
     beside.start()
     began = time.perf_counter()
-    TOKENIZER.encode("a long text of many words " * 20_000)
+    work()
     took = time.perf_counter() - began
     over.set()
     beside.join()
     assert gaps[0] < took / 2
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_many_tokens_are_decoded_like_few(skip: bool) -> None:
+    """A long decode goes another way, to the same text and the same refusals."""
+    ids = [i % TOKENIZER.vocab_size for i in range(5000)]
+    assert TOKENIZER.decode(ids, skip_special_tokens=skip) == TOKENIZER._tokenizer.decode(ids, skip_special_tokens=skip)
+    for outside in (-1, 2**32):
+        with pytest.raises(InvalidRequestError, match=rf"Token id {outside} is out of range: 0 to "):
+            TOKENIZER.decode([*ids, outside])
 
 
 def test_an_absurd_id_is_refused() -> None:

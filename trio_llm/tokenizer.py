@@ -29,6 +29,8 @@ MAX_TOKENS = 2**22
 if TYPE_CHECKING:
     import tokenizers
 
+# A batch of one costs no more than a single decode from here on, which takes under a millisecond.
+_LONG_TOKENS = 1024
 _SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _CONTROL_SPELLING = re.compile(r"<[|｜].*[|｜]>", re.DOTALL)
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
@@ -162,6 +164,8 @@ class Tokenizer:
         """
         # Once per token of every stream: neither a context manager nor a look at each id.
         try:
+            if len(token_ids) > _LONG_TOKENS:  # As in `encode`; few take twice as long so.
+                return self._tokenizer.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)[0]
             return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
         except OverflowError:
             outside = next(token_id for token_id in token_ids if not 0 <= token_id < 2**32)

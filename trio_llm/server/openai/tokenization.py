@@ -85,15 +85,15 @@ def register(app: QuartTrio, services: Services) -> None:
         body = await read_body(DetokenizeBody)
         services.check_model(body.model)
 
-        def decode() -> str:
+        def answer() -> Response:
             for token_id in body.tokens:
                 if not 0 <= token_id < info.vocab_size:
                     raise InvalidRequestError(
                         f"Token id {token_id} is not allowed: 0 to {info.vocab_size - 1}.", param="tokens"
                     )
-            return tokenizer.decode(body.tokens, skip_special_tokens=False)
+            return json_response(Detokenized(prompt=tokenizer.decode(body.tokens, skip_special_tokens=False)))
 
-        return json_response(Detokenized(prompt=await run(services, decode, chars=len(body.tokens))))
+        return await run(services, answer, chars=len(body.tokens))
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:
