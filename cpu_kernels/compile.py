@@ -1,7 +1,7 @@
 """Compile the C++ sources to one shared library for this processor, cached on disk.
 
-Every source is compiled by itself, several at a time, and the objects are linked. Objects and libraries are kept under
-the hash of all that went into them: expanded text, flags, compiler and processor.
+The sources are compiled in a few parts, several at a time, and the objects are linked. Objects and libraries are kept
+under the hash of all that went into them: expanded text, flags, compiler and processor.
 """
 
 from __future__ import annotations
@@ -20,16 +20,25 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import chain
 from pathlib import Path
 from typing import IO
 
 import kernel_cache
 
 SOURCES = Path(__file__).parent
-# The slowest to compile first.
-NAMES = ("linear", "attention", "pack", "pool", "kv_write", "moe", "act", "norm", "sample", "logprobs", "mask", "step")
+# The slowest to compile first. Small sources share a part: most of the time goes into the headers.
+PARTS = (
+    ("attention",),
+    ("linear",),
+    ("moe", "kv_write", "norm", "act"),
+    ("sample", "logprobs", "mask"),
+    ("pack", "pool", "step"),
+)
+NAMES = tuple(name for part in PARTS for name in part)
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-pthread")
 NO_COMPILER = "no C++ compiler was found: install g++ or clang++, or pip install 'trio-llm[cpu]'"
 _POLL_S = 0.2
@@ -41,9 +50,9 @@ class CompileError(Exception):
     """There is no compiler, or it refused a source."""
 
 
-def expand(name: str) -> str:
-    """Return the text of a source with its headers expanded."""
-    return kernel_cache.expand(SOURCES / f"{name}.cpp")
+def expand(*names: str) -> str:
+    """Return the text of sources with their headers expanded."""
+    return kernel_cache.expand(*[SOURCES / f"{name}.cpp" for name in names])
 
 
 def find_compiler() -> list[str]:
@@ -87,30 +96,35 @@ def build(
     """Compile and link, or take from the cache; return the library's path.
 
     Args:
-        report: Receives how many of how many sources are compiled, a few times a second; not called where nothing has
-            to be. What it raises ends the compilers.
+        report: Receives how many of how many parts are compiled, a few times a second; not called where nothing has to
+            be. What it raises ends the compilers.
         flags: Of the compiler; None means FLAGS and those for this processor.
-        texts: Expanded sources in place of the package's own, by name.
+        texts: Expanded sources in place of the package's own, by name. They are parts of their own.
     Raises:
         CompileError: There is no compiler, or it refused a source.
     """
     compiler = find_compiler()
     flags = (*FLAGS, *native_flags()) if flags is None else flags
-    sources = {name: expand(name) for name in NAMES} | dict(texts or {})
+    parts = {"+".join(part): expand(*part) for part in _parts(set(texts or ()))} | dict(texts or {})
     base = [*compiler, _version(tuple(compiler)), processor(), *flags]
-    objects = [_keyed(".o", *base, sources[name]) for name in NAMES]
+    objects = [_keyed(".o", *base, text) for text in parts.values()]
     library = _keyed(".so", *base, *map(str, objects))
     if library.exists():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
     with (library.parent / "cpu.lock").open("w") as lock:
         while not _locked(lock):  # Processes that start together compile once.
-            report(0, len(NAMES))
+            report(0, len(parts))
             time.sleep(_POLL_S)
-        _build_missing(compiler, flags, sources, dict(zip(NAMES, objects, strict=True)), report)
+        _build_missing(compiler, flags, parts, dict(zip(parts, objects, strict=True)), report)
         if not library.exists():
             _make(library, [*compiler, "-shared", *flags, *map(str, objects), "-o"], "linking")
     return library
+
+
+def _parts(alone: AbstractSet[str]) -> Iterable[tuple[str, ...]]:
+    """Return the parts in which the sources are compiled. One of `alone` is one, and so are its companions."""
+    return chain.from_iterable(zip(part, strict=True) if alone & set(part) else [part] for part in PARTS)
 
 
 def _locked(lock: IO[str]) -> bool:
@@ -124,14 +138,14 @@ def _locked(lock: IO[str]) -> bool:
 def _build_missing(
     compiler: Sequence[str],
     flags: Sequence[str],
-    sources: Mapping[str, str],
+    parts: Mapping[str, str],
     objects: Mapping[str, Path],
     report: Callable[[int, int], None],
 ) -> None:
     missing = [name for name, path in objects.items() if not path.exists()]
     stop = threading.Event()
     with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as threads:
-        jobs = [threads.submit(_compile, compiler, flags, name, sources[name], objects[name], stop) for name in missing]
+        jobs = [threads.submit(_compile, compiler, flags, name, parts[name], objects[name], stop) for name in missing]
         try:
             for done, job in enumerate(jobs):
                 report(done, len(jobs))

@@ -30,18 +30,18 @@ def directory() -> Path:
 
 
 @functools.cache
-def expand(source: Path) -> str:
-    """Return the text of a source with the headers of its directory expanded, each once."""
+def expand(*sources: Path) -> str:
+    """Return the text of sources of one directory, with the headers there expanded, each once."""
     seen: set[str] = set()
 
     def include(found: re.Match[str]) -> str:
         if found[1] in seen:
             return ""
         seen.add(found[1])
-        return body(found[1])
+        return body(sources[0].parent / found[1])
 
-    def body(name: str) -> str:
-        text = (source.parent / name).read_text(encoding="utf-8").replace("#pragma once\n", "")
+    def body(source: Path) -> str:
+        text = source.read_text(encoding="utf-8").replace("#pragma once\n", "")
         return _INCLUDE.sub(include, text)
 
-    return body(source.name)
+    return "".join(map(body, sources))

@@ -98,11 +98,11 @@ def test_threads_do_not_race(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "right\n"), done.stderr
 
 
-@pytest.mark.parametrize("name", compiling.NAMES)
-def test_kernels_compile_for_neon(name: str, tmp_path: Path, environment: dict[str, str]) -> None:
+@pytest.mark.parametrize("part", compiling.PARTS, ids="+".join)
+def test_kernels_compile_for_neon(part: tuple[str, ...], tmp_path: Path, environment: dict[str, str]) -> None:
     """Zig compiles every source for a 64-bit ARM server, with integer dot products."""
-    source = tmp_path / f"{name}.cpp"
-    source.write_text(compiling.expand(name))
+    source = tmp_path / "part.cpp"
+    source.write_text(compiling.expand(*part))
     target = ["-target", "aarch64-linux-gnu", "-mcpu=neoverse_n1", "-std=c++20", "-O0", "-fPIC"]
     command = [*zig(), *target, "-c", str(source), "-o", str(tmp_path / "out.o")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -129,7 +129,7 @@ def test_clang_moves_lanes_without_loops(processor: str, tmp_path: Path, environ
 def test_the_cache_is_keyed_by_all_that_matters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another text, flag or processor is another library; the same again compiles nothing."""
     monkeypatch.setenv("TRIO_LLM_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(compiling, "NAMES", ("act",))
+    monkeypatch.setattr(compiling, "PARTS", (("act",),))
     told: list[tuple[int, int]] = []
     first = compiling.build(lambda *at: told.append(at), flags=("-std=c++20", "-O0", "-fPIC"))
     assert list(dict.fromkeys(told)) == [(0, 1), (1, 1)]
@@ -155,7 +155,7 @@ def test_no_compiler_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_source_that_does_not_compile_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The message holds the source's name and the compiler's own words, and nothing broken is kept."""
     monkeypatch.setenv("TRIO_LLM_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(compiling, "NAMES", ("act",))
+    monkeypatch.setattr(compiling, "PARTS", (("act",),))
     with pytest.raises(compiling.CompileError, match=r"act: (?s:.*)error"):
         compiling.build(texts={"act": "this is no C++"})
     assert list(tmp_path.rglob("*.so")) == list(tmp_path.rglob("*.o")) == []
