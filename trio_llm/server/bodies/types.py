@@ -113,7 +113,7 @@ class GenerationBody(Struct, kw_only=True):
         repetition_penalty: Divide the logits of tokens that prompt or answer already have; 1 for no effect.
         logit_bias: Token id -> number that is added to its logit.
         allowed_token_ids: Sample from these tokens only.
-        bad_words: Texts that the answer never contains.
+        bad_words: Texts whose tokens the answer never has, with or without a space before them.
         seed: Makes sampling repeatable.
         n: Samples of each prompt.
         best_of: Must equal `n`.
