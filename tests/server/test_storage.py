@@ -16,7 +16,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from trio_llm.errors import ConfigError
+from trio_llm.errors import ConfigError, InvalidRequestError
 from trio_llm.server.batches.batch_store import BatchStore, LineError, LineRecord, PendingLine, read_line
 from trio_llm.server.batches.database import Database, is_id, new_id
 from trio_llm.server.batches.disk import Disk
@@ -164,6 +164,20 @@ def test_paging_shows_every_batch_once(files: FileStore, batches: BatchStore) ->
     first, more = batches.page(limit=3)
     second, end = batches.page(after=first[-1]["id"], limit=3)
     assert [batch["id"] for batch in first + second] == made[::-1] and more and not end
+
+
+def test_a_page_after_what_is_not_there_is_no_end(files: FileStore, batches: BatchStore) -> None:
+    """Who deletes what a page showed, and asks for the next one, is told so; others' entries do not count."""
+    first, second = put(files), put(files)
+    batch_id = new_batch(batches, first)
+    assert files.page(after=second, limit=1, newest_first=True)[0][0].id == first
+    assert files.delete(second)
+    for owner, after in (("", second), ("", "nope"), ("key-b", first)):
+        with pytest.raises(InvalidRequestError, match=rf"after = '{after}' is none of the files that there are\."):
+            files.page(owner=owner, after=after, limit=1, newest_first=True)
+    for owner, after in (("", first), ("key-b", batch_id)):
+        with pytest.raises(InvalidRequestError, match=rf"after = '{after}' is none of the batches that there are\."):
+            batches.page(owner=owner, after=after, limit=1)
 
 
 def test_an_expired_file_is_gone(files: FileStore, database: Database, clock: Clock) -> None:

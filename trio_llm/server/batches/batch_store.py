@@ -20,7 +20,7 @@ import msgspec
 
 from trio_llm.server.answers.base import CachedTokens, ReasoningTokens
 from trio_llm.server.answers.stored import Batch, BatchFaults, BatchUsage, LineCounts
-from trio_llm.server.batches.database import Database, new_id
+from trio_llm.server.batches.database import Database, check_cursor, new_id
 from trio_llm.server.batches.file_store import FileStore, FileWriter
 
 ENDED = ("completed", "failed", "expired", "cancelled")
@@ -118,7 +118,12 @@ class BatchStore:
         return None if row is None else _to_openai(row)
 
     def page(self, *, owner: str = "", after: str | None = None, limit: int) -> tuple[list[dict[str, Any]], bool]:
-        """Return one page, newest first, and whether more follow."""
+        """Return one page, newest first, and whether more follow.
+
+        Raises:
+            InvalidRequestError: There is no batch `after`.
+        """
+        check_cursor(self._connection, "batches", after, owner)
         rows = self._connection.execute(
             "SELECT * FROM batches WHERE owner = :owner AND"
             " (:after IS NULL OR rowid < (SELECT rowid FROM batches WHERE id = :after AND owner = :owner))"

@@ -18,9 +18,9 @@ import weakref
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
-from trio_llm.errors import ConfigError
+from trio_llm.errors import ConfigError, InvalidRequestError
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +154,19 @@ class Database:
 
 class _UnusableError(Exception):
     """A requirement that a data directory does not meet."""
+
+
+def check_cursor(
+    connection: sqlite3.Connection, table: Literal["files", "batches"], after: str | None, owner: str
+) -> None:
+    """Refuse a page after an entry that is not there, for example deleted: an empty page would look like the end.
+
+    Raises:
+        InvalidRequestError: This owner has no such entry.
+    """
+    query = f"SELECT 1 FROM {table} WHERE id = ? AND owner = ?"  # noqa: S608 - one of two names
+    if after is not None and connection.execute(query, (after, owner)).fetchone() is None:
+        raise InvalidRequestError(f"after = {after[:80]!r} is none of the {table} that there are.", param="after")
 
 
 def _refused(directory: Path, error: Exception) -> ConfigError:

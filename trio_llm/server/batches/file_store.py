@@ -13,7 +13,7 @@ from typing import BinaryIO, Self
 import attrs
 
 from trio_llm.server.answers.stored import File
-from trio_llm.server.batches.database import Database, is_id, new_id
+from trio_llm.server.batches.database import Database, check_cursor, is_id, new_id
 from trio_llm.server.bodies.size_limits import flag_of
 from trio_llm.server.errors import HttpError
 
@@ -109,7 +109,12 @@ class FileStore:
     def page(
         self, *, owner: str = "", purpose: str | None = None, after: str | None = None, limit: int, newest_first: bool
     ) -> tuple[list[StoredFile], bool]:
-        """Return one page and whether more follow. `after` is the id of the last file of the page before."""
+        """Return one page and whether more follow. `after` is the id of the last file of the page before.
+
+        Raises:
+            InvalidRequestError: There is no file `after`.
+        """
+        check_cursor(self._database.connection, "files", after, owner)
         order, beyond = ("DESC", "<") if newest_first else ("ASC", ">")
         # Ids are random. rowid increases with every insert, so it is the order of creation.
         rows = self._database.connection.execute(
