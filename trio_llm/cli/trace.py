@@ -55,7 +55,11 @@ def _show(replay: Replay, steps: tuple[int, int] | None, *, requests: bool) -> N
     lives, rows = follow(replay)
     console = Console()
     if steps is not None:
-        console.print(_steps_table([row for row in rows if steps[0] <= row.step <= steps[1]]))
+        shown = [row for row in rows if steps[0] <= row.step <= steps[1]]
+        if not shown:
+            reach = f"{replay.first_step} to {replay.last_step}"
+            raise click.UsageError(f"There is no step from {steps[0]} to {steps[1]}: the record has {reach}.")
+        console.print(_steps_table(shown))
     if requests:
         console.print(_requests_table(lives))
     if steps is None and not requests:
