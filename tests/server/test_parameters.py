@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -86,6 +87,8 @@ async def test_bad_values_are_refused_by_name(model: Model, row: Row, path: str)
         assert answer.status == 400, (value, answer.status)
         error = answer.json()["error"]
         assert error["param"].split(".")[0].split("[")[0] == row.name, (value, error)
+        assert row.name in error["message"], (value, error)
+        assert not re.search(r"\(\S+,\)", error["message"]), (value, "a tuple is no word of the API", error)
     assert not model.admitted
 
 

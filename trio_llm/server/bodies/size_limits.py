@@ -32,7 +32,7 @@ def check_amounts(body: Struct, limits: LimitsConfig) -> None:
     _check_count(body, "messages", limits.max_messages, "max_messages")
     _check_count(body, "stop_token_ids", limits.max_stop_token_ids, "max_stop_token_ids")
     _check_count(body, "logit_bias", limits.max_logit_bias, "max_logit_bias")
-    _check_stop(getattr(body, "stop", None) or (), limits)
+    _check_stop(getattr(body, "stop", None), limits)
     _check_metadata(getattr(body, "metadata", None) or {}, limits)
 
 
@@ -61,8 +61,8 @@ def _at_most(field: str, amount: int, limit: int, setting: str, param: str | Non
         raise too_much(f"{field}: {amount} is too many", limit, setting, param or field)
 
 
-def _check_stop(stop: str | Sequence[str], limits: LimitsConfig) -> None:
-    strings = (stop,) if isinstance(stop, str) else stop
+def _check_stop(stop: str | Sequence[str] | None, limits: LimitsConfig) -> None:
+    strings = (stop,) if isinstance(stop, str) else stop or ()
     if len(strings) > (limit := limits.max_stop_strings):
         raise too_much(f"{len(strings)} stop strings are too many", limit, "max_stop_strings", "stop")
     for string in strings:

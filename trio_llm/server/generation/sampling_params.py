@@ -32,7 +32,7 @@ def sampling_params(
     Raises:
         InvalidRequestError: Names the field, its value and what is allowed.
     """
-    _check_together(body, max_tokens)
+    _check_together(body, max_tokens, logprobs)
     given: dict[str, Any] = {name: getattr(body, name) for name in _NAMED if getattr(body, name) is not None}
     for name in _DEFAULTED:
         value = getattr(body, name)
@@ -58,7 +58,7 @@ def sampling_params(
     )
 
 
-def _check_together(body: GenerationBody, max_tokens: int | None) -> None:
+def _check_together(body: GenerationBody, max_tokens: int | None, logprobs: int | None) -> None:
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise InvalidRequestError(f"best_of = {body.best_of} is not supported: it must equal n.", param="best_of")
     if body.min_tokens is not None and max_tokens is not None and body.min_tokens > max_tokens:
@@ -66,11 +66,13 @@ def _check_together(body: GenerationBody, max_tokens: int | None) -> None:
             f"min_tokens = {body.min_tokens} is not allowed: at most max_tokens, {max_tokens}.", param="min_tokens"
         )
     if body.stream_options is not None and not body.stream:
-        raise InvalidRequestError("Stream options can only be defined when `stream=True`.", param="stream_options")
+        raise InvalidRequestError("stream_options needs `stream=True`.", param="stream_options")
     if body.stream_interval not in (None, 1) and not body.stream:
         raise InvalidRequestError("stream_interval needs `stream=True`.", param="stream_interval")
     if body.return_progress and not body.stream:
         raise InvalidRequestError("return_progress needs `stream=True`.", param="return_progress")
+    if body.logprob_token_ids and logprobs is None:
+        raise InvalidRequestError("logprob_token_ids needs logprobs.", param="logprob_token_ids")
     if body.prompt_logprobs is not None and body.stream:
         raise InvalidRequestError("prompt_logprobs are not available when `stream=True`.", param="prompt_logprobs")
 
