@@ -47,33 +47,31 @@ def measure_ours(model: str, kind: str, threads: int) -> dict[str, Any]:
     of_file = GGUF_DTYPES.get(Path(model).stem.rpartition(".")[2], "auto")
     dtype, quantization = OURS.get(kind, (of_file, None))
     settings: Any = {"quantization": quantization} if quantization else {}
-    runner = load_runner(
-        EngineConfig(
-            model=model,
-            dtype=dtype,
-            device="cpu",
-            num_kv_blocks=600,
-            max_batch_size=32,
-            cpu_threads=threads,
-            **settings,
-        )
+    config = EngineConfig(
+        model=model, dtype=dtype, device="cpu", num_kv_blocks=600, max_batch_size=32, cpu_threads=threads, **settings
     )
+    runner, budget = load_runner(config), config.decided(on_gpu=False).step_tokens
     found: dict[str, Any] = {"load s": time.perf_counter() - began, "bytes": runner.budget.weight_bytes}
     params, block = SamplingParams(temperature=0), runner.info.kv_groups[0].block_size
     step = 0
 
     def run(rows: int, start: int, count: int, *, first: bool) -> float:
+        """Compute `count` tokens of each row from `start` on, in steps as the scheduler makes them."""
         nonlocal step
-        step += 1
         ids, width = tuple(range(rows)), -(-(CONTEXT + DECODES if count < 512 else count) // block)
-        tokens = tuple(5 + i % (runner.info.vocab_size - 5) for i in range(count)) * rows
-        admitted = tuple(Admission(i, tokens[:count], count, params) for i in ids) if first else ()
+        tokens = tuple(5 + i % (runner.info.vocab_size - 5) for i in range(count))
+        admitted = tuple(Admission(i, tokens, count, params) for i in ids) if first else ()
         blocks = tuple(((0, tuple(range(1 + i * width, 1 + (i + 1) * width))),) if first else () for i in ids)
-        plan = StepPlan(
-            step, ids if first else (), admitted, ids, (start,) * rows, (count,) * rows, tokens, (True,) * rows, blocks
-        )
+        plans: list[StepPlan] = []
+        for done in range(0, count, budget // rows):
+            step += 1
+            chunk = tokens[done : done + budget // rows]
+            starts, counts, samples = (start + done,) * rows, (len(chunk),) * rows, (done + len(chunk) == count,) * rows
+            news = ((), (), ((),) * rows) if done else (ids if first else (), admitted, blocks)
+            plans.append(StepPlan(step, news[0], news[1], ids, starts, counts, chunk * rows, samples, news[2]))
         at = time.perf_counter()
-        runner.step(plan)
+        for plan in plans:
+            runner.step(plan)
         return time.perf_counter() - at
 
     run(1, 0, CONTEXT, first=True)

@@ -134,7 +134,7 @@ def main(checkpoint: str, file: str) -> None:
     print("| weights | weights | loading | KV cache | workspace | total | peak of loading | after it | peak of steps |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name, settings in cases.items():
-        found = watch({"num_kv_blocks": 256, "device": "cpu", **settings})
+        found = watch({"num_kv_blocks": 256, "max_num_batched_tokens": 2048, "device": "cpu", **settings})
         start = found["start"]
         columns = [found[part] for part in ("weights", "loading", "kv", "workspace", "total")]
         columns += [found[part] - start for part in ("peak load", "after load", "peak steps")]

@@ -11,7 +11,7 @@ from typing import Literal
 import attrs
 
 from trio_llm.errors import ConfigError
-from trio_llm.limits import LimitsConfig
+from trio_llm.limits import AuthConfig, LimitsConfig
 from trio_llm.setting import setting
 
 
@@ -176,8 +176,12 @@ class EngineConfig:
         at_least=1,
         at_most=65_536,
     )
-    max_num_batched_tokens: int = setting(
-        2048, "Maximum number of tokens in one step.", flags=("--max-num-batched-tokens",), at_least=1
+    max_num_batched_tokens: int | None = setting(
+        None,
+        "Maximum number of tokens in one step. Default: 512 on a CPU (more make a step longer and no token cheaper), "
+        "2048 on a GPU; at least max_batch_size.",
+        flags=("--max-num-batched-tokens",),
+        at_least=1,
     )
     target_step_s: float | None = setting(
         None,
@@ -330,10 +334,17 @@ class EngineConfig:
             raise ConfigError("prompt_lookup_min", self.prompt_lookup_min, "EngineConfig", allowed)
 
     def decided(self, *, on_gpu: bool) -> EngineConfig:
-        """Return a copy in which `async_scheduling` and `target_step_s` are decided."""
+        """Return a copy in which `async_scheduling`, `max_num_batched_tokens` and `target_step_s` are decided."""
+        tokens = self.max_num_batched_tokens or max(2048 if on_gpu else 512, self.max_batch_size)
         overlap = on_gpu if self.async_scheduling is None else self.async_scheduling
         target_s = (0.0 if on_gpu else 0.15) if self.target_step_s is None else self.target_step_s
-        return attrs.evolve(self, async_scheduling=overlap, target_step_s=target_s)
+        return attrs.evolve(self, async_scheduling=overlap, max_num_batched_tokens=tokens, target_step_s=target_s)
+
+    @property
+    def step_tokens(self) -> int:
+        """Maximum number of tokens in one step."""
+        assert self.max_num_batched_tokens is not None, "call decided() first"
+        return self.max_num_batched_tokens
 
     @property
     def steps_in_flight(self) -> int:
@@ -348,46 +359,7 @@ class EngineConfig:
     @property
     def max_tokens_in_flight(self) -> int:
         """Maximum number of tokens of one sequence in these steps."""
-        chunk = min(self.long_prefill_token_threshold or self.max_num_batched_tokens, self.max_num_batched_tokens)
-        return self.steps_in_flight * chunk
-
-
-@attrs.frozen(kw_only=True)
-class AuthConfig:
-    """API keys and rate limits."""
-
-    api_keys: tuple[str, ...] = setting(
-        (), "Accepted API keys. Empty disables authentication.", env="VLLM_API_KEY", flags=("--api-key",), secret=True
-    )
-    api_key_file: str | None = setting(None, "File with one accepted API key per line.", flags=("--api-key-file",))
-    admin_api_keys: tuple[str, ...] = setting(
-        (),
-        "API keys that may call /shutdown. If any is set, only these may. They are accepted everywhere else too.",
-        env="VLLM_ADMIN_API_KEY",
-        flags=("--admin-api-key",),
-        secret=True,
-    )
-    public_metrics: bool = setting(False, "Serve /metrics without an API key.", flags=("--public-metrics",))
-    require_auth: bool = setting(
-        False, "Refuse to start without an API key.", env="VLLM_REQUIRE_AUTH", flags=("--require-auth",)
-    )
-    rate_limit_requests: int = setting(
-        100,
-        "Maximum number of requests per window for each API key or, without keys, for each client address other than "
-        "this machine's. 0 means no limit.",
-        flags=("--rate-limit-requests",),
-        at_least=0,
-    )
-    rate_limit_tokens: int = setting(
-        0,
-        "Maximum number of prompt and output tokens per window for each API key or, without keys, for each client "
-        "address other than this machine's. 0 means no limit.",
-        flags=("--rate-limit-tokens",),
-        at_least=0,
-    )
-    rate_limit_window_secs: float = setting(
-        60.0, "Length of the rate limit window, in seconds.", flags=("--rate-limit-window-secs",), at_least=0.001
-    )
+        return self.steps_in_flight * min(self.long_prefill_token_threshold or self.step_tokens, self.step_tokens)
 
 
 @attrs.frozen(kw_only=True)

@@ -1,10 +1,48 @@
-"""The settings of the section `limits`: how much one client, connection or request may use (floor 0)."""
+"""The settings of the sections `auth` and `limits`: who may use the server, and how much of it (floor 0)."""
 
 from __future__ import annotations
 
 import attrs
 
 from trio_llm.setting import setting
+
+
+@attrs.frozen(kw_only=True)
+class AuthConfig:
+    """API keys and rate limits."""
+
+    api_keys: tuple[str, ...] = setting(
+        (), "Accepted API keys. Empty disables authentication.", env="VLLM_API_KEY", flags=("--api-key",), secret=True
+    )
+    api_key_file: str | None = setting(None, "File with one accepted API key per line.", flags=("--api-key-file",))
+    admin_api_keys: tuple[str, ...] = setting(
+        (),
+        "API keys that may call /shutdown. If any is set, only these may. They are accepted everywhere else too.",
+        env="VLLM_ADMIN_API_KEY",
+        flags=("--admin-api-key",),
+        secret=True,
+    )
+    public_metrics: bool = setting(False, "Serve /metrics without an API key.", flags=("--public-metrics",))
+    require_auth: bool = setting(
+        False, "Refuse to start without an API key.", env="VLLM_REQUIRE_AUTH", flags=("--require-auth",)
+    )
+    rate_limit_requests: int = setting(
+        100,
+        "Maximum number of requests per window for each API key or, without keys, for each client address other than "
+        "this machine's. 0 means no limit.",
+        flags=("--rate-limit-requests",),
+        at_least=0,
+    )
+    rate_limit_tokens: int = setting(
+        0,
+        "Maximum number of prompt and output tokens per window for each API key or, without keys, for each client "
+        "address other than this machine's. 0 means no limit.",
+        flags=("--rate-limit-tokens",),
+        at_least=0,
+    )
+    rate_limit_window_secs: float = setting(
+        60.0, "Length of the rate limit window, in seconds.", flags=("--rate-limit-window-secs",), at_least=0.001
+    )
 
 
 @attrs.frozen(kw_only=True)

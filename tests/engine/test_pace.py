@@ -10,6 +10,7 @@ import pytest
 import trio
 
 from tests.engine.fakes import StubRunner, continuation, open_stub
+from trio_llm.config import EngineConfig
 from trio_llm.core.pace import StepPace
 from trio_llm.engine.engine import Engine
 from trio_llm.messages import StepPlan, StepResult
@@ -82,7 +83,9 @@ def prompt(number: int, length: int) -> list[int]:
 async def first_tokens(target_s: float | None) -> list[float]:
     """Return when each of 64 prompts that come at once had its first token, by the simulated clock."""
     runner = SlowRunner()
-    async with open_stub(runner, target_step_s=target_s, enable_prefix_caching=False) as engine:
+    async with open_stub(
+        runner, target_step_s=target_s, max_num_batched_tokens=2048, enable_prefix_caching=False
+    ) as engine:
         async with trio.open_nursery() as nursery:
             for number in range(64):
                 nursery.start_soon(answer, engine, prompt(number, 30), 4)
@@ -127,4 +130,12 @@ async def test_a_request_that_is_alone_is_computed_in_whole_steps() -> None:
     runner = SlowRunner()
     async with open_stub(runner, target_step_s=None) as engine:
         await answer(engine, prompt(1, 1500), 4)
-    assert [plan.counts for plan in runner.plans] == [(1500,), (1,), (1,), (1,)]
+    assert [plan.counts for plan in runner.plans] == [(512,), (512,), (476,), (1,), (1,), (1,)]
+
+
+def test_steps_are_shorter_on_a_cpu_but_have_room_for_every_sequence() -> None:
+    """The default depends on the device and on the number of sequences; what is set is kept."""
+    config = EngineConfig(model="model")
+    assert [config.decided(on_gpu=on_gpu).step_tokens for on_gpu in (False, True)] == [512, 2048]
+    assert EngineConfig(model="model", max_batch_size=600).decided(on_gpu=False).step_tokens == 600
+    assert EngineConfig(model="model", max_num_batched_tokens=7).decided(on_gpu=True).step_tokens == 7

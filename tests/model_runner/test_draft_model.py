@@ -105,7 +105,7 @@ def test_its_memory_is_in_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert kv == 50 * runner.budget.draft_block_bytes == runner._kv.nbytes // 3
     assert runner.budget.draft_bytes == kv + runner.budget.draft_weight_bytes
     plain = load_runner(settings(tmp_path / "model", tmp_path, spec_method="none", num_kv_blocks=50))
-    logits = 2 * 6 * 4 * CONFIG["vocab_size"] * (2048 - 256)  # a row of them for each draft that a step has room for
+    logits = 2 * 6 * 4 * CONFIG["vocab_size"] * (512 - 256)  # a row of them for each draft that a step has room for
     assert runner.budget.workspace_bytes == plain.budget.workspace_bytes + logits
     assert (
         f"{runner.budget.draft_bytes:,} bytes  weights, and {kv // 50:,} bytes in each block" in runner.budget.render()

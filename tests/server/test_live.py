@@ -116,7 +116,7 @@ async def test_rates_and_hits_can_be_computed(autojump_clock: trio.testing.MockC
         assert frame["first_token"]["count"] == 2
         assert frame["first_token"]["p50_ms"] <= frame["first_token"]["p95_ms"]
         assert frame["inter_token"]["count"] > 0
-        assert frame["token_budget"] == 2048
+        assert frame["token_budget"] == 512
 
 
 async def test_nothing_is_built_while_nobody_watches() -> None:

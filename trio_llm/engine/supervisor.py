@@ -149,7 +149,7 @@ async def _serve(
     send_ask, asks = trio.open_memory_channel[BlockAsk](1)
     send_grant, grants = trio.open_memory_channel[BlockGrant](1)
     depth, pace = config.steps_in_flight, _pace(config)
-    live = Live(scheduler, blocks, history, metrics, pace, config.max_num_batched_tokens, trace)
+    live = Live(scheduler, blocks, history, metrics, pace, config.step_tokens, trace)
     with (
         open_recorder(config, info, setup, scheduler, blocks, metrics.registry) as recorder,
         open_kv_events(config, info, blocks, metrics.registry) as events,
@@ -188,7 +188,7 @@ def core_setup(config: EngineConfig, info: ModelInfo) -> CoreSetup:
     """
     longest = longest_sequence(info.num_kv_blocks - 1, info.kv_groups, config.max_tokens_in_flight)
     return CoreSetup(
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_batched_tokens=config.step_tokens,
         max_batch_size=config.max_batch_size,
         max_model_len=_max_model_len(config, info, longest),
         eos_token_ids=info.eos_token_ids,

@@ -146,7 +146,7 @@ def _available(config: EngineConfig, device: Device, demand: Demand) -> int:
 def _choose(inspected: _Inspected, demand: Demand, settings: dict[str, object], cost: str) -> Choice | None:
     """Return the choice with the fewest devices; None if a device cannot serve even one user."""
     # A step has room for a token of each user.
-    most = min(demand.users, inspected.config.max_num_batched_tokens)
+    most = min(demand.users, inspected.config.step_tokens)
     fewest_too_many = bisect_left(range(1, most + 1), True, key=lambda users: not _serves(inspected, users, demand)) + 1
     if fewest_too_many == 1:
         return None

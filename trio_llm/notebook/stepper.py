@@ -58,7 +58,7 @@ class Stepper:
         self._limits = request_limits(config, info)
         self.scheduler = setup.scheduler()
         self.blocks = setup.block_manager(secret=b"any key will do in a notebook")
-        self.history = History(self.decode, config.max_num_batched_tokens)
+        self.history = History(self.decode, config.step_tokens)
         self.answers: dict[int, list[int]] = {}
         self.ended: dict[int, Finished] = {}
         self.seconds: list[float] = []

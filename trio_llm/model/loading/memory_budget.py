@@ -194,7 +194,7 @@ def _max_blocks(group: KVGroup, plan: ModelPlan, config: EngineConfig) -> int:
 def max_sampled_tokens(config: EngineConfig) -> int:
     """Return the maximum of tokens that a step samples: one per sequence and one after each of its drafts."""
     drafts = 0 if config.spec_method == "none" else config.max_draft_tokens
-    return min(config.max_batch_size * (1 + drafts), config.max_num_batched_tokens)
+    return min(config.max_batch_size * (1 + drafts), config.step_tokens)
 
 
 def _workspace_bytes(plan: ModelPlan, layout: KVLayout, config: EngineConfig) -> int:
@@ -205,8 +205,8 @@ def _workspace_bytes(plan: ModelPlan, layout: KVLayout, config: EngineConfig) ->
     twice as large.
     """
     size, rows = plan.dtype.itemsize, max_sampled_tokens(config)
-    decoded, vocab = min(config.max_batch_size, config.max_num_batched_tokens), plan.config.text.get_int("vocab_size")
-    step = config.max_num_batched_tokens * _token_entries(plan, layout) * size
+    decoded, vocab = min(config.max_batch_size, config.step_tokens), plan.config.text.get_int("vocab_size")
+    step = config.step_tokens * _token_entries(plan, layout) * size
     decodes = decoded * (vocab * (4 + 2 * size) + 2 * _token_entries(plan, layout) * size)
     return _with_kept(step + decodes + rows * vocab * (size + 5 * 4))
 
@@ -274,8 +274,8 @@ def _fitting_flags(budget: MemoryBudget, plan: ModelPlan, config: EngineConfig) 
             if blocks < _min_blocks(plan, smaller):
                 continue
             flags = ["--quantization int8"] if fewer_bytes else []
-            if smaller.max_num_batched_tokens < config.max_num_batched_tokens:
-                flags.append(f"--max-num-batched-tokens {smaller.max_num_batched_tokens}")
+            if smaller.step_tokens < config.step_tokens:
+                flags.append(f"--max-num-batched-tokens {smaller.step_tokens}")
             if smaller.max_batch_size < config.max_batch_size:
                 flags.append(f"--max-batch-size {smaller.max_batch_size}")
             if blocks < budget.num_kv_blocks:
@@ -287,7 +287,7 @@ def _fitting_flags(budget: MemoryBudget, plan: ModelPlan, config: EngineConfig) 
 def _smaller_steps(config: EngineConfig, max_tokens: int, max_sequences: int) -> EngineConfig:
     return attrs.evolve(
         config,
-        max_num_batched_tokens=min(config.max_num_batched_tokens, max_tokens),
+        max_num_batched_tokens=min(config.step_tokens, max_tokens),
         max_batch_size=min(config.max_batch_size, max_sequences),
     )
 

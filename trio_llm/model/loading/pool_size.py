@@ -39,7 +39,7 @@ def measure_room(loaded: LoadedModel, config: EngineConfig, device: Gpu, dispatc
     """
     kernels = dispatch.kernels
     if kernels is not None and kernels.NAME == "cuda" and dispatch.mode != "reference":
-        choose_prefills(loaded.kv_layout, loaded.plan.dtype, kernels, device, config.max_num_batched_tokens)
+        choose_prefills(loaded.kv_layout, loaded.plan.dtype, kernels, device, config.step_tokens)
     workspace = measure_workspace(loaded.model, loaded.kv_layout, config, device)
     # The measured steps have short contexts; a prefill may gather the longest.
     workspace += gathered_bytes(config.max_model_len or loaded.plan.max_model_len)
@@ -88,7 +88,7 @@ def measure_workspace(model: Model, layout: KVLayout, config: EngineConfig, devi
 
     Graphs have their own memory, in addition to that of steps that are launched call by call.
     """
-    tokens, rows = config.max_num_batched_tokens, min(config.max_batch_size, config.max_num_batched_tokens)
+    tokens, rows = config.step_tokens, min(config.max_batch_size, config.step_tokens)
     kv, sampled = KVCache(layout, 2, device.torch_device), max_sampled_tokens(config)
 
     def step(num_rows: int, num_tokens: int) -> None:
