@@ -90,14 +90,16 @@ async def test_a_record_without_tokens_has_none(tmp_path: Path) -> None:
 async def test_files_stay_within_their_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest files are deleted, other files are not, and each file that is left can be replayed."""
     monkeypatch.setattr(recorder, "_GATHER_S", 0.0)
-    (tmp_path / "mine.record").write_bytes(b"kept")
+    mine = [tmp_path / name for name in ("mine.record", "steps-incident.record", "steps-20260102T030405-6.record")]
+    for path in mine:
+        path.write_bytes(b"kept")
     bound = 2**14
     async with open_stub(HashStub(), record=str(tmp_path), record_max_bytes=bound, **SMALL) as engine:
         while value(engine, "bytes") < 4 * bound:
             await busy(engine, 20)
-    files = [path for path in files_of(tmp_path) if path.name != "mine.record"]
+    files = [path for path in files_of(tmp_path) if path not in mine]
     assert sum(path.stat().st_size for path in files) <= bound or len(files) == 1
-    assert (tmp_path / "mine.record").read_bytes() == b"kept"
+    assert [path.read_bytes() for path in mine] == [b"kept"] * len(mine)
     first = [Replay.open(path) for path in files]
     for before, after in pairwise(first):
         machine = Machine(before.setup, before.record.keys, tokens=False, state=before.record.header.state)

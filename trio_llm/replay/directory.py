@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +18,8 @@ from trio_llm.replay.state import State
 FILES = 8
 """The bound is divided among this many files, so a directory loses an eighth of its history at a time."""
 
-_PREFIX = "steps-"
+# The names that `RecordDirectory` gives. Who wants to keep a file gives it another one.
+_NAME = re.compile(rf"steps-\d{{8}}T\d{{6}}-\d+-\d{{6,}}{re.escape(SUFFIX)}")
 
 
 class RecordDirectory:
@@ -36,7 +38,7 @@ class RecordDirectory:
     def __init__(self, path: Path, header: Header, max_bytes: int) -> None:
         self.path, self._header = path, header
         self._max_bytes = max_bytes
-        self._run = f"{_PREFIX}{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
+        self._run = f"steps-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
         self.number = 0
         self._size = self._left = 0
         self._name: Path | None = None
@@ -89,7 +91,7 @@ class RecordDirectory:
 
     def _make_room(self, size: int) -> None:
         """Delete the oldest of the other files until this one fits with `size` bytes."""
-        others = (path for path in self.path.glob(f"{_PREFIX}*{SUFFIX}") if path != self._name)
+        others = (path for path in self.path.iterdir() if _NAME.fullmatch(path.name) and path != self._name)
         files = sorted(others, key=lambda path: (path.stat().st_mtime_ns, path.name))
         sizes = [path.stat().st_size for path in files]
         for at, path in enumerate(files):
