@@ -44,6 +44,15 @@ def test_a_capsule_fails_where_the_core_decides_otherwise(tmp_path: Path, monkey
         capsule.run(path)
 
 
+def test_the_record_is_never_the_capsule(tmp_path: Path) -> None:
+    """Cutting a record into itself would leave one request of it."""
+    whole = recorded().save(tmp_path / "whole.record")
+    before = whole.read_bytes()
+    with pytest.raises(RecordError, match="the record itself"):
+        Replay.open(whole).cut(1, whole)
+    assert whole.read_bytes() == before
+
+
 def test_a_request_that_is_not_all_there_is_refused(tmp_path: Path) -> None:
     """One that never arrived, or that did not end before the record did."""
     tape = recorded()

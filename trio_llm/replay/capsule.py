@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 def cut(replay: Replay, request_id: int, path: Path) -> Path:
     """Write the capsule of a request; see `Replay.cut`."""
     record = replay.record
+    if path.exists() and path.samefile(record.path):
+        raise RecordError(f"{path}: the record itself: a capsule would overwrite it")
     machine = Machine(replay.setup, record.keys, tokens=record.header.tokens, state=record.header.state)
     begin: int | None = None
     state: State | None = None

@@ -194,7 +194,7 @@ class Replay:
         """Write one request, and what shared its steps, to a file that `trio_llm.replay.capsule` replays.
 
         Raises:
-            RecordError: The request did not arrive, or did not end, within the record.
+            RecordError: The request did not arrive, or did not end, within the record, or `path` is the record.
         """
         return cut(self, request_id, Path(path))
 
