@@ -62,4 +62,4 @@ class Progress:
     stage: str
     done: int
     total: int
-    unit: Literal["tensors", "bytes", "steps", "sources", "ranks"] = "tensors"
+    unit: Literal["tensors", "bytes", "steps", "parts", "ranks"] = "tensors"

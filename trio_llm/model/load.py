@@ -237,7 +237,7 @@ def find_kernels(mode: Mode, device: Device, report: Callable[[Progress], None])
         return None
     kernels = importlib.import_module(_KERNELS[kind])
     try:
-        kernels.prepare(lambda done, total: report(Progress("compiling kernels", done, total, "sources")))
+        kernels.prepare(lambda done, total: report(Progress("compiling kernels", done, total, "parts")))
     except (CompileError, OSError) as error:
         # An OSError is the cache's: a home that is read-only, a full disk, a file system from which nothing may run.
         reason = f"{error}; $TRIO_LLM_CACHE_DIR says where they are kept" if isinstance(error, OSError) else str(error)
