@@ -109,6 +109,27 @@ def test_generation_config_names_ends_and_sampling(golden: Callable[[str], Golde
     assert plan.default_sampling == {}
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("temperature", -0.1, "at least 0"),
+        ("top_p", 7, "above 0 and at most 1"),
+        ("top_p", 0, "above 0 and at most 1"),
+        ("min_p", 2, "from 0 to 1"),
+        ("repetition_penalty", 0, "above 0"),
+        ("top_k", -2, "from -1 to"),
+    ],
+)
+def test_default_sampling_that_no_request_may_have_is_refused(
+    golden: Callable[[str], Golden], tmp_path: Path, key: str, value: float, allowed: str
+) -> None:
+    """The error names file, key, value and what is allowed; else every request that leaves it out would be a 400."""
+    shutil.copytree(golden("qwen2").directory, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").write_text(json.dumps({key: value}))
+    with pytest.raises(CheckpointError, match=rf"generation_config\.json: {key} = {value}.*{allowed}"):
+        inspect_model(EngineConfig(model=str(tmp_path)))
+
+
 def test_yarn_stretches_the_context(golden: Callable[[str], Golden]) -> None:
     """The model's length limit is the config's, or YaRN's factor times the original where that is longer."""
     plans = [inspect_model(EngineConfig(model=str(golden(name).directory))) for name in ("llama", "llama-yarn")]

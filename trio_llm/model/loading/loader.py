@@ -34,6 +34,14 @@ from trio_llm.model.parallel.group import Group
 from trio_llm.model_files import read_optional_json
 from trio_llm.model_info import Progress
 
+# As for requests, see trio_llm.engine.admission.
+_SAMPLING: dict[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": (lambda value: value >= 0, "at least 0"),
+    "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "min_p": (lambda value: 0 <= value <= 1, "from 0 to 1"),
+    "repetition_penalty": (lambda value: value > 0, "above 0"),
+}
+
 
 class Model(Protocol):
     """The interface of every model family, with a spec and a rope per layer. Call inside torch.inference_mode()."""
@@ -241,13 +249,19 @@ def _eos_token_ids(generation: ModelConfig, config: ModelConfig) -> tuple[int, .
 
 
 def _default_sampling(generation: ModelConfig) -> dict[str, float | int]:
-    """Return the checkpoint's recommended sampling, by the names of SamplingParams."""
+    """Return the checkpoint's recommended sampling, by the names of SamplingParams.
+
+    Raises:
+        CheckpointError: A value is not allowed: every request that leaves it out would be refused for it.
+    """
     found: dict[str, float | int] = {}
-    for key in ("temperature", "top_p", "min_p", "repetition_penalty"):
+    for key, (is_allowed, allowed) in _SAMPLING.items():
         if generation.has(key):
-            found[key] = generation.get_float(key, above=-math.inf)
+            found[key] = value = generation.get_float(key, above=-math.inf)
+            if not is_allowed(value):
+                raise CheckpointError(f"{generation.source}: {key} = {value}: must be {allowed}")
     if generation.has("top_k"):
-        found["top_k"] = generation.get_int("top_k", minimum=0)
+        found["top_k"] = generation.get_int("top_k", minimum=-1)
     return found
 
 
