@@ -31,6 +31,7 @@ constexpr int TILE = 64, KEYS = 64;
 constexpr i64 FEWEST_TO_COPY = 12;                  // pairs of a tile for which a copy of its keys costs nothing
 constexpr int GROUP = 4;                            // rows that share a loaded key
 constexpr int CHUNK = MANY_REGISTERS ? 4 : 2;       // vectors of a value that stay in registers
+constexpr i64 FETCH_AHEAD = 16;                     // keys or values (a guess)
 constexpr i64 LEAST_SPLIT = 128;                    // keys below which dividing a context costs more than it saves
 
 // One tile's keys from `begin` to `end`; `part` of `parts`.
@@ -45,71 +46,115 @@ struct Found {
   Found(f32* memory, i64 room) : value(memory), most(memory + TILE * room), sum(most + TILE) {}
 };
 
+// A piece: where its keys and values are, in elements, and their scales where they are integers. After the last one
+// stands the first again.
 struct Keys {
-  i64 slot[KEYS];
   i64 count;
+  i64 at[KEYS];
+  alignas(64) f32 k_scale[KEYS], v_scale[KEYS];
+};
+
+Keys find_keys(const AttentionArgs& a, const Item& item, i64 first) {
+  Keys keys = {std::clamp<i64>(item.end - first, 0, KEYS)};
+  const i32* block = a.tables + item.row * a.table_stride + first / a.block_size;
+  i64 offset = first % a.block_size;
+  for (i64 j = 0; j < keys.count; j++, offset++) {
+    if (offset == a.block_size) block++, offset = 0;
+    const i64 slot = *block * a.block_size + offset;
+    keys.at[j] = slot * a.slot_stride + item.kv_head * a.dim;
+    if (!a.k_scale) continue;
+    keys.k_scale[j] = a.k_scale[slot * a.scale_stride + item.kv_head];
+    keys.v_scale[j] = a.v_scale[slot * a.scale_stride + item.kv_head];
+  }
+  std::fill(keys.at + keys.count, keys.at + KEYS, keys.at[0]);
+  return keys;
+}
+
+// What is read in order, and what follows it: the values after a piece's keys, then the next piece's keys. Each is a few
+// lines far from the others, so the processor does not see it coming, and it is fetched some places ahead.
+template <class KV>
+struct Reads {
+  const typename KV::type *base, *base_after;
+  const Keys &keys, &after;
+  i64 bytes;  // of a key
+  INLINE void fetch(const Reads& reads, i64 j) {
+    j += FETCH_AHEAD;
+    const bool own = j < reads.keys.count;
+    if (!own && (j -= reads.keys.count) >= reads.after.count) return;
+    const auto* from = (const u8*)(own ? reads.base + reads.keys.at[j] : reads.base_after + reads.after.at[j]);
+    for (i64 i = 0; i < reads.bytes; i += 64) __builtin_prefetch(from + i);
+  }
 };
 
 template <class KV, int ROWS>
-INLINE void score_rows(const AttentionArgs& a, const Keys& keys, i64 head, const f32* q, i64 room, f32* out) {
-  const i64 whole = a.dim / LANES * LANES;
-  for (i64 j = 0; j < keys.count; j += LANES) {
-    vf part[ROWS][LANES] = {};
-    for (i64 i = 0; i < std::min<i64>(LANES, keys.count - j); i++) {
-      const auto* k = (const typename KV::type*)a.k + keys.slot[j + i] * a.slot_stride + head * a.dim;
-      vf total[ROWS] = {};
-      for (i64 d = 0; d < whole; d += LANES) {
-        const vf key = KV::load(k + d);
-        for (int r = 0; r < ROWS; r++) total[r] += key * Float32::load(q + r * room + d);
+INLINE void score_rows(const Reads<KV>& reads, bool fetch, i64 dim, const f32* q, i64 room, f32* out) {
+  constexpr int TOGETHER = MANY_REGISTERS || ROWS < 3 ? 4 : 2;  // keys that share a loaded row
+  const i64 whole = dim / LANES * LANES;
+  for (i64 j = 0; j < reads.keys.count; j += LANES) {
+    vf part[ROWS][LANES];
+    for (i64 i = 0; i < LANES; i += TOGETHER) {
+      const typename KV::type* k[TOGETHER];
+      for (int t = 0; t < TOGETHER; t++) {
+        k[t] = reads.base + reads.keys.at[j + i + t];
+        if (fetch) Reads<KV>::fetch(reads, j + i + t);
       }
-      if (whole < a.dim) {
-        const vf key = load<KV>(k + whole, a.dim - whole);
-        for (int r = 0; r < ROWS; r++) total[r] += key * Float32::load(q + r * room + whole);
-      }
-      for (int r = 0; r < ROWS; r++) part[r][i] = total[r];
+      vf total[ROWS][TOGETHER] = {};
+      const auto add = [&](i64 d, i64 count) __attribute__((always_inline)) {
+        vf row[ROWS];
+        for (int r = 0; r < ROWS; r++) row[r] = in_register(Float32::load(q + r * room + d));
+        for (int t = 0; t < TOGETHER; t++) {
+          const vf key = count < LANES ? load<KV>(k[t] + d, count) : KV::load(k[t] + d);
+          for (int r = 0; r < ROWS; r++) total[r][t] += key * row[r];
+        }
+      };
+      for (i64 d = 0; d < whole; d += LANES) add(d, LANES);
+      if (whole < dim) add(whole, dim - whole);
+      for (int r = 0; r < ROWS; r++)
+        for (int t = 0; t < TOGETHER; t++) part[r][i + t] = total[r][t];
     }
     for (int r = 0; r < ROWS; r++) Float32::store(out + r * KEYS + j, sums(part[r]));
   }
 }
 
 template <class KV, int ROWS>
-INLINE void add_values(const AttentionArgs& a, const Keys& keys, i64 head, const f32* weights,
-                       const f32* factor, f32* out, i64 room) {
-  const auto* base = (const typename KV::type*)a.v + head * a.dim;
-  for (i64 d = 0; d < a.dim; d += CHUNK * LANES) {
-    const i64 left = a.dim - d;
-    vf sum[ROWS][CHUNK];
+INLINE void add_values(const Reads<KV>& reads, bool fetch, i64 dim, const f32* weights, const f32* factor, f32* out,
+                       i64 room) {
+  constexpr int MOST = MANY_REGISTERS || ROWS < 4 ? 4 : 2;  // vectors of a value that stay in registers
+  for (i64 d = 0; d < dim; d += MOST * LANES) {
+    const i64 left = dim - d;
+    vf sum[ROWS][MOST] = {};
     for (int r = 0; r < ROWS; r++)
-      for (int c = 0; c < CHUNK; c++) sum[r][c] = Float32::load(out + r * room + d + c * LANES) * factor[r];
+      for (int c = 0; c < MOST && c * LANES < left; c++)
+        sum[r][c] = Float32::load(out + r * room + d + c * LANES) * factor[r];
     const auto add = [&](bool full) __attribute__((always_inline)) {
-      for (i64 j = 0; j < keys.count; j++) {
-        const auto* v = base + keys.slot[j] * a.slot_stride + d;
-        for (int c = 0; c < CHUNK; c++) {
+      for (i64 j = 0; j < reads.keys.count; j++) {
+        const auto* v = reads.base + reads.keys.at[j] + d;
+        if (fetch && d == 0) Reads<KV>::fetch(reads, j);
+        for (int c = 0; c < MOST; c++) {
           if (!full && c * LANES >= left) break;
           const vf value = full ? KV::load(v + c * LANES) : load<KV>(v + c * LANES, left - c * LANES);
           for (int r = 0; r < ROWS; r++) sum[r][c] += weights[r * KEYS + j] * value;
         }
       }
     };
-    if (left >= CHUNK * LANES) add(true);
+    if (left >= MOST * LANES) add(true);
     else add(false);
     for (int r = 0; r < ROWS; r++)
-      for (int c = 0; c < CHUNK; c++) Float32::store(out + r * room + d + c * LANES, sum[r][c]);
+      for (int c = 0; c < MOST && c * LANES < left; c++) Float32::store(out + r * room + d + c * LANES, sum[r][c]);
   }
 }
 
 // Copy a piece to keys [dim][KEYS], with zeros after the last one, and values [KEYS][room].
 template <class KV>
-void copy_piece(const AttentionArgs& a, const Keys& from, i64 head, i64 room, f32* keys, f32* values) {
-  const auto* k = (const typename KV::type*)a.k + head * a.dim;
-  const auto* v = (const typename KV::type*)a.v + head * a.dim;
+void copy_piece(const AttentionArgs& a, const Keys& from, i64 room, f32* keys, f32* values) {
+  const auto *k = (const typename KV::type*)a.k, *v = (const typename KV::type*)a.v;
   for (i64 j = 0; j < KEYS; j += LANES)
     for (i64 d = 0; d < room; d += LANES) {
       vf square[LANES] = {};
       const i64 left = a.dim - d;
       for (i64 i = 0; i < LANES && left > 0 && j + i < from.count; i++) {
-        square[i] = load<KV>(k + from.slot[j + i] * a.slot_stride + d, left);
-        Float32::store(values + (j + i) * room + d, load<KV>(v + from.slot[j + i] * a.slot_stride + d, left));
+        square[i] = load<KV>(k + from.at[j + i] + d, left);
+        Float32::store(values + (j + i) * room + d, load<KV>(v + from.at[j + i] + d, left));
       }
       transpose(square);
       for (i64 i = 0; i < LANES; i++) Float32::store(keys + (d + i) * KEYS + j, square[i]);
@@ -190,7 +235,6 @@ void attend(const AttentionArgs& a, const Item& item, const Workspace& work, con
   const i64 group = a.heads / a.kv_heads, begin = a.cu_q[item.row], room = room_of(a.dim);
   const i64 position = a.contexts[item.row] - (a.cu_q[item.row + 1] - begin);  // of the row's first token
   const bool copies = item.count >= FEWEST_TO_COPY;
-  alignas(64) f32 k_scale[KEYS] = {}, v_scale[KEYS] = {};
   f32 factor[TILE];
   for (i64 r = 0; r < item.count; r++) {
     const i64 token = begin + (item.first + r) / group, head = item.kv_head * group + (item.first + r) % group;
@@ -200,37 +244,33 @@ void attend(const AttentionArgs& a, const Item& item, const Workspace& work, con
     std::fill(found.value + r * room, found.value + (r + 1) * room, 0.f);
     found.most[r] = -INFINITY, found.sum[r] = 0;
   }
-  Keys keys;
+  Keys keys = find_keys(a, item, item.begin);
+  const auto *k = (const typename KV::type*)a.k, *v = (const typename KV::type*)a.v;
+  const i64 bytes = a.dim * (i64)sizeof *k;
   for (i64 first = item.begin; first < item.end; first += KEYS) {
-    keys.count = std::min<i64>(KEYS, item.end - first);
-    for (i64 j = 0; j < keys.count; j++) {
-      const i64 key = first + j, block = a.tables[item.row * a.table_stride + key / a.block_size];
-      keys.slot[j] = block * a.block_size + key % a.block_size;
-      if (!a.k_scale) continue;
-      k_scale[j] = a.k_scale[keys.slot[j] * a.scale_stride + item.kv_head];
-      v_scale[j] = a.v_scale[keys.slot[j] * a.scale_stride + item.kv_head];
-    }
-    if (copies) copy_piece<KV>(a, keys, item.kv_head, room, work.keys, work.values);
+    const Keys next = find_keys(a, item, first + KEYS);
+    if (copies) copy_piece<KV>(a, keys, room, work.keys, work.values);
     in_groups(item.count, [&](i64 r, auto rows) {
       constexpr int ROWS = decltype(rows)::value;
       const f32* q = work.q + r * room;
       f32* out = work.scores + r * KEYS;
       if (copies) multiply_add<ROWS>(q, room, work.keys, a.dim, KEYS, nullptr, out);
-      else score_rows<KV, ROWS>(a, keys, item.kv_head, q, room, out);
+      else score_rows<KV, ROWS>(Reads<KV>{k, v, keys, keys, bytes}, r == 0, a.dim, q, room, out);
     });
     for (i64 r = 0; r < item.count; r++) {
       const i64 own = position + (item.first + r) / group, high = std::min(own + 1 - first, keys.count);
       const i64 low = a.window ? own - a.window + 1 - first : 0;
-      factor[r] = weigh(a, work.scores + r * KEYS, a.k_scale ? k_scale : nullptr, a.k_scale ? v_scale : nullptr, low,
-                        high, &found.most[r], &found.sum[r]);
+      factor[r] = weigh(a, work.scores + r * KEYS, a.k_scale ? keys.k_scale : nullptr, a.k_scale ? keys.v_scale : nullptr,
+                        low, high, &found.most[r], &found.sum[r]);
     }
     in_groups(item.count, [&](i64 r, auto rows) {
       constexpr int ROWS = decltype(rows)::value;
       const f32* weights = work.scores + r * KEYS;
       f32* out = found.value + r * room;
       if (copies) multiply_add<ROWS>(weights, KEYS, work.values, keys.count, room, factor + r, out);
-      else add_values<KV, ROWS>(a, keys, item.kv_head, weights, factor + r, out, room);
+      else add_values<KV, ROWS>(Reads<KV>{v, k, keys, next, bytes}, r == 0, a.dim, weights, factor + r, out, room);
     });
+    keys = next;
   }
 }
 

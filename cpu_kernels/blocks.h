@@ -19,7 +19,8 @@ INLINE vi nibbles_dot(vi sum, vu w, u32 x) {
         _mm256_dpbusd_avx_epi32(bits_as<__m256i>(sum), bits_as<__m256i>(w), _mm256_set1_epi32((int)x)));
 #else
     const __m256i pairs = _mm256_maddubs_epi16(bits_as<__m256i>(w), _mm256_set1_epi32((int)x));
-    return bits_as<vi>(_mm256_add_epi16(bits_as<__m256i>(sum), pairs));
+    // Kept in its register: else g++ adds up in another order, for which there are not enough of them.
+    return in_register(bits_as<vi>(_mm256_add_epi16(bits_as<__m256i>(sum), pairs)));
 #endif
   }
 #elif defined(__ARM_FEATURE_DOTPROD)
@@ -90,10 +91,10 @@ INLINE void add_blocks(const Scaling& s, const Rows& x, const u8* panel, i64 inp
       if constexpr (TYPE == B4) {
 #pragma GCC unroll 8
         for (int step = 0; step < PIECE / 4; step++, panel += PANEL * 2) {
-          Next::fetch<FETCH>(next, panel - begin, PANEL * 2);
+          if (step * PANEL * 2 % 64 == 0) Next::fetch<FETCH>(next, panel - begin, PANEL * 2);
           for (int v = 0; v < HALF; v++) {
             const vu both = load_bits<vu>(panel + v * LANES * 4);
-            const vu low = both & 0x0f0f0f0fu, high = both >> 4 & 0x0f0f0f0fu;
+            const vu low = in_register(both & 0x0f0f0f0fu), high = in_register(both >> 4 & 0x0f0f0f0fu);
             for (int r = 0; r < ROWS; r++) {
               const u32 a = ((const u32*)Rows::row(x, r))[piece * (PIECE / 4) + step];
               whole[r][v] = nibbles_dot(whole[r][v], low, a);

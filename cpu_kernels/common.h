@@ -36,7 +36,9 @@ typedef f32 vf __attribute__((vector_size(LANES * 4)));
 typedef i32 vi __attribute__((vector_size(LANES * 4)));
 typedef u32 vu __attribute__((vector_size(LANES * 4)));
 typedef u16 vh __attribute__((vector_size(LANES * 2)));
+typedef s16 vs2 __attribute__((vector_size(LANES * 4)));
 typedef s8 vb __attribute__((vector_size(LANES)));
+typedef s8 vb2 __attribute__((vector_size(LANES * 2)));
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -60,6 +62,37 @@ INLINE vi lanes() {
   for (int i = 0; i < LANES; i++) v[i] = i;
   return v;
 }
+// Read numbers wider than they are stored. One instruction: of __builtin_convertvector g++ makes five, and of bytes that
+// become 32 bits 35, which move one number each.
+INLINE vu widened(const u16* p) {
+#if defined(__AVX512F__)
+  if constexpr (LANES == 16) return bits_as<vu>(_mm512_cvtepu16_epi32(load_bits<__m256i>(p)));
+#endif
+#if defined(__AVX2__)
+  if constexpr (LANES == 8) return bits_as<vu>(_mm256_cvtepu16_epi32(load_bits<__m128i>(p)));
+#endif
+  return __builtin_convertvector(load_bits<vh>(p), vu);
+}
+INLINE vi widened(const s8* p) {
+#if defined(__AVX512F__)
+  if constexpr (LANES == 16) return bits_as<vi>(_mm512_cvtepi8_epi32(load_bits<__m128i>(p)));
+#endif
+#if defined(__AVX2__)
+  if constexpr (LANES == 8) return bits_as<vi>(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#endif
+  return __builtin_convertvector(load_bits<vb>(p), vi);
+}
+// Two numbers of 16 bits in each lane.
+INLINE vi widened_pairs(const u8* p) {
+#if defined(__AVX512BW__)
+  if constexpr (LANES == 16) return bits_as<vi>(_mm512_cvtepi8_epi16(load_bits<__m256i>(p)));
+#endif
+#if defined(__AVX2__)
+  if constexpr (LANES == 8) return bits_as<vi>(_mm256_cvtepi8_epi16(load_bits<__m128i>(p)));
+#endif
+  return bits_as<vi>(__builtin_convertvector(load_bits<vb2>(p), vs2));
+}
+
 INLINE vf larger(vf a, vf b) { return a > b ? a : b; }
 
 // The same value, which the compiler now has to keep in a register: it would load it again for every use.
@@ -116,7 +149,7 @@ struct Float32 {
 
 struct BFloat16 {
   using type = u16;
-  INLINE vf load(const type* p) { return bits_as<vf>(__builtin_convertvector(load_bits<vh>(p), vu) << 16); }
+  INLINE vf load(const type* p) { return bits_as<vf>(widened(p) << 16); }
   INLINE void store(type* p, vf v) {
     const vu bits = bits_as<vu>(v);
     const vu rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
@@ -165,9 +198,7 @@ struct Float16 {
 
 struct Int8 {
   using type = s8;
-  INLINE vf load(const type* p) {
-    return __builtin_convertvector(__builtin_convertvector(load_bits<vb>(p), vi), vf);
-  }
+  INLINE vf load(const type* p) { return __builtin_convertvector(widened(p), vf); }
 };
 
 // Load or store the first `n` lanes; a row's last piece may be shorter than a vector. Lanes beyond are zero.
@@ -266,10 +297,6 @@ INLINE vf sums(const vf* v) {
   }
 }
 
-// Two numbers of 16 bits in each lane, widened from 8.
-typedef s8 vb2 __attribute__((vector_size(LANES * 2)));
-typedef s16 vs2 __attribute__((vector_size(LANES * 4)));
-INLINE vi widened_pairs(const u8* p) { return bits_as<vi>(__builtin_convertvector(load_bits<vb2>(p), vs2)); }
 // The sum plus both products of each lane's two numbers with the two of x. Numbers of 8 bits cannot overflow it.
 INLINE vi dot_pairs(vi sum, vi pairs, u32 x) {
 #if defined(__AVX2__)

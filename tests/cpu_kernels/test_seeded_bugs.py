@@ -81,14 +81,19 @@ BUGS = {
     "copied keys a lane late": Bug(
         "attention", "(d + i) * KEYS + j, square", "(d + i) * KEYS + (j ^ LANES), square", "prefill"
     ),
-    "copied values of the keys": Bug("attention", "load<KV>(v + from.slot", "load<KV>(k + from.slot", "prefill"),
+    "copied values of the keys": Bug("attention", "load<KV>(v + from.at", "load<KV>(k + from.at", "prefill"),
     "copies are not rescaled": Bug("attention", "Float32::load(to) * factor[r] +", "Float32::load(to) +", "prefill"),
     "rows of a matrix not turned": Bug("attention", "for (int round = 1;", "for (int round = 2;", "prefill"),
-    "the first table for all": Bug("attention", "a.tables[item.row * a.table_stride +", "a.tables[", "decode"),
-    "keys past the end": Bug("attention", "std::min<i64>(KEYS, item.end - first)", "KEYS", "decode"),
+    "the first table for all": Bug("attention", "a.tables + item.row * a.table_stride +", "a.tables +", "decode"),
+    "a piece begins with the first block": Bug(
+        "attention", "table_stride + first / a.block_size", "table_stride", "decode"
+    ),
+    "the same block again": Bug("attention", "block++, offset = 0", "offset = 0", "decode"),
+    "a head's keys for all": Bug("attention", "slot_stride + item.kv_head * a.dim", "slot_stride", "decode"),
+    "keys past the end": Bug("attention", "std::clamp<i64>(item.end - first, 0, KEYS)", "KEYS", "decode"),
     "no softcap": Bug("attention", "if (a.softcap > 0)", "if (false)", "softcap"),
     "the key's scale for values": Bug("attention", "v_scale[j] = a.v_scale[", "v_scale[j] = a.k_scale[", "int8_kv"),
-    "a head's remainder is lost": Bug("attention", "if (whole < a.dim)", "if (false)", "decode"),
+    "a head's remainder is lost": Bug("attention", "if (whole < dim)", "if (false)", "decode"),
     "rows in each other's place": Bug(
         "linear", "(first_row + r) * p.y_stride", "(first_row + (r ^ 1)) * p.y_stride", "linear"
     ),
