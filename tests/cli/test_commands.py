@@ -155,6 +155,23 @@ def test_an_unknown_flag_is_refused_with_the_closest_one() -> None:
     assert "--max-num-seqs" in result.output
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--nothing"],
+        ["serve", "--nothing"],
+        ["bench", "serve", "--nothing"],
+        ["generate", "--max-tokens", "x"],
+        ["serv"],
+    ],
+)
+def test_what_cannot_be_parsed_is_one_line_and_exit_code_2(arguments: list[str]) -> None:
+    """No usage stands before the error, at any depth of commands."""
+    result = CliRunner().invoke(cli, arguments)
+    assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
+    assert arguments[-1] in result.stderr
+
+
 def test_the_model_can_be_a_bare_word_but_not_twice() -> None:
     """`trio-llm serve MODEL` is `vllm serve MODEL`; naming it again with a flag is refused."""
     shown = CliRunner().invoke(cli, ["serve", "some/model", "--print-config"])

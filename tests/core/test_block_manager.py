@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import random
+from unittest.mock import patch
+
 import pytest
 
 from tests.core.bench import Bench, unique
 from trio_llm.core.block_manager import BlockManager
 from trio_llm.core.prefix import Chain
-from trio_llm.messages import Admit, BlockAsk
+from trio_llm.core.scheduler import Scheduler
+from trio_llm.messages import Admit, BlockAsk, StepResult
 from trio_llm.model_info import KVGroup
-from trio_llm.params import SamplingParams
+from trio_llm.params import SamplingParams, Submission
 
 ONE = SamplingParams(max_tokens=1)
 
@@ -273,3 +277,37 @@ def test_the_null_block_is_never_handed_out() -> None:
     blocks = BlockManager(num_blocks=5, groups=(KVGroup((0,), 4),), secret=b"")
     grant = blocks.reserve(ask(1, admits=(Admit(1, unique(1, 16)),), waiting=(1,)))
     assert sorted(grant.new_blocks[0][0][1]) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("num_blocks", "preempts"), [(6000, False), (2000, True)])
+def test_256_rows_get_at_once_what_they_get_one_by_one(num_blocks: int, preempts: bool) -> None:
+    """Serving all rows together is only faster: the same grants, and in the end the same blocks in the same order."""
+    rng, groups = random.Random(7), (KVGroup((0,), 16), KVGroup((1,), 16, 40))
+    together, one_by_one = [
+        BlockManager(num_blocks=num_blocks, groups=groups, secret=b"", max_step_tokens=512) for _ in range(2)
+    ]
+    scheduler = Scheduler(max_num_batched_tokens=512, max_batch_size=256, max_model_len=200, eos_token_ids=(0,))
+    for row in range(300):
+        params = SamplingParams(max_tokens=rng.randrange(80, 100), ignore_eos=rng.random() < 0.9)
+        scheduler.submit(row, Submission(unique(row % 200, rng.randrange(1, 90)), params))
+    num_preempted, at_once, most = 0, 0, 0
+    with (
+        patch.object(one_by_one, "_serve_all", lambda *_: False),
+        patch.object(together, "_serve_running", wraps=together._serve_running) as apart,
+    ):
+        while (ask := scheduler.ask()) is not None:
+            apart.reset_mock()
+            grant = together.reserve(ask)
+            assert grant == one_by_one.reserve(ask)
+            at_once += len(grant.request_ids) >= 100 and not apart.called
+            most = max(most, len(grant.request_ids))
+            num_preempted += len(grant.preempted)
+            plan = scheduler.plan(grant)
+            if plan is not None:
+                tokens = [(rng.randrange(200),) if samples else () for samples in plan.samples]
+                scheduler.commit(StepResult(plan.step, tuple(tokens)))
+    assert at_once > 10
+    assert preempts or most == 256
+    assert (num_preempted > 0) == preempts
+    assert together.blocks() == one_by_one.blocks()
+    assert together._pool.eviction_order() == one_by_one._pool.eviction_order()

@@ -33,16 +33,32 @@ class CommandGroup(click.Group):
             return f"To serve that model, use `trio-llm serve {name}`."
         return f"There are {', '.join(sorted(self.commands))}."
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Read the options before the command."""
+        try:
+            return super().make_context(*args, **kwargs)
+        except click.UsageError as error:
+            raise _in_one_line(error) from None
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            raise _in_one_line(error) from None
         except KeyboardInterrupt:
             ctx.exit(INTERRUPTED)
         except BaseExceptionGroup as group:
             if group.subgroup(KeyboardInterrupt) is not None:
                 ctx.exit(INTERRUPTED)
             raise innermost(group) from None
+
+
+def _in_one_line(error: click.UsageError) -> click.UsageError:
+    """Leave out the usage that click prints before the error of a context: the error says what is wrong."""
+    if not isinstance(error, click.exceptions.NoArgsIsHelpError):
+        error.ctx = None
+    return error
 
 
 def innermost(error: BaseException) -> BaseException:

@@ -34,6 +34,7 @@ _GREEDY_BELOW = 1e-5
 # Columns of the packed parameters: one gather and one copy to the device a step.
 TEMPERATURE, TOP_K, TOP_P, MIN_P = range(4)
 
+_NO_ROWS, _NO_COUNTS = np.zeros(0, np.intp), np.zeros(0, np.int32)
 
 Send = Callable[[Sequence[NDArray[Any]]], list[Tensor]]
 
@@ -57,14 +58,14 @@ class SamplingBatch:
 
     flags: NDArray[np.uint8]
     union: int
-    params: Tensor | None
-    keys: Tensor | None
-    edits: LogitEdits | None
-    logprob_rows: NDArray[np.intp]
-    device_logprob_rows: Tensor | None
-    num_logprobs: NDArray[np.int32]
-    names: tuple[tuple[int, ...], ...]
-    named: Tensor | None
+    params: Tensor | None = None
+    keys: Tensor | None = None
+    edits: LogitEdits | None = None
+    logprob_rows: NDArray[np.intp] = _NO_ROWS
+    device_logprob_rows: Tensor | None = None
+    num_logprobs: NDArray[np.int32] = _NO_COUNTS
+    names: tuple[tuple[int, ...], ...] = ()
+    named: Tensor | None = None
 
     def without_logprobs(self) -> SamplingBatch:
         """Return the same without log-probabilities."""
@@ -181,11 +182,12 @@ class SamplingRows:
             all_rows, all_positions = rows, positions
         flags = self._flags[all_rows]
         union = int(np.bitwise_or.reduce(flags, initial=0))
+        if not union:
+            return SamplingBatch(flags, union)
         logprob_rows = np.flatnonzero(flags & LOGPROBS)
         columns: dict[str, NDArray[Any]] = {}
         if union & RANDOM:
-            columns["params"] = self._params[all_rows]
-            columns["keys"] = row_keys(self._seeds[all_rows], all_positions)
+            columns |= {"params": self._params[all_rows], "keys": row_keys(self._seeds[all_rows], all_positions)}
         if len(logprob_rows):
             columns["logprob_rows"] = logprob_rows
         names = tuple([self._names.get(row, ()) for row in all_rows[logprob_rows].tolist()])

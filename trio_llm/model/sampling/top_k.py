@@ -22,8 +22,9 @@ def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     NaN counts as larger than everything.
     """
     if logits.is_cpu:
-        ids = torch.from_numpy(logits.numpy().argmax(axis=1))
-        return ids, torch.from_numpy(np.take_along_axis(logits.numpy(), ids.numpy()[:, None], axis=1)[:, 0])
+        rows = logits.numpy()
+        ids = rows.argmax(axis=1)
+        return torch.from_numpy(ids), torch.from_numpy(rows[np.arange(len(ids)), ids])
     return argmax_of_blocks(logits)
 
 
