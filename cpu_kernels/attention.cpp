@@ -31,7 +31,7 @@ constexpr int TILE = 64, KEYS = 64;
 constexpr i64 FEWEST_TO_COPY = 12;                  // pairs of a tile for which a copy of its keys costs nothing
 constexpr int GROUP = 4;                            // rows that share a loaded key
 constexpr int CHUNK = MANY_REGISTERS ? 4 : 2;       // vectors of a value that stay in registers
-constexpr i64 FETCH_AHEAD = 16;                     // keys or values (a guess)
+constexpr i64 FETCH_AHEAD = 16;                     // keys or values; 8 and 32 do as well
 constexpr i64 LEAST_SPLIT = 128;                    // keys below which dividing a context costs more than it saves
 
 // One tile's keys from `begin` to `end`; `part` of `parts`.
@@ -47,7 +47,7 @@ struct Found {
 };
 
 // A piece: where its keys and values are, in elements, and their scales where they are integers. After the last one
-// stands the first again.
+// stands the null block, whose scores nobody uses.
 struct Keys {
   i64 count;
   i64 at[KEYS];
@@ -66,7 +66,6 @@ Keys find_keys(const AttentionArgs& a, const Item& item, i64 first) {
     keys.k_scale[j] = a.k_scale[slot * a.scale_stride + item.kv_head];
     keys.v_scale[j] = a.v_scale[slot * a.scale_stride + item.kv_head];
   }
-  std::fill(keys.at + keys.count, keys.at + KEYS, keys.at[0]);
   return keys;
 }
 
