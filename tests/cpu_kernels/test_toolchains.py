@@ -129,7 +129,7 @@ def test_clang_moves_lanes_without_loops(processor: str, tmp_path: Path, environ
 @pytest.mark.skipif(not (ON_X86 and shutil.which("g++")), reason="what g++ makes on x86")
 @pytest.mark.parametrize("arch", ["haswell", "x86-64-v4"])
 def test_numbers_are_widened_by_one_instruction(arch: str, tmp_path: Path) -> None:
-    """g++ made 35 instructions of eight bytes that become floats: an INT8 cache was read at a third of its speed."""
+    """g++ made five, and 35 of eight bytes that become floats: INT8 products of one row took twice as long."""
     source, out = tmp_path / "widen.cpp", tmp_path / "widen.s"
     source.write_text(
         '#include "common.h"\n'
