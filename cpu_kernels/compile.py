@@ -35,7 +35,7 @@ PARTS = (
     ("attention",),
     ("linear",),
     ("moe", "kv_write", "norm", "act"),
-    ("sample", "logprobs", "mask"),
+    ("sample", "argmax", "logprobs", "mask"),
     ("pack", "pool", "step"),
 )
 NAMES = tuple(name for part in PARTS for name in part)

@@ -108,7 +108,6 @@ class Tape:
         self._calls: list[Callable[[], object]] = []
         self._kept: list[Tensor] = []
 
-    @torch.inference_mode()
     def __call__(self) -> None:
         for call in self._calls:
             call()

@@ -197,8 +197,8 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
-# Operation, implementation (cuda: a kernel of this project, cublas, torch, reference), why no kernel ran ("" if one
-# did), and the number of calls. There are few different ones: they depend on the model, not on requests.
+# Operation, implementation (cuda or native: a kernel of this project, cublas, torch, reference), why no kernel ran (""
+# if one did), and the number of calls. There are few different ones: they depend on the model, not on requests.
 KernelCall = tuple[str, str, str, int]
 
 
@@ -221,7 +221,7 @@ class StepResult:
             CONTRADICTED if its parameters leave no token.
         seconds: Time in model and sampler, measured by the runner.
         expert_tokens: Tokens routed to each expert, summed over the layers; None for a model without experts.
-        kernel_calls: Calls since the previous result, by implementation; None if they are not counted (on a CPU).
+        kernel_calls: Calls since the previous result, by implementation; None if there are none.
         drafts: Per row, a draft model's drafts after the sampled tokens; None without a draft model.
     """
 

@@ -1,4 +1,4 @@
-"""Checks of the kernels that take logits: draws and log-probabilities, against float64."""
+"""Checks of the kernels that take logits: the largest, draws and log-probabilities, against float64."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpu_kernels import logprobs, mask, sample
+from cpu_kernels import argmax, logprobs, mask, sample
 from trio_llm.model.sampling.counter_rng import row_keys, token_hashes, uniform
 
 ALL = float("inf")
@@ -108,6 +108,31 @@ def check_logprobs() -> None:
     broken[0, 7], broken[1, 299], broken[2] = torch.nan, torch.inf, -torch.inf
     values, *_ = logprobs.logprobs(broken, torch.tensor([3, 4, 5]), 2, None)
     assert bool(values.isnan().all())
+
+
+def check_argmax() -> None:
+    """Of equal logits the lowest id; -1 where the largest is not finite, or any is NaN, wherever that stands."""
+    for vocab_size in (*VOCABULARIES, 512, 1_000):
+        logits = torch.randn(40, vocab_size)
+        for row in range(20):  # the largest, twice from row 10 on
+            at = torch.randint(vocab_size, (2 if row >= 10 else 1,))
+            logits[row, at] = 9.0
+        logits[20, vocab_size - 1] = 9.0
+        logits[21, 0] = 9.0
+        logits[22] = -torch.inf
+        logits[23, : vocab_size - 1] = -torch.inf
+        logits[24, vocab_size // 2] = torch.inf
+        for row in range(25, 35):
+            logits[row, torch.randint(vocab_size, (1,))] = torch.nan
+        logits[35, vocab_size - 1] = torch.nan
+        logits[36] = 0.0
+        ids, tops = argmax.argmax(logits)
+        finite = logits.amax(-1).isfinite()
+        assert torch.equal(ids, torch.where(finite, torch.from_numpy(logits.numpy().argmax(1)), -1))
+        assert torch.equal(tops.nan_to_num(7), logits.amax(-1).nan_to_num(7))
+        written = torch.full((40,), 5)
+        assert argmax.argmax(logits, written)[0] is written
+        assert torch.equal(written, ids)
 
 
 def check_mask() -> None:

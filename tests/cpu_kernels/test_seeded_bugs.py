@@ -186,6 +186,11 @@ BUGS = {
     "top_p of what min_p cut off too": Bug(
         "sample", "row.mass(floor);\n  while", "row.mass(-INFINITY);\n  while", "draw"
     ),
+    "the largest of whole vectors": Bug("argmax", "at < a.vocab; at++", "false; at++", "argmax"),
+    "NaN is smaller than all": Bug("argmax", "nan |= own != own;", "", "argmax"),
+    "NaN at the end is smaller": Bug("argmax", "broken |= std::isnan(logits[at]);", "", "argmax"),
+    "infinity is a token": Bug("argmax", "broken || !std::isfinite(top)", "broken", "argmax"),
+    "a block later than the largest": Bug("argmax", "if (any(found)) break;", "", "argmax"),
     "the top of whole vectors": Bug("logprobs", "i < count; i++) top", "i < 0; i++) top", "logprobs"),
     "the vocabulary has no end": Bug(
         "logprobs",

@@ -225,6 +225,6 @@ def test_waiting_for_another_process_can_be_interrupted(tmp_path: Path, monkeypa
 def test_every_entry_point_is_declared() -> None:
     """Each kernel's struct could be read from its source."""
     assert set(kernels()) == {
-        "act", "draw", "embed", "linear", "logprobs", "mask", "moe", "norm", "pack", "pack_blocks", "paged_attention",
-        "prepare_contexts", "prepare_tables", "rope_angles", "route", "write_kv",
+        "act", "argmax", "draw", "embed", "linear", "logprobs", "mask", "moe", "norm", "pack", "pack_blocks",
+        "paged_attention", "prepare_contexts", "prepare_tables", "rope_angles", "route", "write_kv",
     }  # fmt: skip

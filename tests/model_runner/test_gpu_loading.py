@@ -171,7 +171,7 @@ def test_closing_frees_everything(directory: Path, gpu: PretendedGpu) -> None:
     collect = runner.launch(first_step())
     tensors = [
         runner._kv.layers[0].k, runner._model.layers[0].attention.qkv.weight, runner._rows.tables.tables[0],
-        runner._last_tokens._now, runner._graphs._logits, runner._graphs._inputs,
+        runner._last_tokens._column, runner._graphs._logits, runner._graphs._inputs,
         *(tensor for graph in gpu.tapes.graphs for tensor in graph.owned[:1]),
     ]  # fmt: skip
     alive = [weakref.ref(tensor) for tensor in tensors]

@@ -23,6 +23,7 @@ from tests.model.families import FAMILIES
 from tests.model_runner.conftest import NUM_GENERATED, Golden
 from tests.model_runner.drive import least_blocks, poison, run
 from tests.model_runner.test_decode_graphs import Requests, start, various, watched
+from tests.model_runner.test_launch import forgetful, outputs_of, run_ahead
 from tests.model_runner.test_runner import GREEDY, VARIED
 from tests.model_runner.test_speculation import DRAFTS, LOOKUP, MOST
 from trio_llm.config import EngineConfig
@@ -33,7 +34,7 @@ from trio_llm.model.device.device import Cpu
 from trio_llm.model.load import load_runner
 from trio_llm.model.ops import cpu as ops_cpu
 from trio_llm.model.runner import Runner
-from trio_llm.model.step.decode_graphs import DecodeGraphs
+from trio_llm.model.step.decode_graphs import DecodeGraphs, Outputs
 
 ROOT = Path(__file__).parents[2]
 MAX_ROWS = 64
@@ -57,7 +58,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     replay = DecodeGraphs.replay
 
-    def noted(self: DecodeGraphs, decodes: torch.Tensor, *args: Any) -> torch.Tensor:
+    def noted(self: DecodeGraphs, decodes: torch.Tensor, *args: Any) -> Outputs:
         sizes.append(decodes.shape[1])
         return replay(self, decodes, *args)
 
@@ -81,6 +82,20 @@ def test_tapes_do_what_single_calls_do(
         assert torch.equal(one, other)
     assert len(replays) > outcome.num_steps - 5
     assert len(set(replays)) > 3
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma4-26b"])
+def test_tapes_choose_greedy_tokens(golden: Callable[[str], Golden], native: Callable[..., Runner], name: str) -> None:
+    """The oracle's, with each result read after the next replay, and plans that do not know the tokens."""
+    expected = golden(name)
+    requests: Requests = [(prompt, GREEDY) for prompt in expected.prompts]
+    plans: list[StepPlan] = []
+    eager = run(native(name, enforce_eager=True), requests, watch=lambda _, plan: plans.append(plan))
+    assert eager.token_ids == expected.follow_all(eager.token_ids)
+    runner = native(name)
+    assert outputs_of(plans, run_ahead(runner, forgetful(plans)), len(requests)) == eager.token_ids
+    assert runner._graphs is not None
+    assert all(graph.outputs.likeliest is not None for graph in runner._graphs._graphs.values())
 
 
 @pytest.mark.parametrize("kv_quantization", [False, True])

@@ -200,7 +200,7 @@ class Metrics:
         self._by_expert: list[Counter] = []  # one per expert, made with the first step
         self._kernel_calls = Counter(
             "trio_llm:kernel_dispatch",
-            "GPU operations by implementation: cuda (own kernels), cublas, torch or reference (slow), and why.",
+            "Operations by implementation: cuda or native (own kernels), cublas, torch or reference (slow), and why.",
             [*self._labels, "op", "impl", "reason"],
             registry=self.registry,
         )

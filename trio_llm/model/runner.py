@@ -35,9 +35,9 @@ from trio_llm.model.sampling.acceptance import accepted_tokens
 from trio_llm.model.sampling.prompt_logprobs import PromptScorer, is_finite
 from trio_llm.model.sampling.row_params import SamplingRows
 from trio_llm.model.sampling.sampler import FAILURES, NOT_FINITE, Sampled, Sampler
-from trio_llm.model.step.decode_graphs import DecodeGraphs, longest_context
+from trio_llm.model.step.decode_graphs import DecodeGraphs, Outputs, longest_context
 from trio_llm.model.step.drafter import Drafter
-from trio_llm.model.step.input_rows import InputRows, PlanRows, StepColumns
+from trio_llm.model.step.input_rows import InputRows, PlanRows, StepColumns, entries
 from trio_llm.model.step.last_tokens import LastTokens
 from trio_llm.model.step.pending_step import PendingStep
 from trio_llm.model.step.pooling import Pooler
@@ -143,7 +143,7 @@ class Runner:
         pooled = _positions_of(self._pooler.rows, rows.index)
         scored = _positions_of(self._scorer.rows, rows.index)
         scored = [i for i in scored if self._scorer.wants(int(rows.index[i]), plan.starts[i])]
-        at = np.setdiff1d(np.flatnonzero(rows.samples), pooled) if pooled else np.flatnonzero(rows.samples)
+        at = np.setdiff1d(rows.sampled, pooled) if pooled else rows.sampled
         began, loads = self._device.mark(), self._model.expert_load()
         failed: dict[int, str] = {}
         prompt_logprobs = embeddings = None
@@ -152,16 +152,16 @@ class Runner:
             hidden, sent = self._forward(rows, at, begun)
             prompt_logprobs = self._score_prompts(plan, rows, scored, hidden, failed)
             embeddings = self._pool(plan, rows, pooled, hidden, failed)
-            logits = self._logits(hidden, sent) if len(at) else None
+            outputs = Outputs(self._logits(hidden, sent), None) if len(at) else None
         else:
-            logits, sent = self._replay(rows, at, size, begun)
+            outputs, sent = self._replay(rows, at, size, begun)
         self._update_histories(plan, rows)
         drafts = [rows.drafts[i] for i in at.tolist()] if plan.drafts else ()
-        sampled = None if logits is None else self._sample(rows, at, drafts, logits, sent)
+        sampled = None if outputs is None else self._sample(rows, at, drafts, outputs, sent)
         proposed = self._speculate(plan, rows, at, drafts, sampled) if plan.drafts else None
         experts = self._expert_tokens_since(loads)
         done = self._device.mark()
-        if sampled is not None and not plan.drafts:
+        if sampled is not None and not plan.drafts and self._sampling.history_rows:
             sampling = rows.index[at]
             looking_back = {int(sampling[i]): i for i in _positions_of(self._sampling.history_rows, sampling)}
             self._last_tokens.keep_for_host(looking_back, sampled.token_ids, done)
@@ -192,16 +192,16 @@ class Runner:
 
     def _replay(
         self, rows: PlanRows, at: NDArray[np.intp], size: int, begun: Callable[[], None]
-    ) -> tuple[Tensor, StepColumns]:
-        """Replay a graph; return the logits [R, V] to sample from."""
+    ) -> tuple[Outputs, StepColumns]:
+        """Replay a graph; return what to sample from, of R rows."""
         assert self._graphs is not None
         decodes, sent = self._rows.send_decodes(rows, at, size)
         begun()
         with nullcontext() if self.ranks is None else self.ranks.decodes(decodes, rows.additions):
-            logits = self._graphs.replay(decodes, self._dispatch)
-        num_sampled = len(sent.sampled_from)
-        whole = num_sampled == len(rows.token_ids)
-        return logits[:num_sampled] if whole else logits.index_select(0, sent.sampled_from), sent
+            outputs = self._graphs.replay(decodes, self._dispatch)
+        if sent.sampled_from is not None:
+            return outputs.of(sent.sampled_from), sent
+        return outputs if size == len(rows.token_ids) else outputs.of_first(len(rows.token_ids)), sent
 
     def _forward(self, rows: PlanRows, at: NDArray[np.intp], begun: Callable[[], None]) -> tuple[Tensor, StepColumns]:
         """Return the hidden states [S, H]."""
@@ -215,8 +215,7 @@ class Runner:
 
     def _logits(self, hidden: Tensor, sent: StepColumns) -> Tensor:
         """Return the logits [R, V] to sample from."""
-        whole = len(sent.sampled_from) == len(hidden)
-        return self._project(hidden if whole else hidden.index_select(0, sent.sampled_from))
+        return self._project(hidden if sent.sampled_from is None else hidden.index_select(0, sent.sampled_from))
 
     def _project(self, hidden: Tensor) -> Tensor:
         """Return the logits [R, V] of hidden states [R, H]."""
@@ -287,13 +286,20 @@ class Runner:
         return vectors or None
 
     def _sample(
-        self, rows: PlanRows, at: NDArray[np.intp], drafts: Sequence[tuple[int, ...]], logits: Tensor, sent: StepColumns
+        self,
+        rows: PlanRows,
+        at: NDArray[np.intp],
+        drafts: Sequence[tuple[int, ...]],
+        outputs: Outputs,
+        sent: StepColumns,
     ) -> Sampled:
         """Sample for the rows at `at`; the result's tensors are on the host, valid after the next mark."""
         speculates = any(drafts)
-        positions = rows.ends[at] - [len(draft) for draft in drafts] if speculates else rows.ends[at]
-        selected = self._sampling.select(rows.index[at], positions, drafts if speculates else None)
-        sampled = self._sampler.sample(logits, selected)
+        positions = entries(rows.ends, at)
+        if speculates:
+            positions = positions - [len(draft) for draft in drafts]
+        selected = self._sampling.select(entries(rows.index, at), positions, drafts if speculates else None)
+        sampled = self._sampler.sample(outputs.logits, selected, outputs.likeliest)
         if not speculates:
             self._last_tokens.keep(sent.sampled_rows, sampled.token_ids)
         return sampled.to_host(self._device.to_host)

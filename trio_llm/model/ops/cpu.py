@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cpu_kernels import act, attention, kv_write, library, norm, sample, step
+from cpu_kernels import argmax as greedy
 from cpu_kernels import linear as products
 from cpu_kernels import logprobs as scoring
 from cpu_kernels import mask as masking
@@ -149,6 +150,7 @@ def moe(x: Tensor, weights: Tensor, ids: Tensor, experts: Experts, kind: Activat
     )
 
 
+argmax = greedy.argmax
 draw = sample.draw
 logprobs = scoring.logprobs
 mask = masking.mask
@@ -193,6 +195,7 @@ WHY_NOT: Mapping[str, Callable[..., str | None]] = {
     "paged_attention": lambda q, _batch, kv, _spec: _cache(kv) or attention.supports(q),
     "route": experts_on_cpu.supports_route,
     "moe": _moe,
+    "argmax": sample.supports,
     "draw": sample.supports,
     "logprobs": sample.supports,
     "mask": sample.supports,

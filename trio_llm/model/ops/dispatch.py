@@ -8,8 +8,8 @@ Without an implementation the reference runs and nothing is counted. The environ
 
 Each runner has a `Dispatch` and enters it by `dispatching` around operations, so that engines of one process do not
 mix. Calls are counted when Python makes them. A CUDA graph is captured from one round of calls and replayed without
-any: capture it under a fresh `Dispatch` and `add` that to the runner's at each replay, so that a call counts each time
-its kernels run.
+any: capture it under a fresh `Dispatch`, and `add` what that counted to the runner's at each replay, so that a call
+counts each time its kernels run.
 """
 
 from __future__ import annotations
@@ -53,18 +53,20 @@ class Dispatch:
     kernels: ModuleType | None = None
     device_type: str = "cuda"
     calls: Counter[tuple[str, str, str]] = attrs.field(factory=Counter[tuple[str, str, str]])
+    _replayed: tuple[KernelCall, ...] = ()
 
     def fresh(self) -> Dispatch:
         """Return the same Dispatch without counts."""
         return Dispatch(self.mode, self.kernels, self.device_type)
 
-    def add(self, replayed: Dispatch) -> None:
-        """Count the calls of a captured graph once more."""
-        self.calls.update(replayed.calls)
+    def add(self, replayed: tuple[KernelCall, ...]) -> None:
+        """Count the calls of a captured graph once more. Nothing is done for each of them: that is done every step."""
+        self._replayed += replayed
 
     def take(self) -> tuple[KernelCall, ...] | None:
-        """Return the calls since the last `take`; None if there are none."""
-        taken = tuple((*call, count) for call, count in self.calls.items())
+        """Return the calls since the last `take`; None if there are none. A graph's are apart from those of Python."""
+        taken = self._replayed + tuple([(*call, count) for call, count in self.calls.items()])
+        self._replayed = ()
         self.calls.clear()
         return taken or None
 

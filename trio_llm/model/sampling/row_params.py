@@ -44,7 +44,7 @@ class SamplingBatch:
     """The sampled rows of one step, in batch order.
 
     Attributes:
-        flags: [R] on the host, which of RANDOM, FILTERED, EDITED, LOGPROBS each row needs.
+        flags: [R] on the host, which of RANDOM, FILTERED, EDITED, LOGPROBS each row needs; may be empty if none does.
         union: All flags or-ed.
         params: [R, 4] float32: temperature, top_k (V for all), top_p (inf for all), min_p; None if none is RANDOM.
         keys: [R, 2] int32, see counter_rng; None if none is RANDOM.
@@ -72,6 +72,9 @@ class SamplingBatch:
         return attrs.evolve(self, flags=self.flags & ~np.uint8(LOGPROBS), device_logprob_rows=None)
 
 
+_GREEDY = SamplingBatch(np.zeros(0, np.uint8), 0)
+
+
 class SamplingRows:
     """Sampling parameters by row, packed when a sequence is admitted.
 
@@ -85,6 +88,7 @@ class SamplingRows:
         self._eos_token_ids = tuple(eos_token_ids)
         self._fresh_seed = secrets.randbits(64)
         self._flags = np.zeros(num_rows, np.uint8)
+        self._not_greedy: set[int] = set()  # The rows with flags.
         self._params = np.zeros((num_rows, 4), np.float32)
         self._seeds = np.zeros(num_rows, np.uint64)
         self._num_logprobs = np.zeros(num_rows, np.int32)
@@ -118,6 +122,8 @@ class SamplingRows:
             if edits.history is not None:
                 self._looking_back[row] = admission, params
         self._flags[row] = flags
+        if flags:
+            self._not_greedy.add(row)
 
     def forget(self, row: int) -> None:
         self._edits.pop(row, None)
@@ -125,6 +131,7 @@ class SamplingRows:
         self._looking_back.pop(row, None)
         self._invalid.discard(row)
         self._flags[row] = 0
+        self._not_greedy.discard(row)
 
     @property
     def history_rows(self) -> AbstractSet[int]:
@@ -172,14 +179,15 @@ class SamplingRows:
             positions: [R], the position in its sequence of the token about to be sampled, or of the first draft.
             drafts: R times, the draft tokens at `positions` onwards; None for none at all.
         """
-        first = np.arange(len(rows))
+        if not self._not_greedy:
+            return _GREEDY
         if drafts is not None:
             counts = np.array([len(draft) + 1 for draft in drafts])
             first = counts.cumsum() - counts
             depths = np.arange(counts.sum()) - np.repeat(first, counts)
             all_rows, all_positions = np.repeat(rows, counts), np.repeat(positions, counts) + depths
         else:
-            all_rows, all_positions = rows, positions
+            first, all_rows, all_positions = None, rows, positions
         flags = self._flags[all_rows]
         union = int(np.bitwise_or.reduce(flags, initial=0))
         if not union:
@@ -194,6 +202,7 @@ class SamplingRows:
         if any(names):
             columns["names"] = _padded(names)
         drafts = drafts or ((),) * len(rows)
+        first = np.arange(len(rows)) if first is None else first
         edits = self._edits_of(rows, positions, first, drafts, len(all_rows)) if union & EDITED else ()
         tensors = tuple(self._send([*columns.values(), *edits]))
         sent = dict(zip(columns, tensors, strict=False))

@@ -81,7 +81,7 @@ class Sampler:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._hashes = token_hashes(vocab_size).to(device)
 
-    def sample(self, logits: Tensor, batch: SamplingBatch) -> Sampled:
+    def sample(self, logits: Tensor, batch: SamplingBatch, likeliest: NDArray[np.int64] | None = None) -> Sampled:
         """Sample one token per row; on a GPU by two kernels, and without waiting for it.
 
         The kernel chooses the reference's tokens unless rounding decides: two noisy scores, or a score and a cut, may
@@ -90,7 +90,10 @@ class Sampler:
         Args:
             logits: [R, V] float32, contiguous; overwritten.
             batch: The same R rows, none of them padding.
+            likeliest: [R], the argmax of the logits, NOT_FINITE where it is not finite; None if it is not known.
         """
+        if likeliest is not None and not batch.union:
+            return Sampled(torch.from_numpy(likeliest.copy()))
         rows = batch.device_logprob_rows
         raw = None if rows is None else logits.index_select(0, rows)  # as they are before the edits
         kernels = choose("sample", logits)

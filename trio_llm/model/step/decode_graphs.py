@@ -25,14 +25,17 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import attrs
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from trio_llm.messages import KernelCall
 from trio_llm.model.device.device import Capture
 from trio_llm.model.device.host_sync import HostSyncError, forbid_host_sync
 from trio_llm.model.loading.loader import Model
 from trio_llm.model.ops import seam as ops
-from trio_llm.model.ops.dispatch import Dispatch, dispatching
+from trio_llm.model.ops.dispatch import Dispatch, choose_fused, dispatching
 from trio_llm.model.paged.kv_cache import KVCache, KVLayout
 from trio_llm.model_info import KVGroup, Progress
 
@@ -59,11 +62,35 @@ _MAX_MIXED = 32
 
 
 @attrs.frozen(eq=False)
+class Outputs:
+    """What a graph computes of each of its tokens; the next replay of any graph overwrites it.
+
+    Attributes:
+        logits: [B, V] float32.
+        likeliest: [B], the argmax of the logits, -1 where it is not finite; None unless a kernel on a CPU computes it.
+    """
+
+    logits: Tensor
+    likeliest: NDArray[np.int64] | None
+
+    def of_first(self, num_tokens: int) -> Outputs:
+        """Return the same of the first tokens."""
+        return Outputs(self.logits[:num_tokens], None if self.likeliest is None else self.likeliest[:num_tokens])
+
+    def of(self, tokens: Tensor) -> Outputs:
+        """Return a copy of some tokens', given their indices."""
+        likeliest = None if self.likeliest is None else self.likeliest[tokens.numpy()]
+        return Outputs(self.logits.index_select(0, tokens), likeliest)
+
+
+@attrs.frozen(eq=False)
 class _Graph:
-    """One size's graph and the operation calls in it."""
+    """One size's graph, the operation calls in it, its tokens [3, B] and what it computes."""
 
     replay: Callable[[], None]
-    calls: Dispatch
+    calls: tuple[KernelCall, ...]
+    inputs: Tensor
+    outputs: Outputs
 
 
 class DecodeGraphs:
@@ -94,6 +121,8 @@ class DecodeGraphs:
         self._max_context = max_context
         self._inputs = torch.zeros((3, len(logits)), dtype=torch.int64, device=logits.device)
         self._inputs[_ROWS] = padding_row
+        self._likeliest = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+        self._has_likeliest = False
         self._graphs: dict[int, _Graph] = {}
         self._record: Callable[[int], _Graph] | None = None
 
@@ -108,7 +137,7 @@ class DecodeGraphs:
         try:
             for done, size in enumerate(reversed(sizes)):
                 report(Progress("capturing decode graphs", done, len(sizes), "steps"))
-                graphs[size] = self._capture(capture, dispatch, partial(self._decode, size))
+                graphs[size] = self._capture(capture, dispatch, size)
         except HostSyncError as error:
             _log.warning("decodes run without graphs: %s", error)
             return
@@ -124,7 +153,7 @@ class DecodeGraphs:
 
         def one(size: int) -> _Graph:
             with forbid_host_sync(), dispatching(dispatch.fresh()) as calls:
-                return _Graph(record(partial(self._decode, size)), calls)
+                return self._graph(size, record(partial(self._decode, size)), calls)
 
         try:
             self._graphs = {1: one(1)}
@@ -133,12 +162,17 @@ class DecodeGraphs:
             return
         self._record = one
 
-    def _capture(self, capture: Capture, dispatch: Dispatch, work: Callable[[], None]) -> _Graph:
+    def _capture(self, capture: Capture, dispatch: Dispatch, size: int) -> _Graph:
+        work = partial(self._decode, size)
         with forbid_host_sync():
             with dispatching(dispatch.fresh()):
                 work()
             with dispatching(dispatch.fresh()) as calls:
-                return _Graph(capture(work), calls)
+                return self._graph(size, capture(work), calls)
+
+    def _graph(self, size: int, replay: Callable[[], None], calls: Dispatch) -> _Graph:
+        likeliest = self._likeliest[:size].numpy() if self._has_likeliest else None
+        return _Graph(replay, calls.take() or (), self._inputs[:, :size], Outputs(self._logits[:size], likeliest))
 
     def size_for(self, num_tokens: int, *, is_mixed: bool) -> int | None:
         """Return the size of the smallest graph that holds so many tokens; None if there is none.
@@ -156,23 +190,23 @@ class DecodeGraphs:
             return None
         return num_tokens if num_tokens <= _MAX_EXACT else min(-(-num_tokens // 8) * 8, most)
 
-    def replay(self, decodes: Tensor, calls: Dispatch) -> Tensor:
+    def replay(self, decodes: Tensor, calls: Dispatch) -> Outputs:
         """Queue one step of tokens [3, B]: permanent rows, tokens, positions. B is a graph's.
 
         Args:
             calls: Gets the graph's operation calls added.
-        Returns:
-            Logits [B, V] float32, overwritten by the next replay.
         """
         size = decodes.shape[1]
-        self._inputs[:, :size].copy_(decodes)
-        if size in self._graphs:
-            self._graphs[size].replay()
+        graph = self._graphs.get(size)
+        if graph is not None:
+            graph.inputs.copy_(decodes)
+            graph.replay()
         else:
             assert self._record is not None
-            self._graphs[size] = self._record(size)
-        calls.add(self._graphs[size].calls)
-        return self._logits[:size]
+            self._inputs[:, :size].copy_(decodes)
+            graph = self._graphs[size] = self._record(size)
+        calls.add(graph.calls)
+        return graph.outputs
 
     def _decode(self, size: int) -> None:
         """Run the work of one graph."""
@@ -184,4 +218,9 @@ class DecodeGraphs:
             self._model.ropes,
             self._max_context,
         )
-        self._model.logits(self._model.forward(batch, self._kv), out=self._logits[:size])
+        logits = self._logits[:size]
+        self._model.logits(self._model.forward(batch, self._kv), out=logits)
+        kernels = choose_fused("argmax", logits) if logits.shape[1] else None
+        self._has_likeliest = kernels is not None
+        if kernels is not None:
+            kernels.argmax(logits, self._likeliest[:size])

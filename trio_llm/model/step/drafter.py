@@ -149,11 +149,11 @@ class Drafter:
         num_tokens = sum(map(len, tokens))
         size = None if self._graphs is None else self._graphs.size_for(num_tokens, is_mixed=is_mixed)
         if self._graphs is not None and size is not None:
-            logits = self._graphs.replay(self._inputs.resend_decodes(rows, starts, tokens, size), self._dispatch)
+            outputs = self._graphs.replay(self._inputs.resend_decodes(rows, starts, tokens, size), self._dispatch)
             if len(wanted) == num_tokens:
-                return logits[:num_tokens]
+                return outputs.logits[:num_tokens]
             (places,) = self._device.send([wanted])
-            return logits.index_select(0, places)
+            return outputs.logits.index_select(0, places)
         (places,) = self._device.send([wanted])
         batch = self._inputs.resend(rows, starts, tokens, self._draft.groups, self._draft.layout)
         hidden = self._draft.model.forward(batch, self._kv).index_select(0, places)

@@ -10,7 +10,7 @@ Letters: B rows of this step, S its tokens, R rows sampled in it, M blocks per t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import attrs
 import numpy as np
@@ -25,7 +25,9 @@ from trio_llm.model.paged.kv_cache import KVLayout
 from trio_llm.model.step.last_tokens import LastTokens
 
 Column = NDArray[Any]
+Value = TypeVar("Value", bound=np.generic)
 _Blocks = tuple[int, tuple[int, ...]]  # the index in a table, and the blocks to write from there on
+_NONE = np.zeros(0, np.intp)
 
 
 class BlockTables:
@@ -44,9 +46,9 @@ class BlockTables:
         self.tables = [torch.zeros(shape, dtype=torch.int32, device=device) for shape in shapes]
 
     def additions(self, rows: Column, new_blocks: Sequence[tuple[_Blocks, ...]]) -> list[Column]:
-        """Return what a plan adds: per group flat indices [K] and the blocks [K] to write there."""
+        """Return what a plan adds: per group flat indices [K] and the blocks [K] to write there; nothing for none."""
         if not any(new_blocks):
-            return [np.zeros(0, kind) for _ in self.tables for kind in (np.int64, np.int32)]
+            return []
         columns: list[Column] = []
         for group, table in enumerate(self.tables):
             width = table.shape[1]
@@ -63,9 +65,10 @@ class BlockTables:
 
     def write(self, additions: Sequence[Tensor]) -> None:
         """Write what `additions` returned, once it is on the tables' device."""
-        for table, places, values in zip(self.tables, additions[::2], additions[1::2], strict=True):
-            if len(places):
-                table.view(-1).index_copy_(0, places, values)
+        if additions:
+            for table, places, values in zip(self.tables, additions[::2], additions[1::2], strict=True):
+                if len(places):
+                    table.view(-1).index_copy_(0, places, values)
 
     def gather(self, rows: Tensor, num_tokens: int) -> list[Tensor]:
         """Return per group [B, M], wide enough for `num_tokens`."""
@@ -83,7 +86,7 @@ class PlanRows:
         offsets, lasts: [B], index in S of the row's first and last token.
         token_ids: [S].
         unknown: [n], indices in S of tokens that are UNKNOWN.
-        samples: [B], as in the plan.
+        sampled: [n], indices in B of rows after which the plan samples, ascending.
         drafts: B times, the row's draft tokens, which are its last ones.
         additions: See BlockTables.
     """
@@ -96,7 +99,7 @@ class PlanRows:
     lasts: NDArray[np.int64]
     token_ids: NDArray[np.int64]
     unknown: NDArray[np.intp]
-    samples: NDArray[np.bool_]
+    sampled: NDArray[np.intp]
     drafts: Sequence[tuple[int, ...]]
     additions: list[Column]
 
@@ -107,7 +110,7 @@ class PlanRows:
 
     def sampled_from(self, at: NDArray[np.intp]) -> Column:
         """Return the indices in S to sample from, for the rows at `at`: the last known token and each draft."""
-        lasts = self.lasts[at]
+        lasts = entries(self.lasts, at)
         if not any(self.drafts):
             return lasts
         counts = np.array([len(self.drafts[i]) for i in at.tolist()], np.int64)
@@ -120,12 +123,23 @@ class StepColumns:
 
     Attributes:
         sampled_rows: Permanent rows of the sampled rows.
-        sampled_from: [R], indices in S to sample from.
+        sampled_from: [R], indices in S to sample from; None for all S.
     """
 
     columns: list[Tensor]
     sampled_rows: Tensor
-    sampled_from: Tensor
+    sampled_from: Tensor | None
+
+
+class _Shared(NamedTuple):
+    """What PlanRows of steps of the same rows have in common; `permanent` is their index."""
+
+    permanent: NDArray[np.intp]
+    counts: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    lasts: NDArray[np.int64]
+    sampled: NDArray[np.intp]
+    drafts: Sequence[tuple[int, ...]]
 
 
 class InputRows:
@@ -137,12 +151,15 @@ class InputRows:
         self._layout, self._device, self._last_tokens = layout, device, recent
         self._row_of: dict[int, int] = {}
         self._free = list(range(num_rows))[::-1]
+        # Of the last plan without drafts; None once a row has changed its owner.
+        self._last: tuple[tuple[Any, ...], _Shared] | None = None
 
     def admit(self, request_id: int) -> int:
         """Return the sequence's row, a free one if it has none yet."""
         if request_id not in self._row_of:
             assert self._free, "more sequences than max_batch_size"
             self._row_of[request_id] = self._free.pop()
+            self._last = None
         return self._row_of[request_id]
 
     def row_of(self, request_id: int) -> int | None:
@@ -156,28 +173,39 @@ class InputRows:
     def drop(self, request_id: int) -> None:
         """Free the row of a sequence that has one."""
         self._free.append(self._row_of.pop(request_id))
+        self._last = None
 
     def of(self, plan: StepPlan) -> PlanRows:
         """Lay out a plan's rows. All of them are admitted."""
-        num_rows = len(plan.request_ids)
-        index = np.fromiter(map(self._row_of.__getitem__, plan.request_ids), np.intp, num_rows)
+        index, counts, offsets, lasts, sampled, drafts = self._shared_of(plan)
         starts = np.array(plan.starts, np.int64)
-        counts = np.array(plan.counts, np.int64)
-        after = counts.cumsum()
         token_ids = np.array(plan.token_ids, np.int64)
         return PlanRows(
             index,
             starts,
             counts,
             starts + counts,
-            after - counts,
-            after - 1,
+            offsets,
+            lasts,
             token_ids,
-            np.flatnonzero(token_ids == UNKNOWN),
-            np.frombuffer(bytes(plan.samples), np.bool_),
-            _drafts(plan, after.tolist()),
+            np.flatnonzero(token_ids == UNKNOWN) if UNKNOWN in plan.token_ids else _NONE,
+            sampled,
+            drafts,
             self.tables.additions(index, plan.new_blocks),
         )
+
+    def _shared_of(self, plan: StepPlan) -> _Shared:
+        """Return what a plan shares with the one before it if the same rows decode, as in most steps."""
+        key = plan.request_ids, plan.counts, plan.samples
+        if not plan.drafts and self._last is not None and self._last[0] == key:
+            return self._last[1]
+        index = np.fromiter(map(self._row_of.__getitem__, plan.request_ids), np.intp, len(plan.request_ids))
+        counts = np.array(plan.counts, np.int64)
+        after = counts.cumsum()
+        sampled = np.flatnonzero(np.frombuffer(bytes(plan.samples), np.bool_))
+        found = _Shared(index, counts, after - counts, after - 1, sampled, _drafts(plan, after.tolist()))
+        self._last = None if plan.drafts else (key, found)
+        return found
 
     def send(self, rows: PlanRows, at: NDArray[np.intp]) -> tuple[AttentionBatch, StepColumns]:
         """Send a ragged batch, of which the rows at `at` are sampled."""
@@ -191,16 +219,16 @@ class InputRows:
     def send_decodes(self, rows: PlanRows, at: NDArray[np.intp], size: int) -> tuple[Tensor, StepColumns]:
         """Send single tokens, filled up to `size`: [3, size], permanent rows, tokens, positions."""
         tokens = self._single_tokens(rows.index, rows.starts, rows.counts, rows.token_ids, size)
-        sent = self._send([tokens.reshape(-1)], size, rows, at, rows.sampled_from(at))
-        return sent.columns[0].view(3, size), sent
+        sent = self._send([tokens], size, rows, at, rows.sampled_from(at))
+        return sent.columns[0], sent
 
     def resend_decodes(
         self, index: NDArray[np.intp], starts: NDArray[np.int64], token_ids: Sequence[Sequence[int]], size: int
     ) -> Tensor:
         """Send single tokens for another model that uses these rows' tables, as `send_decodes` does."""
         counts, flat = _flat(token_ids)
-        (sent,) = self._device.send([self._single_tokens(index, starts, counts, flat, size).reshape(-1)])
-        return sent.view(3, size)
+        (sent,) = self._device.send([self._single_tokens(index, starts, counts, flat, size)])
+        return sent
 
     def _single_tokens(
         self,
@@ -242,14 +270,24 @@ class InputRows:
 
         The first column holds the token ids from `tokens_at` onwards.
         """
-        unknown_rows = rows.index[np.searchsorted(rows.lasts, rows.unknown)]
-        others = [rows.index[at], sampled_from, rows.unknown + tokens_at, unknown_rows, *rows.additions]
-        tensors = self._device.send([*columns, *others])
-        sampled_rows, sampled_from_there, places, from_rows, *additions = tensors[len(columns) :]
-        self.tables.write(additions)
-        if len(places):
-            self._last_tokens.fill(tensors[0], places, from_rows)
-        return StepColumns(tensors[: len(columns)], sampled_rows, sampled_from_there)
+        whole, lacks = len(sampled_from) == len(rows.token_ids), len(rows.unknown) > 0
+        others = [entries(rows.index, at)]
+        if not whole:
+            others.append(sampled_from)
+        if lacks:
+            others += [rows.unknown + tokens_at, rows.index[np.searchsorted(rows.lasts, rows.unknown)]]
+        sent = iter(self._device.send([*columns, *others, *rows.additions]))
+        first = [next(sent) for _ in columns]
+        done = StepColumns(first, next(sent), None if whole else next(sent))
+        if lacks:
+            self._last_tokens.fill(first[0].view(-1), next(sent), next(sent))
+        self.tables.write(list(sent))
+        return done
+
+
+def entries(column: NDArray[Value], at: NDArray[np.intp]) -> NDArray[Value]:
+    """Return the entries of a column of all rows at ascending places; the column itself if these are all."""
+    return column if len(at) == len(column) else column[at]
 
 
 def _flat(token_ids: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

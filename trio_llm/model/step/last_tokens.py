@@ -29,15 +29,17 @@ class _OnHost:
 
 
 class LastTokens:
-    """Two columns of one token per permanent row, swapped when a new step begins.
+    """What this step and the one before it sampled, and one token per permanent row to look them up in.
 
-    Entries are set by row, so a failed step may be run again, also in halves: it overwrites its own column and reads
-    the other.
+    A column is written only for a plan that lacks tokens. Tokens are kept by row, so a failed step may be run again,
+    also in halves: what a row sampled last counts.
     """
 
     def __init__(self, num_rows: int, device: torch.device) -> None:
         self._step: int | None = None
-        self._now, self._before = (torch.zeros(num_rows, dtype=torch.int64, device=device) for _ in range(2))
+        self._column = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self._now: list[tuple[Tensor, Tensor]] = []
+        self._before: list[tuple[Tensor, Tensor]] = []
         self._on_host_now: dict[int, _OnHost] = {}
         self._on_host_before: dict[int, _OnHost] = {}
 
@@ -46,7 +48,7 @@ class LastTokens:
         if step != self._step:
             # One statement, so that an exception cannot swap the columns without changing the step's number.
             self._step, self._now, self._before, self._on_host_before, self._on_host_now = (
-                step, self._before, self._now, self._on_host_now, {}
+                step, [], self._now, self._on_host_now, {}
             )  # fmt: skip
 
     def fill(self, token_ids: Tensor, places: Tensor, rows: Tensor) -> None:
@@ -54,11 +56,13 @@ class LastTokens:
 
         A row that failed sampled no token: it goes on with token 0, and its result is dropped.
         """
-        token_ids.index_copy_(0, places, self._before.index_select(0, rows).clamp_min_(0))
+        for sampled_rows, sampled in self._before:
+            self._column.index_copy_(0, sampled_rows, sampled)
+        token_ids.index_copy_(0, places, self._column.index_select(0, rows).clamp_min_(0))
 
     def keep(self, rows: Tensor, sampled: Tensor) -> None:
-        """Keep on the device what this step sampled, [R] each."""
-        self._now.index_copy_(0, rows, sampled)
+        """Keep on the device what this step sampled, [R] each. The caller does not write to them again."""
+        self._now.append((rows, sampled))
 
     def keep_for_host(self, rows: Mapping[int, int], sampled: Tensor, done: Mark) -> None:
         """Keep the tokens of some rows for `on_host`.
