@@ -204,6 +204,7 @@ class Metrics:
             [*self._labels, "op", "impl", "reason"],
             registry=self.registry,
         )
+        self._by_call: dict[tuple[str, str, str], Counter] = {}
         used = self._gauges("trio_llm:kv_cache_used_bytes", "Bytes of KV cache blocks in use.", "group")
         self._used_bytes = [used(str(group)) for group in range(len(info.kv_groups))]
         what = "Bytes of weights in the model's files, by format."
@@ -262,14 +263,21 @@ class Metrics:
         self._model_s.observe(stats.seconds)
         if stats.expert_tokens is not None:
             self._record_experts(stats.expert_tokens)
-        for op, impl, reason, calls in stats.kernel_calls or ():
-            self._kernel_calls.labels(**self._labels, op=op, impl=impl, reason=reason).inc(calls)
+        for *kind, calls in stats.kernel_calls or ():
+            self._calls_of(*kind).inc(calls)
         if report.own_s is not None:
             self._own_s.observe(report.own_s)
         for seconds in report.first_token_s:
             self._first_token.observe(seconds)
         for seconds in report.inter_token_s:
             self._inter_token.observe(seconds)
+
+    def _calls_of(self, op: str, impl: str, reason: str) -> Counter:
+        """Return the counter of a kind of call: to look it up by its labels takes longer than to count."""
+        kind = op, impl, reason
+        if kind not in self._by_call:
+            self._by_call[kind] = self._kernel_calls.labels(**self._labels, op=op, impl=impl, reason=reason)
+        return self._by_call[kind]
 
     def _record_experts(self, tokens: Sequence[int]) -> None:
         for expert in range(len(self._by_expert), len(tokens)):
