@@ -27,7 +27,7 @@ struct AttentionArgs {
 
 namespace {
 
-constexpr int TILE = 64, KEYS = 64;
+constexpr int TILE = 128, KEYS = 64;
 constexpr i64 FEWEST_TO_COPY = 12;                  // pairs of a tile for which a copy of its keys costs nothing
 constexpr int GROUP = 4;                            // rows that share a loaded key
 constexpr int CHUNK = MANY_REGISTERS ? 4 : 2;       // vectors of a value that stay in registers
@@ -84,6 +84,13 @@ struct Reads {
     for (i64 i = 0; i < reads.bytes; i += 64) __builtin_prefetch(from + i);
   }
 };
+
+// Copies of pieces: while rows `begin` to `end` of a tile are multiplied, their share of the next piece comes nearer.
+template <class KV>
+INLINE void fetch_share(const typename KV::type* base, const Keys& keys, i64 bytes, i64 begin, i64 end, i64 rows) {
+  for (i64 j = keys.count * begin / rows; j < keys.count * end / rows; j++)
+    for (i64 i = 0; i < bytes; i += 64) __builtin_prefetch((const u8*)(base + keys.at[j]) + i, 0, 2);
+}
 
 template <class KV, int ROWS>
 INLINE void score_rows(const Reads<KV>& reads, bool fetch, i64 dim, const f32* q, i64 room, f32* out) {
@@ -188,7 +195,48 @@ INLINE void in_groups(i64 count, F&& f) {
   else if (count - r == 1) f(r, std::integral_constant<int, 1>{});
 }
 
-// Scores to weights: scale, softcap, mask, online softmax. Keys outside [low, high) are not the row's.
+// Scores of keys that are all the row's: the largest so far, and weights without their scale.
+INLINE f32 largest_score(const f32* scores, f32 most) {
+  vf peaks = all(most);
+  for (i64 j = 0; j < KEYS; j += LANES) peaks = larger(Float32::load(scores + j), peaks);  // NaN is not larger
+  return largest(peaks);
+}
+INLINE f32 weigh_all(f32* scores, f32 peak) {
+  vf sums = {};
+  for (i64 j = 0; j < KEYS; j += LANES) {
+    const vf weight = exp_negative(Float32::load(scores + j) - peak);
+    sums += weight;
+    Float32::store(scores + j, weight);
+  }
+  return sum(sums);
+}
+
+// The same of keys that have scales, a cap or a mask: those outside [low, high) are not the row's.
+INLINE f32 mask_scores(const AttentionArgs& a, f32* scores, const f32* k_scale, i64 low, i64 high, f32 most) {
+  vf peaks = all(most);
+  for (i64 j = 0; j < KEYS; j += LANES) {
+    vf score = Float32::load(scores + j);
+    if (k_scale) score *= Float32::load(k_scale + j);
+    if (a.softcap > 0) score = (f32)a.softcap * tanh(score / (f32)a.softcap);
+    const vi key = lanes() + (i32)j;
+    score = (key >= (i32)low) & (key < (i32)high) ? score : all(-INFINITY);
+    peaks = larger(score, peaks);
+    Float32::store(scores + j, score);
+  }
+  return largest(peaks);
+}
+INLINE f32 weigh_some(f32* scores, const f32* v_scale, f32 peak) {
+  vf sums = {};
+  for (i64 j = 0; j < KEYS; j += LANES) {
+    const vf score = Float32::load(scores + j);
+    const vf weight = score == all(-INFINITY) ? vf{} : exp_negative(score - peak);
+    sums += weight;
+    Float32::store(scores + j, v_scale ? weight * Float32::load(v_scale + j) : weight);
+  }
+  return sum(sums);
+}
+
+// Scores to weights: cap, mask, online softmax. Return by what earlier values are multiplied.
 INLINE f32 weigh(const AttentionArgs& a, f32* scores, const f32* k_scale, const f32* v_scale, i64 low, i64 high,
                  f32* most, f32* total) {
   low = std::max<i64>(low, 0);
@@ -196,32 +244,18 @@ INLINE f32 weigh(const AttentionArgs& a, f32* scores, const f32* k_scale, const 
     std::fill(scores, scores + KEYS, 0.f);
     return 1.f;
   }
-  vf peaks = all(*most), sums = {};
-  for (i64 j = 0; j < KEYS; j += LANES) {
-    vf score = Float32::load(scores + j) * (f32)a.scale;
-    if (k_scale) score *= Float32::load(k_scale + j);
-    if (a.softcap > 0) score = (f32)a.softcap * tanh(score / (f32)a.softcap);
-    const vi key = lanes() + (i32)j;
-    score = (key >= (i32)low) & (key < (i32)high) ? score : all(-INFINITY);
-    peaks = larger(score, peaks);  // NaN is not larger
-    Float32::store(scores + j, score);
-  }
-  const f32 peak = largest(peaks);
-  for (i64 j = 0; j < KEYS; j += LANES) {
-    const vf score = Float32::load(scores + j);
-    const vf weight = score == all(-INFINITY) ? vf{} : exp(score - peak);
-    sums += weight;
-    Float32::store(scores + j, v_scale ? weight * Float32::load(v_scale + j) : weight);
-  }
-  const f32 factor = *most == -INFINITY ? 0.f : std::exp(*most - peak);
-  *total = *total * factor + sum(sums);
+  const bool whole = low == 0 && high == KEYS && !k_scale && a.softcap == 0;
+  const f32 peak = whole ? largest_score(scores, *most) : mask_scores(a, scores, k_scale, low, high, *most);
+  const f32 found = whole ? weigh_all(scores, peak) : weigh_some(scores, v_scale, peak);
+  const f32 factor = *most == -INFINITY ? 0.f : exp_negative(all(*most - peak))[0];
+  *total = *total * factor + found;
   *most = peak;
   return factor;
 }
 
 // A thread's memory for a tile, after what it finds.
 struct Workspace {
-  f32 *q, *scores, *keys, *values;  // [TILE][room], [TILE][KEYS], [dim][KEYS], [KEYS][room]
+  f32 *q, *scores, *keys, *values;  // scaled [TILE][room], [TILE][KEYS], [dim][KEYS], [KEYS][room]
   static i64 size(i64 room) { return TILE * (room + KEYS) + 2 * KEYS * room; }
   Workspace(f32* memory, i64 room)
       : q(memory), scores(q + TILE * room), keys(scores + TILE * KEYS), values(keys + KEYS * room) {}
@@ -239,7 +273,7 @@ void attend(const AttentionArgs& a, const Item& item, const Workspace& work, con
     const i64 token = begin + (item.first + r) / group, head = item.kv_head * group + (item.first + r) % group;
     const auto* from = (const typename T::type*)a.q + token * a.q_stride + head * a.dim;
     for (i64 d = 0; d < room; d += LANES)
-      Float32::store(work.q + r * room + d, d < a.dim ? load<T>(from + d, a.dim - d) : vf{});
+      Float32::store(work.q + r * room + d, d < a.dim ? load<T>(from + d, a.dim - d) * (f32)a.scale : vf{});
     std::fill(found.value + r * room, found.value + (r + 1) * room, 0.f);
     found.most[r] = -INFINITY, found.sum[r] = 0;
   }
@@ -253,8 +287,10 @@ void attend(const AttentionArgs& a, const Item& item, const Workspace& work, con
       constexpr int ROWS = decltype(rows)::value;
       const f32* q = work.q + r * room;
       f32* out = work.scores + r * KEYS;
-      if (copies) multiply_add<ROWS>(q, room, work.keys, a.dim, KEYS, nullptr, out);
-      else score_rows<KV, ROWS>(Reads<KV>{k, v, keys, keys, bytes}, r == 0, a.dim, q, room, out);
+      if (copies) {
+        fetch_share<KV>(k, next, bytes, r, r + ROWS, item.count);
+        multiply_add<ROWS>(q, room, work.keys, a.dim, KEYS, nullptr, out);
+      } else score_rows<KV, ROWS>(Reads<KV>{k, v, keys, keys, bytes}, r == 0, a.dim, q, room, out);
     });
     for (i64 r = 0; r < item.count; r++) {
       const i64 own = position + (item.first + r) / group, high = std::min(own + 1 - first, keys.count);
@@ -266,8 +302,10 @@ void attend(const AttentionArgs& a, const Item& item, const Workspace& work, con
       constexpr int ROWS = decltype(rows)::value;
       const f32* weights = work.scores + r * KEYS;
       f32* out = found.value + r * room;
-      if (copies) multiply_add<ROWS>(weights, KEYS, work.values, keys.count, room, factor + r, out);
-      else add_values<KV, ROWS>(Reads<KV>{v, k, keys, next, bytes}, r == 0, a.dim, weights, factor + r, out, room);
+      if (copies) {
+        fetch_share<KV>(v, next, bytes, r, r + ROWS, item.count);
+        multiply_add<ROWS>(weights, KEYS, work.values, keys.count, room, factor + r, out);
+      } else add_values<KV, ROWS>(Reads<KV>{v, k, keys, next, bytes}, r == 0, a.dim, weights, factor + r, out, room);
     });
     keys = next;
   }

@@ -232,10 +232,8 @@ INLINE void with_type(i64 code, F&& f) {
   else f(Float16{});
 }
 
-// e^x: Cephes' polynomial, two units in the last place. Below -87.3 it stays at e^-87.3; NaN stays NaN.
-INLINE vf exp(vf x) {
-  x = x < -87.3f ? all(-87.3f) : x;
-  x = x > 88.7f ? all(88.7f) : x;
+// e^x as a number near 1 and a power of two: Cephes' polynomial, two units in the last place.
+INLINE vf exp_parts(vf x, vi& power) {
   const vf magic = all(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number, which the low bits then hold
   const vf shifted = x * 1.44269504f + magic;
   const vf n = shifted - magic;
@@ -246,12 +244,25 @@ INLINE vf exp(vf x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.f;
-  const vu power = bits_as<vu>(shifted) - bits_as<vu>(magic);
+  power = bits_as<vi>(bits_as<vu>(shifted) - bits_as<vu>(magic));
+  return p * (r * r) + r + 1.f;
+}
+// e^x. Below -87.3 it stays at e^-87.3; NaN stays NaN.
+INLINE vf exp(vf x) {
+  x = x < -87.3f ? all(-87.3f) : x;
+  x = x > 88.7f ? all(88.7f) : x;
+  vi power;
+  const vf p = exp_parts(x, power);
   // In two steps: 2^128 is no float, and halves of the exponent are.
-  const vi half = bits_as<vi>(power) >> 1;
-  const vi rest = bits_as<vi>(power) - half;
+  const vi half = power >> 1;
+  const vi rest = power - half;
   return p * bits_as<vf>((half + 127) << 23) * bits_as<vf>((rest + 127) << 23);
+}
+// The same for x up to 0.
+INLINE vf exp_negative(vf x) {
+  vi power;
+  const vf p = exp_parts(larger(all(-87.3f), x), power);  // NaN is not smaller
+  return p * bits_as<vf>((power + 127) << 23);
 }
 INLINE vf silu(vf x) { return x / (1.f + exp(-x)); }
 // To an absolute error of some 1e-7.

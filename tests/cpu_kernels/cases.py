@@ -275,13 +275,13 @@ def check_prefill() -> None:
 
 def check_window() -> None:
     """See a window and nothing before it, whose blocks belong to others by now."""
-    for window in (1, 8, 40):
+    for window in (1, 8, 40, 200):
         attend([(1, 100), (30, 90), (1, 5), (3, 300), (90, 90)], dtype=torch.float32, window=window)
 
 
 def check_softcap() -> None:
     """Bend scores before the softmax."""
-    attend([(1, 50), (9, 20)], dtype=torch.float32, softcap=0.7)
+    attend([(1, 50), (9, 20), (30, 200)], dtype=torch.float32, softcap=0.7)
 
 
 def check_int8_kv() -> None:

@@ -59,6 +59,10 @@ BUGS = {
     "norm after the rotation": Bug(
         "kv_write", "if (a.qk_norm) {", "if (a.qk_norm) { rotate(head, a.dim / 2, cos, sin);", "write_kv"
     ),
+    "the last keys need no mask": Bug("attention", "low == 0 && high == KEYS", "low == 0", "prefill"),
+    "integers need no scale": Bug("attention", "high == KEYS && !k_scale", "high == KEYS", "int8_kv"),
+    "whole pieces have no cap": Bug("attention", "!k_scale && a.softcap == 0", "!k_scale", "softcap"),
+    "a window only of masked pieces": Bug("attention", "low == 0 && high == KEYS", "high == KEYS", "window"),
     "a token sees not itself": Bug("attention", "own + 1 - first, keys", "own - first, keys", "decode"),
     "a token sees the next": Bug("attention", "own + 1 - first, keys", "own + 2 - first, keys", "prefill"),
     "the window is one too wide": Bug("attention", "own - a.window + 1 - first", "own - a.window - first", "window"),
