@@ -24,7 +24,7 @@ from trio_llm.model.ops.dispatch import Dispatch
 from trio_llm.model.paged.kv_cache import KVCache
 from trio_llm.model.sampling.row_params import SamplingRows
 from trio_llm.model.sampling.sampler import Sampler
-from trio_llm.model.step.decode_graphs import DecodeGraphs
+from trio_llm.model.step.decode_graphs import DecodeGraphs, Outputs
 from trio_llm.model.step.input_rows import InputRows, PlanRows
 
 
@@ -105,10 +105,10 @@ class Drafter:
         drafts: list[list[int]] = [[] for _ in step.num_drafts]
         drafting = [at for at, num in enumerate(step.num_drafts) if num]
         lasts = (lengths.cumsum() - 1)[drafting]
-        logits = self._logits(step.rows, step.starts, step.token_ids, lasts, is_mixed=batch.is_mixed)
+        outputs = self._compute(step.rows, step.starts, step.token_ids, lasts, is_mixed=batch.is_mixed)
         active = drafting
         while active:
-            guessed = self._sample(step.rows[active], ends[active] + len(drafts[active[0]]), logits)
+            guessed = self._sample(step.rows[active], ends[active] + len(drafts[active[0]]), outputs)
             for at, token_id in zip(active, guessed, strict=True):
                 if token_id >= 0:  # else no token may follow, and the draft ends here
                     drafts[at].append(token_id)
@@ -118,25 +118,25 @@ class Drafter:
                 if token_id >= 0 and len(drafts[at]) < step.num_drafts[at]
             ]
             if active:
-                logits = self._append_drafts(step.rows[active], ends[active], [drafts[at] for at in active])
+                outputs = self._append_drafts(step.rows[active], ends[active], [drafts[at] for at in active])
         for at in drafting:
             self._sampling.roll_back(int(step.rows[at]), int(ends[at]))
         return tuple(map(tuple, drafts))
 
     def _append_drafts(
         self, rows: NDArray[np.intp], ends: NDArray[np.int64], drafts: Sequence[Sequence[int]]
-    ) -> Tensor:
-        """Append the newest draft of each row; return the logits [R, V] after it."""
+    ) -> Outputs:
+        """Append the newest draft of each row; return what comes after it."""
         for row, draft in zip(rows.tolist(), drafts, strict=True):
             self._sampling.append_draft(row, draft[-1])
         newest = [draft[-1:] for draft in drafts]
-        return self._logits(rows, ends + (len(drafts[0]) - 1), newest, np.arange(len(rows)), is_mixed=False)
+        return self._compute(rows, ends + (len(drafts[0]) - 1), newest, np.arange(len(rows)), is_mixed=False)
 
-    def _sample(self, rows: NDArray[np.intp], positions: NDArray[np.int64], logits: Tensor) -> list[int]:
+    def _sample(self, rows: NDArray[np.intp], positions: NDArray[np.int64], outputs: Outputs) -> list[int]:
         selected = self._sampling.select(rows, positions).without_logprobs()
-        return self._sampler.sample(logits, selected).token_ids.tolist()
+        return self._sampler.sample(outputs.logits, selected, outputs.likeliest).token_ids.tolist()
 
-    def _logits(
+    def _compute(
         self,
         rows: NDArray[np.intp],
         starts: NDArray[np.int64],
@@ -144,17 +144,17 @@ class Drafter:
         wanted: NDArray[np.int64],
         *,
         is_mixed: bool,
-    ) -> Tensor:
-        """Compute tokens; return the logits [R, V] of the `wanted`, which are indices in S."""
+    ) -> Outputs:
+        """Compute tokens; return what comes after the `wanted`, which are indices in S."""
         num_tokens = sum(map(len, tokens))
         size = None if self._graphs is None else self._graphs.size_for(num_tokens, is_mixed=is_mixed)
         if self._graphs is not None and size is not None:
             outputs = self._graphs.replay(self._inputs.resend_decodes(rows, starts, tokens, size), self._dispatch)
             if len(wanted) == num_tokens:
-                return outputs.logits[:num_tokens]
+                return outputs.of_first(num_tokens)
             (places,) = self._device.send([wanted])
-            return outputs.logits.index_select(0, places)
+            return outputs.of(places)
         (places,) = self._device.send([wanted])
         batch = self._inputs.resend(rows, starts, tokens, self._draft.groups, self._draft.layout)
         hidden = self._draft.model.forward(batch, self._kv).index_select(0, places)
-        return self._draft.model.logits(hidden) if len(wanted) else hidden
+        return Outputs(self._draft.model.logits(hidden) if len(wanted) else hidden, None)
