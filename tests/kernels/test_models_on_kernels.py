@@ -135,14 +135,19 @@ def test_a_fallback_is_said_once_and_counted(on_kernels: Dispatch, caplog: pytes
 
 
 def test_a_replay_counts_what_was_captured(on_kernels: Dispatch) -> None:
-    """Calls made under another dispatch count there alone, and once more with every replay."""
+    """Calls made under another dispatch count there alone, and once more with every replay, apart from Python's."""
     captured = on_kernels.fresh()
     with dispatching(captured):
         ops.rms_norm(torch.ones(1, 32, dtype=torch.bfloat16), None, 1e-6)
     assert on_kernels.take() is None
+    calls = captured.take()
+    assert calls == (("rms_norm", "cuda", "", 1),)
     for _ in range(3):
-        on_kernels.add(captured)
-    assert on_kernels.take() == (("rms_norm", "cuda", "", 3),)
+        on_kernels.add(calls)
+    with dispatching(on_kernels):
+        ops.rms_norm(torch.ones(1, 32, dtype=torch.bfloat16), None, 1e-6)
+    assert on_kernels.take() == calls * 4
+    assert on_kernels.take() is None
 
 
 def test_modes(on_kernels: Dispatch) -> None:

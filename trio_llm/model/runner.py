@@ -298,10 +298,11 @@ class Runner:
         positions = entries(rows.ends, at)
         if speculates:
             positions = positions - [len(draft) for draft in drafts]
-        selected = self._sampling.select(entries(rows.index, at), positions, drafts if speculates else None)
+        index = entries(rows.index, at)
+        selected = self._sampling.select(index, positions, drafts if speculates else None)
         sampled = self._sampler.sample(outputs.logits, selected, outputs.likeliest)
         if not speculates:
-            self._last_tokens.keep(sent.sampled_rows, sampled.token_ids)
+            self._last_tokens.keep(index, sent.sampled_rows, sampled.token_ids)
         return sampled.to_host(self._device.to_host)
 
     def _speculate(

@@ -181,13 +181,12 @@ class SamplingRows:
         """
         if not self._not_greedy:
             return _GREEDY
+        first, all_rows, all_positions = np.arange(len(rows)), rows, positions
         if drafts is not None:
             counts = np.array([len(draft) + 1 for draft in drafts])
             first = counts.cumsum() - counts
             depths = np.arange(counts.sum()) - np.repeat(first, counts)
             all_rows, all_positions = np.repeat(rows, counts), np.repeat(positions, counts) + depths
-        else:
-            first, all_rows, all_positions = None, rows, positions
         flags = self._flags[all_rows]
         union = int(np.bitwise_or.reduce(flags, initial=0))
         if not union:
@@ -202,7 +201,6 @@ class SamplingRows:
         if any(names):
             columns["names"] = _padded(names)
         drafts = drafts or ((),) * len(rows)
-        first = np.arange(len(rows)) if first is None else first
         edits = self._edits_of(rows, positions, first, drafts, len(all_rows)) if union & EDITED else ()
         tensors = tuple(self._send([*columns.values(), *edits]))
         sent = dict(zip(columns, tensors, strict=False))

@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import attrs
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trio_llm.model.device.device import Mark
@@ -31,15 +33,15 @@ class _OnHost:
 class LastTokens:
     """What this step and the one before it sampled, and one token per permanent row to look them up in.
 
-    A column is written only for a plan that lacks tokens. Tokens are kept by row, so a failed step may be run again,
-    also in halves: what a row sampled last counts.
+    A column is written only for a plan that lacks tokens. A failed step may be run again, also in halves: the same rows
+    replace what they sampled before, and of different ones the last counts.
     """
 
     def __init__(self, num_rows: int, device: torch.device) -> None:
         self._step: int | None = None
         self._column = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self._now: list[tuple[Tensor, Tensor]] = []
-        self._before: list[tuple[Tensor, Tensor]] = []
+        self._now: dict[bytes, tuple[Tensor, Tensor]] = {}
+        self._before: dict[bytes, tuple[Tensor, Tensor]] = {}
         self._on_host_now: dict[int, _OnHost] = {}
         self._on_host_before: dict[int, _OnHost] = {}
 
@@ -48,7 +50,7 @@ class LastTokens:
         if step != self._step:
             # One statement, so that an exception cannot swap the columns without changing the step's number.
             self._step, self._now, self._before, self._on_host_before, self._on_host_now = (
-                step, [], self._now, self._on_host_now, {}
+                step, {}, self._now, self._on_host_now, {}
             )  # fmt: skip
 
     def fill(self, token_ids: Tensor, places: Tensor, rows: Tensor) -> None:
@@ -56,13 +58,17 @@ class LastTokens:
 
         A row that failed sampled no token: it goes on with token 0, and its result is dropped.
         """
-        for sampled_rows, sampled in self._before:
+        for sampled_rows, sampled in self._before.values():
             self._column.index_copy_(0, sampled_rows, sampled)
         token_ids.index_copy_(0, places, self._column.index_select(0, rows).clamp_min_(0))
 
-    def keep(self, rows: Tensor, sampled: Tensor) -> None:
-        """Keep on the device what this step sampled, [R] each. The caller does not write to them again."""
-        self._now.append((rows, sampled))
+    def keep(self, rows: NDArray[np.intp], rows_there: Tensor, sampled: Tensor) -> None:
+        """Keep what this step sampled, [R]. The caller does not write to it again.
+
+        Args:
+            rows: [R], permanent rows; `rows_there` is the same on the device.
+        """
+        self._now[rows.tobytes()] = rows_there, sampled
 
     def keep_for_host(self, rows: Mapping[int, int], sampled: Tensor, done: Mark) -> None:
         """Keep the tokens of some rows for `on_host`.
