@@ -13,8 +13,6 @@ namespace {
 constexpr i64 BLOCK = 512;
 constexpr int AT_ONCE = 4;  // maxima that do not wait for each other
 
-bool any(vi mask) { return sum(mask < 0 ? all(1.f) : vf{}) > 0; }
-
 // The first place that holds the value; there is one.
 i64 place_of(f32 value, const f32* logits, i64 vocab) {
   i64 at = 0;

@@ -8,16 +8,12 @@ from torch import Tensor
 from cpu_kernels.library import empty, kernels
 
 
-def argmax(logits: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return ids [R] int64 and values [R] of the largest of logits [R, V] float32, dense; of equal ones the lowest id.
 
     The id is -1 where that logit is infinite or any is NaN. The value is NaN where any is.
-
-    Args:
-        ids: Where to write them; dense.
     """
     rows, vocab_size = logits.shape
-    ids = empty((rows,), torch.int64) if ids is None else ids
-    tops = empty((rows,), torch.float32)
+    ids, tops = empty((rows,), torch.int64), empty((rows,), torch.float32)
     kernels()["argmax"](logits, ids, tops, rows, vocab_size)
     return ids, tops

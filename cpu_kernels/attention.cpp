@@ -195,48 +195,36 @@ INLINE void in_groups(i64 count, F&& f) {
   else if (count - r == 1) f(r, std::integral_constant<int, 1>{});
 }
 
-// Scores of keys that are all the row's: the largest so far, and weights without their scale.
-INLINE f32 largest_score(const f32* scores, f32 most) {
-  vf peaks = all(most);
-  for (i64 j = 0; j < KEYS; j += LANES) peaks = larger(Float32::load(scores + j), peaks);  // NaN is not larger
-  return largest(peaks);
-}
-INLINE f32 weigh_all(f32* scores, f32 peak) {
-  vf sums = {};
-  for (i64 j = 0; j < KEYS; j += LANES) {
-    const vf weight = exp_negative(Float32::load(scores + j) - peak);
-    sums += weight;
-    Float32::store(scores + j, weight);
-  }
-  return sum(sums);
-}
-
-// The same of keys that have scales, a cap or a mask: those outside [low, high) are not the row's.
-INLINE f32 mask_scores(const AttentionArgs& a, f32* scores, const f32* k_scale, i64 low, i64 high, f32 most) {
-  vf peaks = all(most);
+// Scores to weights: scale, softcap, mask, online softmax. Keys outside [low, high) are not the row's. WHOLE: all are, and
+// neither scale nor softcap. Return by what earlier values are multiplied.
+template <bool WHOLE>
+INLINE f32 weigh(const AttentionArgs& a, f32* scores, const f32* k_scale, const f32* v_scale, i64 low, i64 high,
+                 f32* most, f32* total) {
+  vf peaks = all(*most), sums = {};
   for (i64 j = 0; j < KEYS; j += LANES) {
     vf score = Float32::load(scores + j);
-    if (k_scale) score *= Float32::load(k_scale + j);
-    if (a.softcap > 0) score = (f32)a.softcap * tanh(score / (f32)a.softcap);
-    const vi key = lanes() + (i32)j;
-    score = (key >= (i32)low) & (key < (i32)high) ? score : all(-INFINITY);
-    peaks = larger(score, peaks);
-    Float32::store(scores + j, score);
+    if constexpr (!WHOLE) {
+      if (k_scale) score *= Float32::load(k_scale + j);
+      if (a.softcap > 0) score = (f32)a.softcap * tanh(score / (f32)a.softcap);
+      const vi key = lanes() + (i32)j;
+      score = (key >= (i32)low) & (key < (i32)high) ? score : all(-INFINITY);
+      Float32::store(scores + j, score);
+    }
+    peaks = larger(score, peaks);  // NaN is not larger
   }
-  return largest(peaks);
-}
-INLINE f32 weigh_some(f32* scores, const f32* v_scale, f32 peak) {
-  vf sums = {};
+  const f32 peak = largest(peaks);
   for (i64 j = 0; j < KEYS; j += LANES) {
     const vf score = Float32::load(scores + j);
-    const vf weight = score == all(-INFINITY) ? vf{} : exp_negative(score - peak);
+    vf weight = exp_negative(score - peak);
+    if constexpr (!WHOLE) weight = score == all(-INFINITY) ? vf{} : weight;
     sums += weight;
-    Float32::store(scores + j, v_scale ? weight * Float32::load(v_scale + j) : weight);
+    Float32::store(scores + j, !WHOLE && v_scale ? weight * Float32::load(v_scale + j) : weight);
   }
-  return sum(sums);
+  const f32 factor = *most == -INFINITY ? 0.f : exp_negative(all(*most - peak))[0];
+  *total = *total * factor + sum(sums);
+  *most = peak;
+  return factor;
 }
-
-// Scores to weights: cap, mask, online softmax. Return by what earlier values are multiplied.
 INLINE f32 weigh(const AttentionArgs& a, f32* scores, const f32* k_scale, const f32* v_scale, i64 low, i64 high,
                  f32* most, f32* total) {
   low = std::max<i64>(low, 0);
@@ -245,12 +233,8 @@ INLINE f32 weigh(const AttentionArgs& a, f32* scores, const f32* k_scale, const 
     return 1.f;
   }
   const bool whole = low == 0 && high == KEYS && !k_scale && a.softcap == 0;
-  const f32 peak = whole ? largest_score(scores, *most) : mask_scores(a, scores, k_scale, low, high, *most);
-  const f32 found = whole ? weigh_all(scores, peak) : weigh_some(scores, v_scale, peak);
-  const f32 factor = *most == -INFINITY ? 0.f : exp_negative(all(*most - peak))[0];
-  *total = *total * factor + found;
-  *most = peak;
-  return factor;
+  return whole ? weigh<true>(a, scores, k_scale, v_scale, low, high, most, total)
+               : weigh<false>(a, scores, k_scale, v_scale, low, high, most, total);
 }
 
 // A thread's memory for a tile, after what it finds.

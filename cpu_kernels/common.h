@@ -131,6 +131,8 @@ INLINE f32 sum(vf v) {
   if constexpr (HALF == 0) return v[0];
   else return sum<HALF / 2>(v + turned<HALF>(v));
 }
+// Whether a lane is set of what a comparison returned, or several or-ed.
+INLINE bool any(vi mask) { return sum(mask < 0 ? all(1.f) : vf{}) > 0; }
 template <int HALF = LANES / 2>
 INLINE f32 largest(vf v) {
   if constexpr (HALF == 0) return v[0];

@@ -78,7 +78,7 @@ i64 winner(const Scores& row, f32 floor, const i32* hashes, i64 vocab, u32 offse
       numbers[i / LANES] = spread(own, offset, factor);
       hit |= (numbers[i / LANES] <= all((i32)std::min<i64>(limit, INT32_MAX))) & (Float32::load(&row.scores[at]) > floor);
     }
-    if (sum(hit < 0 ? all(1.f) : vf{}) == 0.f) continue;
+    if (!any(hit)) continue;
     for (i64 i = 0; i < PART; i += LANES) {
       const vf score = Float32::load(&row.scores[part * PART + i]), noisy = score + gumbel(numbers[i / LANES]);
       for (int lane = 0; lane < LANES; lane++) {

@@ -37,7 +37,7 @@ struct Scores {
       store<Float32>(&scores[i], score == score ? score : all(-INFINITY), vocab - i);
     }
     for (i64 part = 0; part < parts; part++) tops[part] = largest_of(&scores[part * PART], PART);
-    has_nan = sum(nan < 0 ? all(1.f) : vf{}) > 0;
+    has_nan = any(nan);
   }
 
   // The k-th largest; k is at most the number of scores.

@@ -121,8 +121,7 @@ class DecodeGraphs:
         self._max_context = max_context
         self._inputs = torch.zeros((3, len(logits)), dtype=torch.int64, device=logits.device)
         self._inputs[_ROWS] = padding_row
-        self._likeliest = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-        self._has_likeliest = False
+        self._likeliest: Tensor | None = None  # of the work that is captured, see Outputs
         self._graphs: dict[int, _Graph] = {}
         self._record: Callable[[int], _Graph] | None = None
 
@@ -171,7 +170,7 @@ class DecodeGraphs:
                 return self._graph(size, capture(work), calls)
 
     def _graph(self, size: int, replay: Callable[[], None], calls: Dispatch) -> _Graph:
-        likeliest = self._likeliest[:size].numpy() if self._has_likeliest else None
+        likeliest = None if self._likeliest is None else self._likeliest.numpy()
         return _Graph(replay, calls.take() or (), self._inputs[:, :size], Outputs(self._logits[:size], likeliest))
 
     def size_for(self, num_tokens: int, *, is_mixed: bool) -> int | None:
@@ -221,6 +220,4 @@ class DecodeGraphs:
         logits = self._logits[:size]
         self._model.logits(self._model.forward(batch, self._kv), out=logits)
         kernels = choose_fused("argmax", logits) if logits.shape[1] else None
-        self._has_likeliest = kernels is not None
-        if kernels is not None:
-            kernels.argmax(logits, self._likeliest[:size])
+        self._likeliest = None if kernels is None else kernels.argmax(logits)[0]

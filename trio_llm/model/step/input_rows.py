@@ -10,7 +10,7 @@ Letters: B rows of this step, S its tokens, R rows sampled in it, M blocks per t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import attrs
 import numpy as np
@@ -77,30 +77,40 @@ class BlockTables:
 
 
 @attrs.frozen(eq=False)
-class PlanRows:
-    """A plan's rows on the host.
+class _RowShape:
+    """What the rows of a plan have in common with those of the plan before if the same sequences decode.
 
     Attributes:
         index: [B], the permanent row of each.
-        starts, counts, ends: [B]; end is the position after the row's last token.
+        counts: [B], tokens of each.
         offsets, lasts: [B], index in S of the row's first and last token.
-        token_ids: [S].
-        unknown: [n], indices in S of tokens that are UNKNOWN.
         sampled: [n], indices in B of rows after which the plan samples, ascending.
         drafts: B times, the row's draft tokens, which are its last ones.
-        additions: See BlockTables.
     """
 
     index: NDArray[np.intp]
-    starts: NDArray[np.int64]
     counts: NDArray[np.int64]
-    ends: NDArray[np.int64]
     offsets: NDArray[np.int64]
     lasts: NDArray[np.int64]
-    token_ids: NDArray[np.int64]
-    unknown: NDArray[np.intp]
     sampled: NDArray[np.intp]
     drafts: Sequence[tuple[int, ...]]
+
+
+@attrs.frozen(eq=False)
+class PlanRows(_RowShape):
+    """A plan's rows on the host.
+
+    Attributes:
+        starts, ends: [B], positions of the row's first token and after its last one.
+        token_ids: [S].
+        unknown: [n], indices in S of tokens that are UNKNOWN.
+        additions: See BlockTables.
+    """
+
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    token_ids: NDArray[np.int64]
+    unknown: NDArray[np.intp]
     additions: list[Column]
 
     @property
@@ -131,17 +141,6 @@ class StepColumns:
     sampled_from: Tensor | None
 
 
-class _Shared(NamedTuple):
-    """What PlanRows of steps of the same rows have in common; `permanent` is their index."""
-
-    permanent: NDArray[np.intp]
-    counts: NDArray[np.int64]
-    offsets: NDArray[np.int64]
-    lasts: NDArray[np.int64]
-    sampled: NDArray[np.intp]
-    drafts: Sequence[tuple[int, ...]]
-
-
 class InputRows:
     """Assigns permanent rows to sequences and builds batches of them."""
 
@@ -152,7 +151,7 @@ class InputRows:
         self._row_of: dict[int, int] = {}
         self._free = list(range(num_rows))[::-1]
         # Of the last plan without drafts; None once a row has changed its owner.
-        self._last: tuple[tuple[Any, ...], _Shared] | None = None
+        self._last: tuple[tuple[Any, ...], _RowShape] | None = None
 
     def admit(self, request_id: int) -> int:
         """Return the sequence's row, a free one if it has none yet."""
@@ -177,25 +176,25 @@ class InputRows:
 
     def of(self, plan: StepPlan) -> PlanRows:
         """Lay out a plan's rows. All of them are admitted."""
-        index, counts, offsets, lasts, sampled, drafts = self._shared_of(plan)
+        shape = self._shape_of(plan)
         starts = np.array(plan.starts, np.int64)
         token_ids = np.array(plan.token_ids, np.int64)
         return PlanRows(
-            index,
+            shape.index,
+            shape.counts,
+            shape.offsets,
+            shape.lasts,
+            shape.sampled,
+            shape.drafts,
             starts,
-            counts,
-            starts + counts,
-            offsets,
-            lasts,
+            starts + shape.counts,
             token_ids,
             np.flatnonzero(token_ids == UNKNOWN) if UNKNOWN in plan.token_ids else _NONE,
-            sampled,
-            drafts,
-            self.tables.additions(index, plan.new_blocks),
+            self.tables.additions(shape.index, plan.new_blocks),
         )
 
-    def _shared_of(self, plan: StepPlan) -> _Shared:
-        """Return what a plan shares with the one before it if the same rows decode, as in most steps."""
+    def _shape_of(self, plan: StepPlan) -> _RowShape:
+        """Return the shape of a plan's rows: that of the plan before if the same sequences decode, as in most steps."""
         key = plan.request_ids, plan.counts, plan.samples
         if not plan.drafts and self._last is not None and self._last[0] == key:
             return self._last[1]
@@ -203,7 +202,7 @@ class InputRows:
         counts = np.array(plan.counts, np.int64)
         after = counts.cumsum()
         sampled = np.flatnonzero(np.frombuffer(bytes(plan.samples), np.bool_))
-        found = _Shared(index, counts, after - counts, after - 1, sampled, _drafts(plan, after.tolist()))
+        found = _RowShape(index, counts, after - counts, after - 1, sampled, _drafts(plan, after.tolist()))
         self._last = None if plan.drafts else (key, found)
         return found
 
