@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import socket
 from contextlib import ExitStack
 from typing import Any, cast
@@ -12,6 +13,7 @@ from typing import Any, cast
 import pytest
 import trio
 import trio.testing
+from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.utils import LifespanFailureError
 from quart import request
 from quart_trio import QuartTrio
@@ -22,8 +24,9 @@ from trio_llm.config import LimitsConfig
 from trio_llm.server.http import connection as connection_module
 from trio_llm.server.http import serve as serve_module
 from trio_llm.server.http.accept import Acceptor, accept_connections
-from trio_llm.server.http.connection import Connection, Starts
+from trio_llm.server.http.connection import Connection
 from trio_llm.server.http.edge import LIFETIME, Edge
+from trio_llm.server.http.starts import Starts
 from trio_llm.server.http.tcp import detect_dead_peers, queued_bytes
 
 CHUNK = b"x" * 10_000
@@ -287,6 +290,38 @@ async def test_responses_let_the_connection_be_reused(probe: Probe) -> None:
             status, _, _ = await read_response(stream)
             assert status == 200
         assert await read_to_end(stream) == b""
+
+
+async def test_a_request_is_served_if_it_comes_as_the_time_for_it_ends(
+    probe: Probe, mock_clock: trio.testing.MockClock
+) -> None:
+    """An event loop that stood still sees the request and the end of the keep-alive time in one pass."""
+    async with running(probe.edge, limits=LimitsConfig(keep_alive_timeout_s=5)) as server:
+        stream = await server.connect()
+        for _ in range(3):
+            os.write(stream.socket.fileno(), http("POST", "/echo", b"{}"))
+            mock_clock.jump(6)
+            assert (await read_response(stream))[0] == 200
+            await wait_all_tasks_blocked()
+        mock_clock.jump(6)
+        assert await read_to_end(stream) == b""
+
+
+async def test_a_request_that_waits_for_its_turn_is_served_as_the_server_stops(probe: Probe) -> None:
+    """What the server has read before it stops gets its answer, also what a burst holds up."""
+    async with running(probe.edge, graceful_timeout_s=3600) as server:
+        clients = [await server.connect() for _ in range(100)]
+        for stream in clients:
+            await stream.send_all(http("GET", "/hello"))
+            await read_response(stream)
+        await wait_all_tasks_blocked()
+        for stream in clients:
+            os.write(stream.socket.fileno(), http("GET", "/hello"))
+        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint()
+        server.stop.set()
+        assert [(await read_response(stream))[0] for stream in clients] == [200] * 100
+        await server.stopped.wait()
 
 
 @pytest.mark.parametrize("how", ["Connection: close", "HTTP/1.0"])
@@ -665,13 +700,28 @@ async def test_a_burst_costs_no_client_its_time_for_headers(autojump_clock: Any)
 
     none: Any = None
     connection = Connection(none, none, none, none, LimitsConfig(header_timeout_s=5), Late())
-    with connection._reading as reading:
-        reading.deadline = trio.current_time() + 5
-        await trio.sleep(2)
-        await connection._wait_for_turn(b"GET / HTTP/1.1")
-        await trio.sleep(2)
-    assert not reading.cancelled_caught
-    assert reading.deadline == trio.current_time() + 1
+    connection._receiving.deadline = trio.current_time() + 5
+    await trio.sleep(2)
+    await connection._wait_for_turn(b"GET / HTTP/1.1")
+    assert connection._receiving.deadline == trio.current_time() + 3
+
+
+@pytest.mark.parametrize("sent", [http("GET", "/hello"), b"GET /hel", b""])
+async def test_a_connection_that_begins_as_the_server_stops_is_served_what_it_has_sent(
+    probe: Probe, sent: bytes
+) -> None:
+    """It was accepted before. Nobody waits for what it has not sent yet."""
+    config, context = serve_module._hypercorn_config(LimitsConfig()), WorkerContext(None)
+    await context.terminated.set()
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listening,
+        socket.create_connection(listening.getsockname()) as client,
+    ):
+        client.sendall(sent)
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(listening.accept()[0]))
+        await Connection(stream, probe.edge, config, context, LimitsConfig()).run()
+        received = client.recv(1000)
+    assert received.endswith(b"hello") if sent.endswith(b"\r\n") else not received
 
 
 async def test_a_slow_reader_is_not_dropped_and_a_stalled_one_is(

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import socket
 import struct
@@ -35,7 +34,7 @@ from hypercorn.utils import suppress_body
 
 from trio_llm.config import LimitsConfig
 from trio_llm.server.errors import HttpError, error_body
-from trio_llm.server.http.accept import AnswerProbe
+from trio_llm.server.http.starts import Starts
 from trio_llm.server.http.tcp import detect_dead_peers, queued_bytes
 
 logger = logging.getLogger(__name__)
@@ -43,9 +42,6 @@ logger = logging.getLogger(__name__)
 _MAX_RECEIVE_BYTES = 64 * 1024
 _MAX_PIPELINED_BYTES = 64 * 1024  # Beyond this, a disconnect is noticed only at the next write.
 _LINGER_S = 2.0
-# A request takes about a dozen passes and 1 ms: 4 a pass keep a pass to 4 ms. A guess between the two.
-_STARTS_PER_PASS = 4
-_PROBES = (b"GET /health ", b"GET /ready ", b"GET /ping ")
 
 ASGIApp = Callable[[Any, Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]], Awaitable[None]]
 
@@ -179,27 +175,6 @@ class _AppTasks:
         await send(None)
 
 
-class Starts:
-    """Starts a few requests in each pass of the event loop; probes do not wait.
-
-    A burst of 500 requests is half a second of work. If all started at once, each pass would take one step of every
-    request, and a request that arrives meanwhile needs a dozen passes.
-
-    Attributes:
-        answer_probe: Answers a probe on a connection that is kept alive.
-    """
-
-    def __init__(self, answer_probe: AnswerProbe = lambda _head, _peer: None) -> None:
-        self.answer_probe = answer_probe
-        self._turns = trio.Semaphore(_STARTS_PER_PASS)
-
-    async def turn(self, head: bytes) -> None:
-        """Wait until the request that begins with `head` may begin."""
-        if not head.startswith(_PROBES):
-            async with self._turns:
-                await trio.lowlevel.checkpoint()
-
-
 class Connection:
     """A socket, its protocol and its requests. `run` ends when the connection is closed."""
 
@@ -219,7 +194,7 @@ class Connection:
         self._context = context
         self._limits = limits
         self._protocol: _Http11
-        self._reading = trio.CancelScope()
+        self._receiving = trio.CancelScope()  # of the last wait for bytes; the next one takes over its deadline
         self._writing = trio.Lock()
         self._idle = True
         self._head_begun = True  # A new connection waits for its first head no longer than for the rest of one.
@@ -230,9 +205,8 @@ class Connection:
         try:
             async with trio.open_nursery() as nursery:
                 self._protocol = self._make_protocol(nursery)
-                with self._reading:
-                    self._reading.deadline = trio.current_time() + self._limits.header_timeout_s
-                    await self._read()
+                self._receiving.deadline = trio.current_time() + self._limits.header_timeout_s
+                await self._read()
                 await self._protocol.handle(Closed())
         finally:
             await trio.aclose_forcefully(self._stream)
@@ -240,7 +214,7 @@ class Connection:
     def close_if_idle(self) -> None:
         """Close unless a request is under way."""
         if self._idle:
-            self._reading.cancel()
+            self._receiving.cancel()
 
     def abort(self) -> None:
         """Drop the connection now, with what the kernel still holds for the client."""
@@ -269,20 +243,20 @@ class Connection:
         self._idle = idle
         self._head_begun = False
         # One deadline on the reader, not a timer task per request as in hypercorn.
-        self._reading.deadline = trio.current_time() + self._limits.keep_alive_timeout_s if idle else float("inf")
+        self._receiving.deadline = trio.current_time() + self._limits.keep_alive_timeout_s if idle else float("inf")
 
     # --- reading -------------------------------------------------------------------------------------------------
 
     async def _read(self) -> None:
         try:
-            while data := await self._receive():
+            while data := await self._receive_in_time():
                 if self._idle and await self._is_answered(data):
                     continue
                 if self._idle:
                     await self._wait_for_turn(data)
                 if self._idle and not self._head_begun:
                     self._head_begun = True  # Time for the rest counts from here: dripping does not help.
-                    self._reading.deadline = trio.current_time() + self._limits.header_timeout_s
+                    self._receiving.deadline = trio.current_time() + self._limits.header_timeout_s
                 if not self._over:
                     await self._protocol.handle(RawData(data))
         except _ConnectionOverError:
@@ -305,10 +279,27 @@ class Connection:
 
     async def _wait_for_turn(self, head: bytes) -> None:
         """Wait until the request may begin. The client's time for its headers does not run meanwhile."""
-        left_s = self._reading.deadline - trio.current_time()
-        self._reading.deadline = math.inf
+        left_s = self._receiving.deadline - trio.current_time()
         await self._starts.turn(head)
-        self._reading.deadline = trio.current_time() + left_s
+        self._receiving.deadline = trio.current_time() + left_s
+
+    async def _receive_in_time(self) -> bytes:
+        """Return what came; nothing if the client left or its time is over, or once the server stops.
+
+        The scope is round the wait alone. After the event loop stood still, bytes and the end of the time may come in
+        one pass: then `_receive` returns the bytes, and a scope round what serves them would cancel that.
+        """
+        if self._idle and self._context.terminated.is_set():
+            return self._receive_nowait()
+        with trio.CancelScope(deadline=self._receiving.deadline) as self._receiving:
+            return await self._receive()
+        return b""
+
+    def _receive_nowait(self) -> bytes:
+        try:
+            return os.read(self._stream.socket.fileno(), _MAX_RECEIVE_BYTES)
+        except OSError:  # Nothing has come, or the client has disconnected.
+            return b""
 
     async def _receive(self) -> bytes:
         try:
@@ -396,4 +387,4 @@ class Connection:
         # The client is still sending. Closing now would send a reset, which discards the response it has not read.
         with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError):
             await self._stream.send_eof()
-        self._reading.deadline = trio.current_time() + _LINGER_S
+        self._receiving.deadline = trio.current_time() + _LINGER_S

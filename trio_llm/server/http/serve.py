@@ -22,9 +22,10 @@ from trio_llm.errors import TrioLLMError
 from trio_llm.server.bodies.size_limits import flag_of
 from trio_llm.server.errors import HttpError, error_body
 from trio_llm.server.http.accept import AnswerProbe, accept_connections, contained
-from trio_llm.server.http.connection import ASGIApp, Connection, Starts
+from trio_llm.server.http.connection import ASGIApp, Connection
 from trio_llm.server.http.peers import is_loopback, limited_name
 from trio_llm.server.http.proxies import TrustedProxies
+from trio_llm.server.http.starts import Starts
 
 logger = logging.getLogger(__name__)
 
