@@ -75,3 +75,15 @@ def test_requests_that_come_back_have_their_new_rows() -> None:
     for request_id in (7, 8):
         rows.admit(request_id)
     assert rows.of(plan((7, 8), (4, 10))).index.tolist() == [rows.row_of(7), rows.row_of(8)] == [1, 0]
+
+
+def test_what_a_row_sampled_last_is_its_next_token() -> None:
+    """Whatever parts the batch is launched in, and then launched again."""
+    last, rows = LastTokens(3, torch.device("cpu")), np.arange(2)
+    last.begin(1)
+    for part, sampled in ((rows, [5, 6]), (rows[:1], [7]), (rows[1:], [8]), (rows, [9, 10])):
+        last.keep(part, torch.from_numpy(part), torch.tensor(sampled))
+    last.begin(2)
+    token_ids = torch.zeros(2, dtype=torch.int64)
+    last.fill(token_ids, torch.arange(2), torch.arange(2))
+    assert token_ids.tolist() == [9, 10]

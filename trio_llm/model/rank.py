@@ -164,6 +164,7 @@ class Follower:
                 self._model.logits(hidden)
             case _:
                 raise AssertionError(f"unexpected {command!r}")
+        self._dispatch.take()  # Rank 0 reports the same calls.
 
     def _forward(self, command: Forward) -> None:
         rows, starts, counts = (_column(data, np.int64) for data in (command.rows, command.starts, command.counts))

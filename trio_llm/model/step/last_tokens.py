@@ -68,6 +68,7 @@ class LastTokens:
         Args:
             rows: [R], permanent rows; `rows_there` is the same on the device.
         """
+        self._now.pop(rows.tobytes(), None)  # `fill` lets the later one win.
         self._now[rows.tobytes()] = rows_there, sampled
 
     def keep_for_host(self, rows: Mapping[int, int], sampled: Tensor, done: Mark) -> None:
