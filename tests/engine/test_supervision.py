@@ -9,11 +9,13 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.engine.fakes import HashStub, StubRunner, continuation, open_stub
+from trio_llm.config import EngineConfig
 from trio_llm.core.block_manager import BlockManager
 from trio_llm.engine import Engine
 from trio_llm.engine.health import FAILING_AFTER_STEPS
 from trio_llm.engine.recovery import launch_step
 from trio_llm.engine.step_thread import StepThread
+from trio_llm.engine.supervisor import run_engine
 from trio_llm.errors import (
     ConfigError,
     DrainingError,
@@ -183,6 +185,28 @@ async def test_an_exception_of_the_body_is_raised_as_itself() -> None:
     with pytest.raises(KeyError, match="mine"):
         async with open_stub():
             raise KeyError("mine")
+
+
+async def test_a_model_that_is_loaded_when_nobody_wants_it_any_more_is_closed() -> None:
+    """A cancellation while it loads waits for the end of that, and loses nothing of it."""
+    runner, loading, unwanted = StubRunner(), threading.Event(), threading.Event()
+
+    def load() -> StubRunner:
+        loading.set()
+        unwanted.wait()
+        return runner
+
+    async def serve() -> None:
+        tokenizer: Any = None
+        async with run_engine(EngineConfig(), load, tokenizer):
+            raise AssertionError("served")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve)
+        await trio.to_thread.run_sync(loading.wait)
+        nursery.cancel_scope.cancel()
+        unwanted.set()
+    assert runner.closed
 
 
 async def test_a_model_that_does_not_load_is_an_ordinary_error() -> None:

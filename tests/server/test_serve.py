@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import socket
+import struct
 from contextlib import ExitStack
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ from tests.server.helpers import exchange, http, read_response, read_to_end, run
 from trio_llm.config import LimitsConfig
 from trio_llm.server.http import connection as connection_module
 from trio_llm.server.http import serve as serve_module
-from trio_llm.server.http.accept import Acceptor, accept_connections
+from trio_llm.server.http.accept import Acceptor, ProbeAnswer, accept_connections
 from trio_llm.server.http.connection import Connection
 from trio_llm.server.http.edge import LIFETIME, Edge
 from trio_llm.server.http.starts import Starts
@@ -322,6 +323,59 @@ async def test_a_request_that_waits_for_its_turn_is_served_as_the_server_stops(p
         server.stop.set()
         assert [(await read_response(stream))[0] for stream in clients] == [200] * 100
         await server.stopped.wait()
+
+
+async def test_a_client_that_pipelines_much_and_leaves_is_forgotten(probe: Probe) -> None:
+    """More than a disconnect is looked for behind: the next write that fails ends the connection, too."""
+    async with running(probe.edge, graceful_timeout_s=3600) as server:
+        stream = await server.connect()
+        await stream.send_all(http("POST", "/endless", b"{}"))
+        await stream.receive_some()
+        await stream.send_all(b"G" * 3 * connection_module._MAX_PIPELINED_BYTES)
+        await wait_all_tasks_blocked(0.05)
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        await stream.aclose()
+        await probe.cancelled.wait()
+        server.stop.set()
+        await server.stopped.wait()
+
+
+async def test_stopping_does_not_wait_for_a_client_that_reads_no_answers_to_probes() -> None:
+    """No request of it is under way, though an answer is being written."""
+    config, context = serve_module._hypercorn_config(LimitsConfig()), WorkerContext(None)
+    answer = ProbeAnswer(len(head := http("GET", "/health")), bytes(2**24), closes=False)
+    none: Any = None
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listening,
+        socket.create_connection(listening.getsockname()) as client,
+    ):
+        client.sendall(head)
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(listening.accept()[0]))
+        connection = Connection(stream, none, config, context, LimitsConfig(), Starts(lambda _head, _peer: answer))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.run)
+            await wait_all_tasks_blocked()
+            assert connection._writing.locked()
+            await context.terminated.set()
+            connection.close_if_idle()
+
+
+async def test_what_follows_an_error_is_no_probe() -> None:
+    """It is read and discarded: an answer would fail, and reset the connection under the error."""
+    config, seen, none = serve_module._hypercorn_config(LimitsConfig()), list[bytes](), cast(Any, None)
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as client:
+        client.connect(listening.getsockname())
+        client.sendall(bad := b"no HTTP\r\n\r\n")
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(listening.accept()[0]))
+        starts = Starts(lambda head, _peer: seen.append(head))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(Connection(stream, none, config, WorkerContext(None), LimitsConfig(), starts).run)
+            await wait_all_tasks_blocked()
+            client.sendall(http("GET", "/health"))
+            await wait_all_tasks_blocked(0.01)
+            assert client.recv(10_000).startswith(b"HTTP/1.1 400 ")
+            client.close()
+        assert seen == [bad]
 
 
 @pytest.mark.parametrize("how", ["Connection: close", "HTTP/1.0"])

@@ -111,18 +111,19 @@ async def run_engine(
     """
     kv_events_config(config)  # A mistake shows before the model is loaded.
     worker = StepThread() if worker is None else worker
+    loaded: list[Runner] = []  # by the thread: a cancelled wait would lose what it returns
     try:
-        runner = await worker.run(load)
-        try:
-            info = runner.info if model_name is None else attrs.evolve(runner.info, name=model_name)
-            config = config.decided(on_gpu=info.on_gpu)
-            with closing(StepPipeline(runner.launch, worker, config.steps_in_flight, collector)) as pipeline:
-                async with _serve(config, info, pipeline, runner.ranks, tokenizer, Pulse(stall_after_s)) as engine:
-                    yield engine
-        finally:
-            with trio.CancelScope(shield=True):
-                await worker.run(runner.close)
+        await worker.run(lambda: loaded.append(load()))
+        (runner,) = loaded
+        info = runner.info if model_name is None else attrs.evolve(runner.info, name=model_name)
+        config = config.decided(on_gpu=info.on_gpu)
+        with closing(StepPipeline(runner.launch, worker, config.steps_in_flight, collector)) as pipeline:
+            async with _serve(config, info, pipeline, runner.ranks, tokenizer, Pulse(stall_after_s)) as engine:
+                yield engine
     finally:
+        with trio.CancelScope(shield=True):
+            for runner in loaded:
+                await worker.run(runner.close)
         worker.close()
 
 

@@ -203,7 +203,8 @@ class _Paced:
         if self._error is not None:
             raise self._error
         try:
-            if (delta := self._stream.take()) is not None:
+            # To its end: of tokens and an exception that came together, the stream gives one at a time.
+            while (delta := self._stream.take()) is not None:
                 if delta.progress is not None:
                     return delta
                 self._held.append(delta)

@@ -58,6 +58,10 @@ class _Pause(EventWrapper):
         self._wait_for_leaving = wait_for_leaving
         self._is_over = is_over
 
+    def end(self) -> None:
+        """End the wait: hypercorn sets the event after a response, and none follows on a connection that is over."""
+        self._event.set()
+
     async def wait(self) -> None:
         left = False
 
@@ -194,6 +198,7 @@ class Connection:
         self._context = context
         self._limits = limits
         self._protocol: _Http11
+        self._pause = _Pause(self._wait_for_leaving, lambda: self._over)
         self._receiving = trio.CancelScope()  # of the last wait for bytes; the next one takes over its deadline
         self._writing = trio.Lock()
         self._idle = True
@@ -212,13 +217,16 @@ class Connection:
             await trio.aclose_forcefully(self._stream)
 
     def close_if_idle(self) -> None:
-        """Close unless a request is under way."""
+        """Close unless a request is under way. A client that does not read the answer to a probe is not waited for."""
         if self._idle:
             self._receiving.cancel()
+            if self._writing.locked():
+                self.abort()
 
     def abort(self) -> None:
         """Drop the connection now, with what the kernel still holds for the client."""
         self._over = True
+        self._pause.end()
         if self._stream.socket.fileno() != -1:
             self._stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self._stream.socket.close()
@@ -236,7 +244,7 @@ class Connection:
             sock.getsockname()[:2],
             self._send,
         )
-        protocol.can_read = cast(Any, _Pause(self._wait_for_leaving, lambda: self._over))
+        protocol.can_read = cast(Any, self._pause)
         return protocol
 
     def _set_idle(self, idle: bool) -> None:
@@ -250,7 +258,7 @@ class Connection:
     async def _read(self) -> None:
         try:
             while data := await self._receive_in_time():
-                if self._idle and await self._is_answered(data):
+                if self._idle and not self._over and await self._is_answered(data):
                     continue
                 if self._idle:
                     await self._wait_for_turn(data)

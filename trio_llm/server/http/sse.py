@@ -95,7 +95,7 @@ class DeltaFeed:
         self._keep_alive_s = keep_alive_s or math.inf
         self._reader = trio.lowlevel.ParkingLot()
         self._waits_since_s = trio.current_time()
-        self._silent = False
+        self._silent = self._late = False
         self._error: Exception | None = None
         self._open = dict(enumerate(streams))
         for stream in streams:
@@ -121,7 +121,7 @@ class DeltaFeed:
         return deltas
 
     def _take(self) -> Deltas:
-        """Return what has come; raise a stream's exception once the deltas that came before it are returned."""
+        """Return what has come; raise a stream's exception, or the deadline's, after the deltas that came before it."""
         if self._error is not None:
             raise self._error
         deltas: Deltas = []
@@ -137,6 +137,10 @@ class DeltaFeed:
                 deltas.append((index, delta))
             if stream.ended:
                 del self._open[index]
+        if self._late and self._open and self._error is None:
+            self._error = self._deadline.error()
+            if not deltas:
+                raise self._error
         return deltas
 
     async def _keep_time(self) -> None:
@@ -149,7 +153,7 @@ class DeltaFeed:
                     self._silent = True
                     self._reader.unpark_all()
             await trio.sleep_until(min(due_s, self._deadline.at_s))
-        self._error = self._deadline.error()
+        self._late = True
         self._reader.unpark_all()
 
 
