@@ -223,6 +223,52 @@ async def test_a_batch_past_its_time_expires(bench: Bench) -> None:
     assert {line["error"]["code"] for line in bench.lines(batch_id, "error")} == {"batch_expired"}
 
 
+async def test_a_batch_whose_time_ends_after_its_last_answer_is_completed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, mock_clock: trio.testing.MockClock
+) -> None:
+    """Where no line is without an answer, nothing has expired."""
+    real = bench.batches.record
+
+    def record(*args) -> None:
+        real(*args)
+        trio.from_thread.run_sync(mock_clock.jump, 100_000)
+
+    monkeypatch.setattr(bench.batches, "record", record)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(bench.runner(echo).run)
+        batch = await ended(bench, bench.submit(input_file(1)))
+        nursery.cancel_scope.cancel()
+    assert (batch["status"], batch["request_counts"]["completed"]) == ("completed", 1)
+
+
+async def test_a_file_that_goes_while_its_batch_runs(bench: Bench) -> None:
+    """The batch ends as failed and keeps its answers: no retry brings the file back."""
+
+    async def execute(endpoint: str, body, owner: str):
+        path.unlink(missing_ok=True)
+        return await echo(endpoint, body, owner)
+
+    batch_id = bench.submit(input_file(3))
+    path = bench.files.path(bench.batches.row(batch_id)["input_file_id"])
+    (batch,) = await run_to_end(bench, bench.runner(execute, max_in_flight=1), batch_id)
+    assert (batch["status"], batch["errors"]["data"][0]["code"]) == ("failed", "missing_file")
+    assert [line["custom_id"] for line in bench.lines(batch_id, "output")] == ["c0"]
+    assert [line["error"]["code"] for line in bench.lines(batch_id, "error")] == ["missing_file"] * 2
+
+
+async def test_a_file_that_is_no_longer_needed_may_go(bench: Bench) -> None:
+    """A batch whose lines are all read needs its input file no more."""
+
+    async def execute(endpoint: str, body, owner: str):
+        path.unlink()
+        return await echo(endpoint, body, owner)
+
+    batch_id = bench.submit(input_file(1))
+    path = bench.files.path(bench.batches.row(batch_id)["input_file_id"])
+    (batch,) = await run_to_end(bench, bench.runner(execute, max_in_flight=1), batch_id)
+    assert batch["status"] == "completed"
+
+
 @pytest.mark.parametrize(
     ("data", "code", "line"),
     [

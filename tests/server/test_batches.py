@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -20,13 +21,16 @@ from typing import Any
 import openai
 import pytest
 import trio
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.server.client import use_client
-from tests.server.helpers import Running, ask, running
+from tests.server.helpers import Running, ask, exchange, running
 from tests.server.stub import GatedWorker, StubRunner, continuation, open_stub
 from trio_llm.config import AuthConfig, Config, EngineConfig, ServerConfig
-from trio_llm.server.app import create_app
+from trio_llm.server.app import ServerApp, create_app
+from trio_llm.server.batches.batch_store import BatchStore
+from trio_llm.server.batches.disk import Disk
+from trio_llm.server.batches.file_store import FileStore, FileWriter
 
 KEYS = ("sk-0123456789abcdef", "sk-fedcba9876543210")
 JSON = {"content-type": "application/json"}
@@ -162,11 +166,7 @@ async def test_a_hostile_line_fails_alone_and_as_a_request_would(tmp_path: Path)
 
 async def answered_lines(app: Any, url: str, data: bytes) -> tuple[list[Any], list[Any]]:
     """Run an input file as a batch; return the lines of the output and of the error file."""
-    form = [b'name="purpose"\r\n\r\nbatch', b'name="file"; filename="a"\r\n\r\n' + data]
-    body = b"".join(b"--B\r\nContent-Disposition: form-data; " + part + b"\r\n" for part in form) + b"--B--\r\n"
-    headers = {"content-type": "multipart/form-data; boundary=B"}
-    file = (await ask(app, "POST", "/v1/files", body, headers=headers)).json()
-    wanted = {"input_file_id": file["id"], "endpoint": url, "completion_window": "24h"}
+    wanted = {"input_file_id": await upload(app, data), "endpoint": url, "completion_window": "24h"}
     made = (await ask(app, "POST", "/v1/batches", wanted)).json()
     with trio.fail_after(60):
         batch = await poll(app, made["id"], lambda batch: batch["status"] in ENDED)
@@ -231,6 +231,11 @@ async def test_the_inline_form(server: Running) -> None:
         ({"endpoint": "completions", "prompts": ["a"], "metadata": {"k": "x" * 513}}, "metadata"),
         ({"endpoint": "completions", "prompts": ["a"], "output_expires_after": {"anchor": "created_at", "seconds": 1}},
          "output_expires_after.seconds"),
+        ({"endpoint": "embeddings", "prompts": ["a"], "max_tokens": 5}, "max_tokens"),
+        ({"endpoint": "embeddings", "prompts": ["a"], "temperature": 1}, "temperature"),
+        ({"endpoint": "embeddings", "prompts": ["a"], "top_p": 1}, "top_p"),
+        ({"endpoint": "embeddings", "prompts": ["a"], "seed": 0}, "seed"),
+        ({"endpoint": "embeddings", "prompts": ["a"], "stop": ["x"]}, "stop"),
     ],
 )  # fmt: skip
 async def test_refusals(server: Running, body: dict[str, Any], param: str) -> None:
@@ -244,6 +249,131 @@ async def test_refusals(server: Running, body: dict[str, Any], param: str) -> No
     error = await use_client(server, use, KEYS[0])
     assert error.param is not None
     assert error.param.startswith(param)
+
+
+@pytest.fixture
+async def app(tmp_path: Path) -> AsyncIterator[ServerApp]:
+    """Return an app with a data directory, which is asked in process."""
+    async with open_stub(StubRunner()) as engine:
+        app = create_app(engine, Config(server=ServerConfig(data_dir=str(tmp_path))))
+        async with running(app):
+            yield app
+
+
+async def upload(app: ServerApp, data: bytes) -> str:
+    """Upload an input file; return its id."""
+    form = [b'name="purpose"\r\n\r\nbatch', b'name="file"; filename="a"\r\n\r\n' + data]
+    body = b"".join(b"--B\r\nContent-Disposition: form-data; " + part + b"\r\n" for part in form) + b"--B--\r\n"
+    headers = {"content-type": "multipart/form-data; boundary=B"}
+    return (await ask(app, "POST", "/v1/files", body, headers=headers)).json()["id"]
+
+
+def between_calls(monkeypatch: pytest.MonkeyPatch, work: Callable[[Disk], None]) -> None:
+    """Do `work` after each storage call, as another client's request may."""
+    real = Disk.run
+
+    async def run(self: Disk, call: Callable[..., Any], *args: Any) -> Any:
+        result = await real(self, call, *args)
+        await real(self, work, self)
+        return result
+
+    monkeypatch.setattr(Disk, "run", run)
+
+
+async def test_no_file_is_deleted_as_its_batch_is_made(app: ServerApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that is accepted has its file, whenever somebody wants to delete it."""
+    file_id = await upload(app, jsonl("/v1/completions", {"prompt": "a", "max_tokens": 1}))
+    in_use: list[bool] = []
+
+    def delete(disk: Disk) -> None:
+        in_use.append(disk.files.in_use(file_id))
+        if not any(in_use):
+            disk.files.delete(file_id)
+
+    wanted = {"input_file_id": file_id, "endpoint": "/v1/completions", "completion_window": "24h"}
+    with monkeypatch.context() as patched:
+        between_calls(patched, delete)
+        made = await ask(app, "POST", "/v1/batches", wanted)
+    assert (made.status, in_use[0]) == (200, True)
+    assert (await ask(app, "GET", f"/v1/files/{file_id}")).status == 200
+
+
+async def test_no_batch_is_made_as_its_file_is_deleted(app: ServerApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is deleted has no batch, whenever somebody wants one of it."""
+    file_id = await upload(app, jsonl("/v1/completions", {"prompt": "a"}))
+    made: list[str] = []
+
+    def create(disk: Disk) -> None:
+        if not made and disk.files.get(file_id) is not None:
+            batch = disk.batches.create(
+                input_file_id=file_id, endpoint="", completion_window="24h", window_s=1, metadata={}
+            )
+            made.append(batch["id"])
+
+    with monkeypatch.context() as patched:
+        between_calls(patched, create)
+        assert (await ask(app, "DELETE", f"/v1/files/{file_id}")).json()["deleted"]
+    assert made == []
+    assert (await ask(app, "DELETE", f"/v1/files/{file_id}")).status == 404
+
+
+async def test_a_client_that_leaves_as_its_prompts_are_written(app: ServerApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts that are stored have their batch: else nobody would delete them."""
+    body = json.dumps({"endpoint": "completions", "prompts": ["a"], "max_tokens": 1}).encode()
+    call = exchange(app, "POST", "/v1/batches", body)
+    real, token = FileStore.create, trio.lowlevel.current_trio_token()
+
+    async def leave() -> None:
+        call.disconnect()
+        await wait_all_tasks_blocked()
+
+    def create(self: FileStore, filename: str, *args: Any, **options: Any) -> FileWriter:
+        if filename == "prompts.jsonl":
+            trio.from_thread.run(leave, trio_token=token)  # Not of the request, which is cancelled meanwhile.
+        return real(self, filename, *args, **options)
+
+    monkeypatch.setattr(FileStore, "create", create)
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(call.run)
+            await call.body()
+    files = (await ask(app, "GET", "/v1/files?purpose=batch")).json()["data"]
+    batches = (await ask(app, "GET", "/v1/batches")).json()["data"]
+    assert [file["id"] for file in files] == [batch["input_file_id"] for batch in batches] != []
+
+
+async def test_prompts_whose_batch_cannot_be_made(
+    app: ServerApp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where the disk has no room for the batch, its prompts do not stay either."""
+
+    def create(self: BatchStore, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(BatchStore, "create", create)
+    body = {"endpoint": "completions", "prompts": ["a"]}
+    assert (await ask(app, "POST", "/v1/batches", body)).status == 507
+    assert (await ask(app, "GET", "/v1/files")).json()["data"] == []
+    assert list((tmp_path / "files").iterdir()) == []
+
+
+async def test_results_of_a_batch_that_failed_late(app: ServerApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that ends as failed gives the answers it has; one that had no lines to answer has no results."""
+    finish = BatchStore.finish
+
+    def fail(self: BatchStore, batch_id: str, status: str, *args: Any) -> None:
+        finish(self, batch_id, "failed", *args)
+
+    monkeypatch.setattr(BatchStore, "finish", fail)
+    for data, status in ((jsonl("/v1/completions", {"prompt": "a", "max_tokens": 1}), 200), (b"{\n", 409)):
+        wanted = {"input_file_id": await upload(app, data), "endpoint": "/v1/completions", "completion_window": "24h"}
+        batch_id = (await ask(app, "POST", "/v1/batches", wanted)).json()["id"]
+        with trio.fail_after(60):
+            assert (await poll(app, batch_id, lambda batch: batch["status"] in ENDED))["status"] == "failed"
+        answer = await ask(app, "GET", f"/v1/batches/{batch_id}/results")
+        assert answer.status == status
+        if status == 200:
+            assert answer.json()["response"]["body"]["choices"][0]["text"] == continuation("a", 1)
 
 
 async def test_a_file_that_is_no_batch_fails(server: Running) -> None:

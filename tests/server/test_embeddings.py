@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from trio.testing import MockClock
 
 from tests.server.client import use_client
 from tests.server.helpers import ask, running
@@ -19,6 +20,8 @@ from trio_llm.messages import StepPlan
 from trio_llm.params import PoolingParams
 from trio_llm.server.app import ServerApp, create_app
 from trio_llm.server.openai import embeddings
+
+KEY = {"x-api-key": "sk-0123456789abcdef"}
 
 
 @pytest.fixture
@@ -131,6 +134,52 @@ async def test_large_answers_are_written_off_the_event_loop(app: ServerApp, monk
     many = await embed(app, ["cat", "horse"])
     assert few["data"] == many["data"]
     assert [thread is threading.current_thread() for thread in threads] == [True, False]
+
+
+@pytest.fixture
+async def limited(runner: StubRunner) -> AsyncIterator[ServerApp]:
+    """Return an app whose one key may spend a thousand tokens."""
+    auth = AuthConfig(
+        api_keys=(KEY["x-api-key"],), rate_limit_requests=0, rate_limit_tokens=1000, rate_limit_window_secs=3600
+    )
+    async with open_stub(runner) as engine:
+        yield create_app(engine, Config(auth=auth))
+
+
+async def spent(app: ServerApp) -> int:
+    """Return how many tokens the caller was charged."""
+    return 1000 - int((await ask(app, "GET", "/v1/models", headers=KEY)).headers["x-ratelimit-remaining-tokens"])
+
+
+async def test_what_is_computed_is_charged(limited: ServerApp, runner: StubRunner, mock_clock: MockClock) -> None:
+    """Each input is charged as it is finished, also if another one fails; the usage of an answer is the same."""
+    answer = await ask(limited, "POST", "/v1/embeddings", {"input": ["cat", "horse"]}, headers=KEY)
+    assert answer.json()["usage"]["prompt_tokens"] == 8
+    assert await spent(limited) == 8
+
+    plans: list[StepPlan] = []
+
+    def fail_later(plan: StepPlan) -> None:
+        plans.append(plan)
+        if len(plans) > 1:
+            raise RuntimeError
+
+    runner.hook = fail_later
+    answer = await ask(limited, "POST", "/v1/embeddings", {"input": [[1, 2, 3]] * 200}, headers=KEY)
+    assert answer.status == 500
+    finished = sum(plans[0].counts)
+    assert finished > 0
+    assert await spent(limited) == 8 + finished
+
+
+async def test_a_token_that_the_model_does_not_have_is_refused_before_any_work(
+    limited: ServerApp, runner: StubRunner
+) -> None:
+    """One wrong input of many costs nothing, neither of the model's time nor of the caller's tokens."""
+    body = {"input": [[1, 2, 3]] * 200 + [[99999]]}
+    answer = await ask(limited, "POST", "/v1/embeddings", body, headers=KEY)
+    assert (answer.status, answer.json()["error"]["param"]) == (400, "input")
+    assert runner.plans == [] and await spent(limited) == 0
 
 
 async def test_the_openai_client(runner: StubRunner) -> None:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import BinaryIO, Self, TypeVar
 
 import attrs
 
@@ -16,6 +16,8 @@ from trio_llm.server.answers.stored import File
 from trio_llm.server.batches.database import Database, check_cursor, is_id, new_id
 from trio_llm.server.bodies.size_limits import flag_of
 from trio_llm.server.errors import HttpError
+
+T = TypeVar("T")
 
 
 @attrs.frozen(kw_only=True)
@@ -228,10 +230,14 @@ class FileWriter:
 
     def commit(self) -> StoredFile:
         """Make the file visible and return it."""
+        return self.commit_with(lambda: self._stored)
+
+    def commit_with(self, work: Callable[[], T]) -> T:
+        """Make the file visible in one transaction with what `work` writes: both or neither. Return its result."""
         self.sync()
         with self._database.transaction() as connection:
             self.insert(connection)
-        return self._stored
+            return work()
 
     def close(self) -> None:
         """Delete the file unless it was committed."""

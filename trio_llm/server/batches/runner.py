@@ -13,6 +13,7 @@ import secrets
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import attrs
@@ -34,7 +35,7 @@ _COMMIT_GROUP = 256
 _DISK_RETRY_S = 30.0
 # With the pauses between them, two minutes: more than a moment without memory lasts. A guess.
 _MAX_FAILURES = 8
-
+_MISSING_FILE = LineError("missing_file", "The input file no longer exists.", param="input_file_id")
 
 Execute = Callable[[str, bytes, str], Awaitable[Mapping[str, Any]]]
 """(endpoint, text of the line, owner) -> the answer's body; raises what the endpoint raises."""
@@ -184,18 +185,24 @@ class BatchRunner:
         if row["status"] == "validating" and not await self._validate(batch_id, row["input_file_id"], row["endpoint"]):
             return
         batch = _Batch(batch_id, row["owner"], row["endpoint"], row["input_file_id"])
-        expires_in = row["expires_at"] - self._clock()
+        expires_in, is_missing = row["expires_at"] - self._clock(), False
         with trio.CancelScope() as interrupted, trio.move_on_after(max(0.0, expires_in)) as expired:
             self._scopes[batch_id] = interrupted
             try:
                 if (await self._disk.run(batches.row, batch_id))["status"] != "cancelling":
                     await self._answer_lines(batch)
+            except* InvalidInputError:  # No retry brings the file back.
+                is_missing = True
             finally:
                 del self._scopes[batch_id]
         status = (await self._disk.run(batches.row, batch_id))["status"]
+        # The time may be over after the last answer; then nothing has expired.
+        pending = await self._disk.run(partial(batches.pending, batch_id, after_line=-1, limit=1))
         if status == "cancelling":
             await self._disk.run(batches.finish, batch_id, "cancelled", _unanswered("batch_cancelled"))
-        elif expired.cancelled_caught:
+        elif is_missing:
+            await self._disk.run(batches.finish, batch_id, "failed", _unanswered("missing_file"), [_MISSING_FILE])
+        elif expired.cancelled_caught and pending:
             await self._disk.run(batches.finish, batch_id, "expired", _unanswered("batch_expired"))
         else:
             await self._disk.run(batches.finish, batch_id, "completed", _unanswered("batch_incomplete"))
@@ -208,7 +215,7 @@ class BatchRunner:
                 with self._disk.files.open(file_id) as file:
                     total = self._disk.batches.add_lines(batch_id, InputLines(file, endpoint, self._limits))
             except FileNotFoundError:
-                errors = [LineError("missing_file", "The input file no longer exists.", param="input_file_id")]
+                errors = [_MISSING_FILE]
             except InvalidInputError as error:
                 errors = error.errors
             else:
@@ -252,8 +259,13 @@ class BatchRunner:
 
         def read() -> list[tuple[PendingLine, bytes]]:
             lines = self._disk.batches.pending(batch.id, after_line=batch.last_line, limit=count)
-            with self._disk.files.open(batch.input_file_id) as file:
-                return [(line, read_line(file, line)) for line in lines]
+            if not lines:
+                return []
+            try:
+                with self._disk.files.open(batch.input_file_id) as file:
+                    return [(line, read_line(file, line)) for line in lines]
+            except FileNotFoundError:
+                raise InvalidInputError([_MISSING_FILE]) from None
 
         lines = await self._disk.run(read)
         if lines:
@@ -367,6 +379,7 @@ _REASONS = {
     "batch_cancelled": "The batch was cancelled before this request was answered.",
     "batch_expired": "The batch expired before this request was answered.",
     "batch_incomplete": "This request was not answered.",
+    "missing_file": "The input file no longer exists.",
     "batch_failed": "The server failed on the batch before this request was answered.",
 }
 

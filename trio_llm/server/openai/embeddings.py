@@ -6,7 +6,6 @@ import base64
 import secrets
 import struct
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
 from typing import Annotated, Any, Literal
 
 import trio
@@ -14,6 +13,7 @@ from msgspec import Meta, Struct
 from quart import Response
 from quart_trio import QuartTrio
 
+from trio_llm.engine.admission import check_pooling
 from trio_llm.errors import InvalidRequestError
 from trio_llm.messages import Usage
 from trio_llm.params import PoolingParams, Submission, check_prompt_length
@@ -83,11 +83,20 @@ async def embed(services: Services, body: EmbeddingBody, caller: Caller) -> Any:
     submissions = [
         Submission(ids, params, priority=body.priority or 0, background=caller.background, salt=salt) for ids in inputs
     ]
+    submitted = services.submitted(params)
+
+    async def embed_one(submission: Submission) -> tuple[tuple[float, ...], Usage]:
+        vector, usage = await services.engine.embed(submission, submitted=submitted)
+        # Charged at once: what was computed counts, however the other inputs end.
+        caller.lifetime.num_tokens.append(usage.prompt_tokens)
+        return vector, usage
+
     with caller.deadline.enforced(), fields_renamed({"prompt": "input"}):
-        results = await _embed_all(submissions, partial(services.engine.embed, submitted=services.submitted(params)))
+        for submission in submissions:  # Before any is computed.
+            check_pooling(submission, services.engine.limits)
+        results = await _embed_all(submissions, embed_one)
     encode = _base64 if body.encoding_format == "base64" else list[float]
     prompt_tokens = sum(usage.prompt_tokens for _, usage in results)
-    caller.lifetime.num_tokens.append(prompt_tokens)
 
     def work() -> Any:
         answer = Embeddings(
