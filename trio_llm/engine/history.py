@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from functools import partial
+from itertools import chain
 
 import attrs
 import trio
@@ -19,7 +20,10 @@ from trio_llm.params import Submission
 from trio_llm.replay.explanation import Explanation, PastRequest, PastStep, explain
 
 MAX_ROWS = 65_536
-"""Rows of all steps that are remembered, a step counted as one more: 150 bytes each, 300 where steps have one row."""
+"""Rows of all steps that are remembered, see `_rows_kept`: 150 bytes each, 300 where steps have one row."""
+
+# Ids are shared, so one costs 8 bytes in each column that has it: so many are counted as one row.
+_IDS_PER_ROW = 16
 
 MAX_ENDED = 1024
 """Ended requests that are remembered."""
@@ -80,9 +84,9 @@ class History:
         if plan is not None:
             self._in_flight[ask.step] = step
         self._steps.append(step)
-        self._num_rows += 1 + len(grant.request_ids)
+        self._num_rows += _rows_kept(step)
         while self._num_rows > MAX_ROWS:
-            self._num_rows -= 1 + len(self._steps.popleft().grant.request_ids)
+            self._num_rows -= _rows_kept(self._steps.popleft())
         if grant.num_admitted:
             self._note_admitted(grant)
 
@@ -105,3 +109,14 @@ class History:
             self._ended[stats.request_id] = request
             if len(self._ended) > MAX_ENDED:
                 self._ended.popitem(last=False)
+
+
+def _rows_kept(step: PastStep) -> int:
+    """Return the memory of a step in rows: its own, two for the step itself, and the ids of its other columns.
+
+    A step of one row may have hundreds of sequences that run or wait, and thousands of cached blocks.
+    """
+    grant = step.grant
+    num_ids = len(step.waiting) + len(step.running) + len(grant.preempted)
+    num_ids += sum([len(blocks) for _, blocks in chain.from_iterable(grant.new_blocks)])
+    return 2 + len(grant.request_ids) + num_ids // _IDS_PER_ROW

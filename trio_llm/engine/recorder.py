@@ -106,7 +106,7 @@ class Recorder:
             return
         self._put(self._planned, at_s, prompt_tokens, ask, grant, plan)
         is_over = self._full_file > self._left_file or self._lost or self._paused
-        if is_over and len(self._queue) < _MAX_CALLS // 2:
+        if is_over and not self._broken and len(self._queue) < _MAX_CALLS // 2:
             state = capture(self._scheduler, self._blocks, tokens=self._encoder.tokens)
             chains = self._chains([sequence.request_id for sequence in state.blocks])
             self._left_file, self._lost, self._paused = self._full_file, False, False
@@ -155,10 +155,11 @@ class Recorder:
     def _run(self) -> None:
         try:
             while not self._closing.is_set():
-                self._wake.clear()
                 self._waiting = True
                 if not self._queue:
                     self._wake.wait()
+                # Only now: what was queued or closed until here is seen below, and later wake-ups stay.
+                self._wake.clear()
                 self._closing.wait(_GATHER_S)
                 self._write_all()
             self._write_all()

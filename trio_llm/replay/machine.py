@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 from zlib import crc32
 
 import attrs
@@ -36,10 +37,14 @@ class RecordedChain(Chain):
     def block(self, index: int, block_size: int) -> tuple[bytes, bytes]:
         """Return key and content of a block: the key of its last chunk stands for both."""
         last = (index + 1) * (block_size // self._chunk_tokens) - 1
-        key = self._keys[last * KEY_BYTES : (last + 1) * KEY_BYTES]
-        # The record ends before this key: no other sequence has it.
-        key = key or b"%d/%d" % (self._request_id, last)
+        key = self._keys[last * KEY_BYTES : (last + 1) * KEY_BYTES] or self._unrecorded(last)
         return key, key
+
+    def _unrecorded(self, last: int) -> bytes:
+        """Return a key that no other sequence has, for one that came after the end of the record."""
+        key = b"%d/%d" % (self._request_id, last)
+        # States keep KEY_BYTES of a key. Short ones stay readable, as they are in the capsules that exist.
+        return key if len(key) <= KEY_BYTES else blake2b(key, digest_size=KEY_BYTES).digest()
 
 
 class RecordedBlocks(BlockManager):
