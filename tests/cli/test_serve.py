@@ -245,6 +245,29 @@ async def test_sighup_replaces_the_keys(
         assert await statuses() == [401, 200]
 
 
+async def test_sighup_replaces_the_administrators(
+    stub_engine: GatedWorker, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A key that is an administrator's no longer shuts the server down; one that has become one does."""
+    caplog.set_level("INFO", "trio_llm.cli.serve")
+    first, second = "first-key-of-the-test-0123456789", "second-key-of-the-test-0123456789"
+    found = [attrs.evolve(LOCAL, auth=AuthConfig(api_keys=(second,), admin_api_keys=(first,)))]
+    async with running(stub_engine, capsys, found[0], lambda: found[-1]) as serving:
+        found.append(attrs.evolve(LOCAL, auth=AuthConfig(api_keys=(first,), admin_api_keys=(second,))))
+        signal.raise_signal(signal.SIGHUP)
+        with trio.fail_after(30):
+            while "2 API keys are accepted" not in caplog.text:
+                await trio.testing.wait_all_tasks_blocked()
+        seen: list[int] = []
+        for key in (first, second):
+            asked = http("POST", "/shutdown", b"", f"Authorization: Bearer {key}").replace(
+                b"Host: x", b"Host: localhost"
+            )
+            status, *_ = await read_response(await serving.send(asked))
+            seen.append(status)
+    assert seen == [403, 202]
+
+
 async def test_sighup_applies_rate_limits_and_the_log_level(
     stub_engine: GatedWorker, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -101,3 +101,13 @@ async def test_a_refusal_of_an_earlier_turn_is_what_was_said() -> None:
     async with open_stub(StubRunner()) as engine:
         answer = await post(create_app(engine, Config()), CHAT, {"messages": turns}, return_prompt_text=True)
     assert answer["prompt_text"].startswith("<|im_start|>assistant\nNo.<|im_end|>")
+
+
+async def test_a_stop_string_ends_each_answer_as_it_comes(app: ServerApp) -> None:
+    """Also of an answer that is returned whole beside others: the model writes no token more for it."""
+    prompts = {"prompt": ["a", "b", "c"], "max_tokens": 200, "ignore_eos": True, "stop": IN_CIRCLES[3:6]}
+    answer = await post(app, "/v1/completions", prompts)
+    assert [choice["finish_reason"] for choice in answer["choices"]] == ["stop"] * 3
+    metrics = (await app.services.engine.render_metrics()).decode()
+    generated = next(line for line in metrics.splitlines() if line.startswith("vllm:generation_tokens_total"))
+    assert float(generated.rpartition(" ")[2]) < 100

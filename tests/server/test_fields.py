@@ -107,6 +107,16 @@ async def test_a_part_that_is_no_text_is_the_fault_not_its_fields(
     assert "warning" not in answer.headers and "gnored" not in caplog.text
 
 
+@pytest.mark.parametrize("tag", [["function"], {"a": 1}, 1, None])
+@pytest.mark.parametrize("path", ["tools", "tool_choice"])
+def test_a_type_that_is_no_text_is_refused(path: str, tag: object) -> None:
+    """A list or an object cannot even be looked up among the types that there are."""
+    value = {"type": tag, "name": "a"}
+    body = {"input": "a", path: [value] if path == "tools" else value}
+    with pytest.raises(InvalidRequestError):
+        parse_body(json.dumps(body).encode(), ResponsesBody, LimitsConfig())
+
+
 async def test_the_client_is_told_of_the_path() -> None:
     """The Warning header names the path of a nested field."""
     async with open_stub(StubRunner()) as engine:

@@ -12,6 +12,7 @@ from trio_llm.server.parsing.json_object import ObjectReader
 from trio_llm.server.parsing.message import MessageParser, MessageStyle
 from trio_llm.server.parsing.pieces import CallArguments, CallStart, Content, Reasoning, merge
 from trio_llm.server.parsing.reasoning import THINK, ReasoningParser, thinking_form
+from trio_llm.server.parsing.response_values import calls_of
 from trio_llm.server.parsing.tools import CALL_MARKERS, ToolForm, ToolParser, tool_form, tool_parser
 
 
@@ -147,6 +148,15 @@ def test_where_the_text_is_cut_does_not_matter(data: st.DataObject) -> None:
 def test_no_text_makes_a_parser_fail_or_disagree_with_itself(form, parts) -> None:
     """Hostile text parses to something, and to the same thing whole and in pieces."""
     assert parse(ToolParser(form), parts) == parse(ToolParser(form), ["".join(parts)])
+
+
+@pytest.mark.parametrize("call", [r'{"name": "\ud800x", "arguments": {}}', r'{"name": "f", "arguments": "\ud800"}'])
+def test_what_a_model_calls_can_be_written_as_utf_8(call: str) -> None:
+    """It may spell half a character, which JSON can and UTF-8 cannot."""
+    _, _, ((name, arguments),) = parse(tool_parser("hermes"), [f"<tool_call>{call}</tool_call>"])
+    (called,) = calls_of(json.loads(call), {})
+    for text in (name, arguments, *called):
+        text.encode()
 
 
 def test_arguments_stream_while_they_are_written() -> None:

@@ -15,6 +15,7 @@ from tests.server.helpers import Answer, ask
 from tests.server.stub import GatedWorker, StubRunner, continuation, open_stub
 from trio_llm.config import AuthConfig, Config
 from trio_llm.engine import history
+from trio_llm.server.access.own_requests import OwnRequests
 from trio_llm.server.app import ServerApp, create_app
 
 KEYS = ("sk-0123456789abcdef", "sk-fedcba9876543210")
@@ -160,6 +161,54 @@ async def test_a_cancelled_request_answers_what_there_is() -> None:
     assert continuation("hello", 4).startswith(choice["text"])
 
 
+async def test_a_cancelled_answer_is_complete_in_no_form_of_api() -> None:
+    """Each says so in its own words, also where the prompt that is to be echoed was not computed."""
+    user, worker = [{"role": "user", "content": "hi"}], GatedWorker()
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/completions": {"prompt": "hi", "echo": True, "logprobs": 1},
+        "/v1/responses": {"input": "hi"},
+        "/v1/messages": {"messages": user, "max_tokens": 90},
+    }
+    found: dict[str, Any] = {}
+    async with served(worker, max_batch_size=1, max_waiting_batches=8) as app, trio.open_nursery() as nursery:
+
+        async def run(path: str, body: dict[str, Any]) -> None:
+            answer = await ask(app, "POST", path, body, headers=headers())
+            found[path] = (answer.status, answer.json())
+
+        nursery.start_soon(complete, app, "first")
+        await wait_all_tasks_blocked()
+        for path, body in bodies.items():
+            nursery.start_soon(run, path, body)
+        while len(answers := [answer_id for _, answer_id in app.services.own_requests._samples]) < 4:
+            await trio.lowlevel.checkpoint()
+        for answer_id in answers[1:]:
+            assert (await cancel(app, answer_id)).json()["cancelled"]
+        worker.open = True
+        worker.let(1)
+    assert [status for status, _ in found.values()] == [200] * 3
+    assert found["/v1/completions"][1]["choices"][0]["finish_reason"] == "abort"
+    response = found["/v1/responses"][1]
+    assert (response["status"], response["incomplete_details"]) == ("incomplete", None)
+    assert {item["status"] for item in response["output"]} == {"incomplete"}
+    assert found["/v1/messages"][1]["stop_reason"] == "pause_turn"
+
+
+async def test_a_live_request_is_remembered_whatever_follows() -> None:
+    """Only those that have ended make room for newer ones, and an id that is used again is the newer request's."""
+    own = OwnRequests(limit=2)
+    own.add("a", "long", (0,))
+    for number in range(1, 6):
+        own.add("b", f"short {number}", (number,))
+        own.end("b", f"short {number}", (number,))
+    assert own.find("a", "long") == (0,)
+    assert [own.find("b", f"short {number}") for number in (3, 4, 5)] == [(), (4,), (5,)]
+    own.add("a", "long", (6,))
+    own.end("a", "long", (0,))
+    assert (own.find("a", "long"), own.name("a", 6), own.name("a", 0)) == ((6,), "long", None)
+    assert len(own._ended) == 2
+
+
 async def test_a_cancelled_stream_ends_in_good_order() -> None:
     """Its last chunk has the finish reason, and [DONE] follows; the other sample goes too."""
     worker = GatedWorker()
@@ -242,7 +291,8 @@ async def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(engine._history._ended) == 3
         assert engine._history._num_rows <= 40
         assert len(app.services.own_requests._samples) == len(app.services.own_requests._owners) == 5
-        assert (await explain(app, "cmpl-3")).status == 404
+        assert len(app.services.own_requests._ended) == 5
+        assert (await explain(app, "cmpl-2")).status == 404
         assert (await explain(app, "cmpl-7")).status == 200
         await complete(app, "a", request_id="long", max_tokens=90)
         (sample,) = (await explain(app, "cmpl-long")).json()["samples"]

@@ -23,7 +23,7 @@ from trio_llm.cli.watchdog import Watchdog
 from trio_llm.config import Config
 from trio_llm.engine import Engine
 from trio_llm.errors import ConfigError
-from trio_llm.server.access.auth import load_keys
+from trio_llm.server.access.auth import ApiKeys, load_keys
 from trio_llm.server.app import ServerApp, check_settings, create_app
 from trio_llm.server.batches.disk import check_directory
 from trio_llm.server.http.serve import serve
@@ -161,6 +161,7 @@ class _Process:
             _log.error("SIGHUP: the settings stay as they were: no API key is left, and the server would be open")
             return
         self._app.services.keys = keys
+        self._app.services.administrators = ApiKeys(config.auth.admin_api_keys)
         changed = set(_changed(self._applied, config))
         self._applied = config
         if changed & _RATE_SETTINGS:  # Else the buckets stay as full as they are.

@@ -80,20 +80,20 @@ class SchedulerActor:
     pace: StepPace | None = None
     watchers: Sequence[CoreWatcher] = ()
     _in_flight: deque[StepPlan] = attrs.field(factory=deque[StepPlan])
+    _finished: _Step | None = None  # whose events are not sent yet
     _records: RequestRecords = attrs.field(factory=RequestRecords)
     _blocks: BlockStats | None = None
     # Time of the last result, on the clock of StepResult.seconds; None after idleness.
     _result_at_s: float | None = None
 
     async def run(self) -> None:
-        finished: _Step | None = None
         while True:
             self._read_inbox()
             while len(self._in_flight) < self.depth and (plan := await self._next_plan()) is not None:
                 self._in_flight.append(plan)
                 self.pipeline.launch(plan)
-            self._publish(finished)
-            finished = await self._finish() if self._in_flight else await self._rest()
+            self._publish()
+            self._finished = await self._finish() if self._in_flight else await self._rest()
 
     def _read_inbox(self) -> None:
         with suppress(trio.WouldBlock):
@@ -104,6 +104,7 @@ class SchedulerActor:
         now_s = trio.current_time()
         match message:
             case Abort():
+                self._publish()  # The request may have ended by itself, or have a token that its reader has not got.
                 self.core.abort(message.request_id)
                 for watcher in self.watchers:
                     watcher.left(message.request_id, message.reason, now_s)
@@ -195,8 +196,9 @@ class SchedulerActor:
         self.pulse.num_running = self.core.num_running
         self.pulse.num_waiting = self.core.num_waiting
 
-    def _publish(self, step: _Step | None) -> None:
+    def _publish(self) -> None:
         """Send the events of a finished step to clients and metrics, then return the tickets of ended requests."""
+        step, self._finished = self._finished, None
         if step is not None:
             for request_id, event in step.commit.events:
                 if (entry := self._records.entries.get(request_id)) is not None:

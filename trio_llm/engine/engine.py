@@ -20,7 +20,7 @@ from trio_llm.engine.recorder import Recorder
 from trio_llm.engine.request_times import RequestTimes
 from trio_llm.engine.stream import Stream
 from trio_llm.engine.tickets import Tickets
-from trio_llm.errors import DrainingError, EngineDeadError, OverloadedError
+from trio_llm.errors import DrainingError, EngineDeadError, OverloadedError, RequestFailedError
 from trio_llm.messages import Embedding, Failed, Finished, FinishReason, StepTrace, Usage
 from trio_llm.model_info import ModelInfo
 from trio_llm.params import Submission
@@ -120,7 +120,8 @@ class Engine:
         """
         if self._why_dead is not None or request_id not in self._mailboxes:
             return False
-        if request_id not in self._cancelled:
+        # One that has ended, and is not read yet, no longer counts for the room in the inbox.
+        if request_id not in self._cancelled and not self._mailboxes[request_id].ended:
             self._cancelled.add(request_id)
             self._inbox.send_nowait(Abort(request_id, tells=True))
         return True
@@ -149,6 +150,8 @@ class Engine:
                     match event:
                         case Embedding():
                             vector = event.vector
+                        case Finished() if event.reason == "abort":
+                            raise RequestFailedError("The request was cancelled.")
                         case Finished():
                             return vector, event.usage
                         case Failed():

@@ -53,6 +53,11 @@ class Delta:
     usage: Usage | None
     progress: int | None = None
 
+    @property
+    def cut_short(self) -> bool:
+        """Whether the answer ends here and is not complete: by its length, or cancelled."""
+        return self.finish_reason in ("length", "abort")
+
     @classmethod
     def joined(cls, deltas: Sequence[Delta]) -> Delta:
         """Merge the deltas of a whole stream."""
@@ -182,7 +187,7 @@ class Stream:
                     self.cached_tokens = event.cached_tokens
                 case PromptLogprobs():
                     self.prompt_logprobs = event.entries
-                case Finished() if self._params.max_tokens == 0:
+                case Finished() if self._params.max_tokens == 0 and event.reason != "abort":
                     self._last = attrs.evolve(event, reason="length", stop_token_id=None)
                 case Finished() | Failed():
                     self._last = event

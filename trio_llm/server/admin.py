@@ -76,7 +76,7 @@ def _check_shutdown(services: Services) -> None:
         raise HttpError(403, "/shutdown is not for web pages.")
     if auth.is_forwarded():
         raise HttpError(403, "/shutdown is not available through a proxy that --trusted-proxies does not name.")
-    auth.check_operator("/shutdown", services.keys, services.config.auth, g.key_id)
+    auth.check_operator("/shutdown", services.keys, services.administrators, g.key_id)
     if not _is_expected_host(host_name(request.headers.get("Host", "")), services):
         raise HttpError(403, "/shutdown needs a Host header that names this machine.")
 

@@ -43,8 +43,9 @@ class Services:
         background: The tasks that run while the app serves.
         draining: The process is about to end; requests are still served for --drain-delay.
         num_requests: Requests in progress, lines of batches included.
-        own_requests: The newest requests by their keys and ids.
+        own_requests: The live requests and the last that ended, by their keys and ids.
         keys: The accepted API keys. With several, requests of different keys never share cached prompt blocks.
+        administrators: Those of them that may do what concerns all clients; all may if there are none.
         threads: For parsing bodies, encoding and decoding tokens: work that always ends.
         rendering: For templates. One can loop forever and occupy its thread, so these threads are separate.
         compiling: For grammars, separate for the same reason.
@@ -63,6 +64,7 @@ class Services:
     rendering: FairThreads = attrs.field(factory=FairThreads, init=False)
     compiling: FairThreads = attrs.field(factory=FairThreads, init=False)
     grammars: GrammarCompiler = attrs.field(init=False)
+    administrators: ApiKeys = attrs.field(init=False)
     own_requests: OwnRequests = attrs.field(init=False)
     _streams: set[Stream] = attrs.field(factory=set[Stream], init=False)
     num_requests: int = attrs.field(default=0, init=False)
@@ -72,7 +74,8 @@ class Services:
 
     def __attrs_post_init__(self) -> None:
         info = self.engine.info
-        self.own_requests = OwnRequests(self.engine.max_requests + MAX_ENDED)
+        self.administrators = ApiKeys(self.config.auth.admin_api_keys)
+        self.own_requests = OwnRequests(MAX_ENDED)
         self.grammars = GrammarCompiler(
             self.tokenizer.json,
             vocab_size=max(info.vocab_size, self.tokenizer.vocab_size),

@@ -116,7 +116,7 @@ def is_forwarded() -> bool:
     return VOUCHED not in request.scope and any(name in request.headers for name in _FORWARDING)
 
 
-def check_operator(what: str, keys: ApiKeys, config: AuthConfig, key_id: str | None) -> None:
+def check_operator(what: str, keys: ApiKeys, administrators: ApiKeys, key_id: str | None) -> None:
     """Allow what concerns all clients: with administrators' keys to them, with keys to all, else to this machine.
 
     Raises:
@@ -124,7 +124,6 @@ def check_operator(what: str, keys: ApiKeys, config: AuthConfig, key_id: str | N
     """
     if keys and key_id is None:
         raise HttpError(401, f"{what} needs an API key.", code="invalid_api_key")
-    administrators = ApiKeys(config.admin_api_keys)
     if administrators and key_id not in administrators:
         raise HttpError(403, f"{what} needs an administrator's key.")
     if not keys and (not peer_is_loopback() or is_forwarded()):

@@ -81,7 +81,7 @@ class SaidBlock(Answer, kw_only=True):
     caller: DirectCaller | UnsetType = UNSET
 
 
-StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
+StopReason = Literal["end_turn", "max_tokens", "pause_turn", "stop_sequence", "tool_use"]
 
 
 class AnthropicMessage(Answer, kw_only=True):

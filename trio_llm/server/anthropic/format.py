@@ -102,7 +102,7 @@ class MessagesFormat(AnswerFormat):
             pieces += self._parser.finish()
         events += self._parts.add(pieces)
         if delta.finish_reason is not None:
-            events += self._parts.end(cut_short=delta.finish_reason == "length")
+            events += self._parts.end(cut_short=delta.cut_short)
             self._end = self._why(delta)
             events += [answers.MessageDelta(delta=self._end, usage=self._usage()), answers.MessageStop()]
         return events
@@ -117,6 +117,8 @@ class MessagesFormat(AnswerFormat):
             return answers.MessageEnd(stop_reason="stop_sequence", stop_sequence=delta.stop_reason)
         if delta.finish_reason == "length":
             return answers.MessageEnd(stop_reason="max_tokens", stop_sequence=None)
+        if delta.finish_reason == "abort":
+            return answers.MessageEnd(stop_reason="pause_turn", stop_sequence=None)
         return answers.MessageEnd(stop_reason="tool_use" if self._parser.num_calls else "end_turn", stop_sequence=None)
 
     def _message(self) -> answers.AnthropicMessage:

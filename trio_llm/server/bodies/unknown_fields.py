@@ -190,7 +190,8 @@ def _objects_walk(structs: Sequence[inspect.StructType]) -> _Walk:
     def walk(value: dict[str, Any]) -> Sequence[ExtraField]:
         if text_types is not None and isinstance(kind := value.get("type"), str) and kind not in text_types:
             return (ExtraField("", "part"),)
-        layout = layouts.get(value.get(tag_field) if tag_field is not None else None)
+        tag = value.get(tag_field) if tag_field is not None else None
+        layout = layouts.get(tag) if tag is None or isinstance(tag, str) else None
         if layout is None:
             return ()  # An error that convert names.
         names, nested, refused, ignored = layout

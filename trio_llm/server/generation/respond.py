@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import attrs
+import trio
 from msgspec import Struct
 from quart import Response, g, request
 
@@ -179,7 +180,9 @@ async def submit(
     submissions = submissions_of(services, caller, body, prompts, params)
     operation = "text_completion" if isinstance(body, CompletionBody) else "chat"
     streams = await services.open_streams(caller.lifetime, submissions, operation)
-    services.own_requests.add(caller.key_id, answer_id, tuple(stream.request_id for stream in streams))
+    samples = tuple(stream.request_id for stream in streams)
+    services.own_requests.add(caller.key_id, answer_id, samples)
+    caller.lifetime.stack.callback(services.own_requests.end, caller.key_id, answer_id, samples)
     return streams
 
 
@@ -238,6 +241,28 @@ def _size(streams: Sequence[Stream], deltas: Sequence[Delta]) -> int:
     return sum(map(_num_logprobs, reported)) * _CHARS_PER_LOGPROB + sum(len(delta.text) for delta in deltas)
 
 
+async def _collect(streams: Sequence[Stream]) -> list[Delta]:
+    """Read all streams at once: readers find stop strings, and what nobody reads runs past them."""
+    if len(streams) == 1:
+        return [await streams[0].collect()]
+    deltas: dict[int, Delta] = {}
+    failures: list[Exception] = []
+
+    async def read(index: int, stream: Stream) -> None:
+        try:
+            deltas[index] = await stream.collect()
+        except Exception as error:  # noqa: BLE001 - one error is the request's, not a group of them
+            failures.append(error)
+            nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        for index, stream in enumerate(streams):
+            nursery.start_soon(read, index, stream)
+    if failures:
+        raise failures[0]
+    return [deltas[index] for index in range(len(streams))]
+
+
 async def answer(
     services: Services,
     caller: Caller,
@@ -253,9 +278,8 @@ async def answer(
         interval: Minimum of tokens per chunk.
     """
     if not streamed:
-        # One after the other: the engine does not wait for readers, and merges unread deltas.
         with caller.deadline.enforced():
-            deltas = [await stream.collect() for stream in streams]
+            deltas = await _collect(streams)
         return await run(services, lambda: caller.encode(form.answer(deltas)), chars=_size(streams, deltas))
     paced = streams if interval == 1 else [_Paced(one, interval) for one in streams]
     feed = sse.DeltaFeed(paced, caller.lifetime, caller.deadline, caller.keep_alive_s)

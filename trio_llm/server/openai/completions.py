@@ -124,7 +124,9 @@ class _Choice:
     def _columns(self, delta: Delta) -> CompletionColumns:
         tokens = list(zip(delta.token_ids, delta.logprobs or (), strict=True))
         if self._body.echo and not self._begun:
-            echoed = zip(self._stream.prompt_token_ids, self._stream.prompt_logprobs or (), strict=True)
+            prompt = self._stream.prompt_token_ids
+            # Of a prompt that was cancelled before it was computed, there are none.
+            echoed = zip(prompt, self._stream.prompt_logprobs or (None,) * len(prompt), strict=True)
             tokens = [*echoed, *tokens]
         return self._logprobs.take(tokens, text_chars=self._text_chars if delta.finish_reason is not None else None)
 

@@ -50,6 +50,7 @@ class ResponsesFormat(AnswerFormat):
         self._counter = UsageCounter([stream], 1)
         self._token_ids: list[int] = []
         self._status: answers.ResponseStatus = "in_progress"
+        self._incomplete_details: answers.IncompleteDetails | None = None
         self._num_events = 0
 
     def answer(self, deltas: Sequence[Delta]) -> ModelResponse:
@@ -70,7 +71,7 @@ class ResponsesFormat(AnswerFormat):
             pieces += self._parser.finish()
         events += self._parts.add(pieces)
         if delta.finish_reason is not None:
-            events += self._finish(cut_short=delta.finish_reason == "length")
+            events += self._finish(delta)
         return self._numbered(events)
 
     def error_chunks(self, error: HttpError) -> Sequence[Event]:
@@ -80,12 +81,14 @@ class ResponsesFormat(AnswerFormat):
         failed.response.error = answers.ResponseFault(message=error.message)
         return self._numbered([failed])
 
-    def _finish(self, *, cut_short: bool) -> list[Event]:
+    def _finish(self, last: Delta) -> list[Event]:
         """End the last item. An empty answer gets an empty message, since clients expect one."""
         begun = [] if self._parts.num_parts else self._parts.begin("text")
-        ended = self._parts.end(cut_short=cut_short)
-        self._status = "incomplete" if cut_short else "completed"
-        return [*begun, *ended, self._response_event("response.incomplete" if cut_short else "response.completed")]
+        ended = self._parts.end(cut_short=last.cut_short)
+        self._status = "incomplete" if last.cut_short else "completed"
+        if last.finish_reason == "length":
+            self._incomplete_details = answers.IncompleteDetails()
+        return [*begun, *ended, self._response_event("response.incomplete" if last.cut_short else "response.completed")]
 
     def _numbered(self, events: list[Event]) -> list[Event]:
         for event in events:
@@ -108,7 +111,7 @@ class ResponsesFormat(AnswerFormat):
             created_at=self._head.created,
             completed_at=int(time.time()) if self._status == "completed" else None,
             status=self._status,
-            incomplete_details=answers.IncompleteDetails() if self._status == "incomplete" else None,
+            incomplete_details=self._incomplete_details,
             instructions=body.instructions,
             max_output_tokens=body.max_output_tokens,
             metadata=body.metadata or {},

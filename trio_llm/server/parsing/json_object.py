@@ -9,6 +9,8 @@ import json
 from collections.abc import KeysView
 from typing import Literal
 
+from trio_llm.server.parsing.readable_json import valid_text
+
 State = Literal["before_key", "key", "before_colon", "before_value", "value", "after_value", "done", "broken"]
 _SPACE = " \t\r\n"
 
@@ -69,11 +71,11 @@ class ObjectReader:
         return "" if self._spans.get(key, (0, None))[1] is None else self.raw(key)
 
     def string(self, key: str) -> str | None:
-        """Return a complete string value; None if it is incomplete or not a string."""
+        """Return a complete string value, as text that can be written; None if it is incomplete or not a string."""
         if self.first(key) != '"':
             return None
         try:
-            return json.loads(self.complete(key))
+            return valid_text(json.loads(self.complete(key)))
         except ValueError:
             return None
 

@@ -72,6 +72,11 @@ def _valid_unicode(value: object) -> dict[str, Any]:
     """Replace lone surrogates, which JSON can encode and tokenizers cannot."""
     text = json.dumps(value, ensure_ascii=False)
     if not text.isascii():
-        valid = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        valid = valid_text(text)
         value = value if valid == text else json.loads(valid)
     return cast("dict[str, Any]", value)
+
+
+def valid_text(text: str) -> str:
+    """Return the text with lone surrogates replaced, and pairs of them joined: so it can be written as UTF-8."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

@@ -9,6 +9,8 @@ from typing import Any, NoReturn, cast
 
 import regex
 
+from trio_llm.server.parsing.readable_json import valid_text
+
 TIMEOUT_S = 0.05
 """Of one search with a template's regular expression: answers are parsed on the event loop."""
 
@@ -188,9 +190,10 @@ def calls_of(value: Any, schemas: Mapping[str, Any]) -> list[tuple[str, str]]:
     name, arguments = function.get("name"), function.get("arguments", {})
     if not isinstance(name, str) or not name:
         raise ValueError("a call has no name")
+    name = valid_text(name)
     if isinstance(arguments, dict):
         return [(name, json_text(_cast_all(cast("dict[str, Any]", arguments), schemas.get(name))))]
-    return [(name, arguments if isinstance(arguments, str) else json_text(arguments))]
+    return [(name, valid_text(arguments) if isinstance(arguments, str) else json_text(arguments))]
 
 
 def json_text(value: Any) -> str:

@@ -55,7 +55,7 @@ def register(app: QuartTrio, services: Services) -> None:
 
     @app.post("/v1/engine/record")
     async def record_steps() -> Response:
-        auth.check_operator("/v1/engine/record", services.keys, services.config.auth, g.get("key_id"))
+        auth.check_operator("/v1/engine/record", services.keys, services.administrators, g.get("key_id"))
         body = await read_body(RecordBody)
         if services.engine.recording is None:
             raise HttpError(409, "There is no directory for records: start the server with --record DIR.")
