@@ -25,7 +25,7 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
     ("preempt the head", "block_manager", "victims.pop()", "victims.pop(0)"),
     ("admit although preempted", "block_manager", "if not rows.preempted:", "if True:"),
     ("overtake the one without blocks", "block_manager", "                return\n\n    def _admit", "                continue\n\n    def _admit"),
-    ("admit on the first chunk", "block_manager", "self._needs(max(sequence.num_tokens, sequence.readmit_tokens), start, hits)", "self._needs(min(sequence.num_tokens, start + max_row_tokens), start, hits)"),
+    ("admit on the first chunk", "block_manager", "self._needs(sequence.admit_tokens, start, hits)", "self._needs(min(sequence.num_tokens, start + max_row_tokens), start, hits)"),
     ("forget what was promised", "block_manager", "available = self._pool.num_free - self._reserved_blocks", "available = self._pool.num_free"),
     ("drafts take promised blocks", "block_manager", "<= self._pool.num_free - self._reserved_blocks:", "<= self._pool.num_free:"),
     ("drafts while somebody waits", "block_manager", " and rows.num_admitted == len(ask.waiting)", ""),
@@ -52,7 +52,9 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
     ("lose what crosses a call", "prompt_lookup", "max(0, self._indexed + 1 - size)", "self._indexed"),
     ("copy what came first", "prompt_lookup", "tokens[follows + i % period]", "tokens[i % period]"),
     ("never give a promise back", "block_manager", "        self._reserved_blocks -= sequence.reserved\n", ""),
-    ("never use a promise up", "block_manager", "        sequence.reserved -= count\n        self._reserved_blocks -= count\n", ""),
+    ("never use a promise up", "block_manager", "if sequence.reserved or sequence.capacity < sequence.admit_tokens:", "if not sequence.reserved:"),
+    ("promise the whole table", "block_manager", "            if new and group.window is not None:\n", "            if False:\n"),
+    ("promise shared blocks", "block_manager", "self._pool.references(block) == 1 for", "self._pool.references(block) > 0 for"),
     ("idle hits cost nothing", "block_manager", "new + idle)", "new)"),
     ("count hits as new", "block_manager", "blocks_for(num_tokens, group) - start // group.block_size", "blocks_for(num_tokens, group)"),
     ("hit the last token too", "block_manager", "sequence.num_tokens - 1, find", "sequence.num_tokens, find"),
@@ -68,13 +70,17 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
     ("never leave the window", "block_manager", "            if visible > live_from:", "            if False:"),
     ("leave the window twice", "block_manager", "                sequence.live_from[index] = visible\n", ""),
     ("grow one table only", "block_manager", "max(0, blocks_for(end, group) - at), index)", "max(0, blocks_for(end, group) - at) if index == 0 else 0, index)"),
-    ("head first", "block_manager", "held.sort(key=itemgetter(0), reverse=True)", "held.sort(key=itemgetter(0))"),
+    ("head first", "sequence_blocks", "held.sort(key=itemgetter(0), reverse=True)", "held.sort(key=itemgetter(0))"),
     ("capacity of the largest table", "block_manager", "sequence.capacity = min(", "sequence.capacity = max("),
     ("ignore the budget of admissions", "block_manager", "max_row_tokens, rows.budget)", "max_row_tokens)"),
     ("ignore the budget of rows", "block_manager", "count = min(end - start, rows.budget)", "count = end - start"),
     ("ignore the threshold", "block_manager", "start, max_row_tokens, rows.budget)", "start, rows.budget)"),
     ("count every admission", "block_manager", "if not sequence.was_admitted and", "if"),
     ("look up the refused again", "block_manager", "            sequence.needs = needs\n", ""),
+    ("refuse what fits by now", "block_manager", "        self._note_gains()\n        if not rows", "        if not rows"),
+    ("look up at every gain", "sequence_blocks", "max(0, sequence.needs - gained)", "0"),
+    ("forget who was refused", "block_manager", "            self._any_refused = True\n", ""),
+    ("miss what is revived", "block_pool", "            self.cached_blocks -= 1\n            self.num_gained += 1\n", "            self.cached_blocks -= 1\n"),
     ("serve all beyond the budget", "block_manager", "if sum(counts) > rows.budget or 0 in counts:", "if 0 in counts:"),
     ("serve those that rest", "block_manager", " or 0 in counts:", ":"),
     ("serve all beyond the free blocks", "block_manager", "for _, sequence, end in growing]) > self._pool.num_free:", "for _, sequence, end in growing]) < 0:"),
@@ -156,7 +162,7 @@ MUTANTS: tuple[tuple[str, str, str, str], ...] = (
     ("know no token", "running_step", "tokens[start] if start < len(tokens) else UNKNOWN", "UNKNOWN"),
     ("grant rows to those that rest", "block_manager", "if start == end or (", "if ("),
     ("leave the window before the commit", "block_manager", "self._leave_windows(sequence, computed)", "self._leave_windows(sequence, start)"),
-    ("come back to be preempted", "block_manager", "max(sequence.num_tokens, sequence.readmit_tokens)", "sequence.num_tokens"),
+    ("come back to be preempted", "sequence_blocks", "max(self.num_tokens, self.readmit_tokens)", "self.num_tokens"),
     ("offer blocks that are gone", "sequence_blocks", "        self.register_at = NEVER\n", ""),
     ("priorities ignored", "scheduler", "submission.priority if self._by_priority else 0", "0"),
     ("sample in the middle", "running_step", "samples.append(sampled)", "samples.append(True)"),
@@ -176,8 +182,8 @@ def survives(name: str, file: str, old: str, new: str) -> bool:
     with tempfile.TemporaryDirectory() as directory:
         tree = Path(directory)
         shutil.copytree(ROOT / "trio_llm" / "core", tree / "trio_llm" / "core", ignore=shutil.ignore_patterns("__pyc*"))
-        for module in ("__init__.py", "messages.py", "errors.py"):
-            shutil.copy(ROOT / "trio_llm" / module, tree / "trio_llm" / module)
+        for module in (ROOT / "trio_llm").glob("*.py"):
+            shutil.copy(module, tree / "trio_llm" / module.name)
         shutil.copytree(ROOT / "tests" / "core", tree / "tests" / "core", ignore=shutil.ignore_patterns("__pyc*"))
         path = tree / "trio_llm" / "core" / f"{file}.py"
         source = path.read_text()

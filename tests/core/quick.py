@@ -16,7 +16,7 @@ from hypothesis import settings
 
 MODULES = (
     "test_block_manager", "test_hybrid", "test_scheduler", "test_commit", "test_overlap", "test_stop",
-    "test_detokenizer", "test_speculate", "test_speculator",
+    "test_detokenizer", "test_speculation", "test_prompt_lookup",
 )  # fmt: skip
 
 

@@ -272,6 +272,32 @@ def test_a_refused_prompt_is_not_looked_up_again_until_there_is_room() -> None:
     assert bench.running() == [2]
 
 
+def test_a_refused_prompt_is_admitted_once_enough_of_it_is_cached() -> None:
+    """It needs less with every block that another sequence computes for both; it does not wait for that one's end."""
+    bench = Bench(num_blocks=21, threshold=16)
+    bench.submit(1, unique(1, 49))
+    bench.submit(2, (*unique(1, 48), 7))
+    assert [bench.step() for _ in range(3)] == [{1: 16}, {1: 16}, {1: 16, 2: 16}]
+    assert bench.grants[-1].starts == (32, 32)
+
+
+def test_a_refused_prompt_is_admitted_once_others_hold_the_blocks_that_it_hits() -> None:
+    """A cached block takes a free one while nobody uses it; it costs nothing from when another sequence shares it."""
+    bench = Bench(num_blocks=17, policy="priority")
+    prompt = unique(1, 32)
+    bench.submit(1, prompt, ONE)
+    bench.step()
+    bench.submit(2, 25)
+    bench.step()
+    bench.step()
+    bench.submit(3, (*prompt, 1, 2, 3, 4, 5), priority=1)
+    assert bench.step() == {2: 1}
+    bench.submit(4, (*prompt, 6))
+    assert bench.step() == {2: 1, 4: 1}
+    bench.scheduler.abort(2)
+    assert bench.step() == {4: 1, 3: 5}
+
+
 def test_the_null_block_is_never_handed_out() -> None:
     """Every block but block 0 can be in use at the same time."""
     blocks = BlockManager(num_blocks=5, groups=(KVGroup((0,), 4),), secret=b"")

@@ -147,6 +147,35 @@ def test_admission_counts_what_a_window_can_hold_at_once() -> None:
         assert bench.grants[-1].preempted == ()
 
 
+def test_blocks_that_leave_a_window_are_reserved_again() -> None:
+    """While a prompt passes through its window, the blocks promised to its full group are given to nobody else."""
+    bench = Bench(BOTH, num_blocks=33, max_num_batched_tokens=16, threshold=8, max_model_len=200)
+    bench.submit(1, 80)
+    free = []
+    for at in range(20):
+        if at == 5:
+            bench.submit(2, 24)
+        bench.step()
+        assert bench.grants[-1].preempted == ()
+        free.append(bench.blocks._pool.num_free - bench.blocks._reserved_blocks)
+    assert free[:9] == [7] * 9  # As many as at its admission.
+    assert bench.running() == [1]
+
+
+def test_shared_blocks_do_not_return_when_they_leave_a_window() -> None:
+    """A prompt that begins with the blocks of another reserves as many more, since it will not free them."""
+    bench = Bench(BOTH, num_blocks=60, threshold=8)
+    bench.submit(1, unique(1, 17))
+    for _ in range(3):
+        bench.step()
+    bench.submit(2, (*unique(1, 16), *unique(2, 40)))
+    free = []
+    for _ in range(3):
+        bench.step()
+        free.append(bench.blocks._pool.num_free - bench.blocks._reserved_blocks)
+    assert free == [36] * 3
+
+
 @pytest.mark.parametrize(
     ("groups", "num_blocks", "chunk", "expected"),
     [

@@ -5,13 +5,13 @@ Tokens come in, block ids go out. It does not know sampling, stopping or clients
 
 from __future__ import annotations
 
-from operator import itemgetter, sub
+from operator import sub
 
 from trio_llm.core.block_math import blocks_for, first_visible_block, longest_sequence, max_live_blocks
 from trio_llm.core.block_pool import NULL_BLOCK, BlockPool, Removed, Stored
 from trio_llm.core.block_view import BlockState, PoolMap, block_states, pool_map
 from trio_llm.core.prefix import Chain, Difference, difference, hit_length
-from trio_llm.core.sequence_blocks import NewBlocks, Rows, SequenceBlocks
+from trio_llm.core.sequence_blocks import NewBlocks, Rows, SequenceBlocks, lower_needs
 from trio_llm.core.step_order import check_reserve
 from trio_llm.messages import Admit, BlockAsk, BlockGrant, BlockStats
 from trio_llm.model_info import KVGroup
@@ -48,6 +48,7 @@ class BlockManager:
         self._chunk_tokens = min(group.block_size for group in groups)
         self._sequences: dict[int, SequenceBlocks] = {}
         self._reserved_blocks = 0
+        self._any_refused = True  # Or not known.
         self._last_step = 0
 
     def __repr__(self) -> str:
@@ -121,8 +122,10 @@ class BlockManager:
         rows = Rows(ask.token_budget)
         if not self._serve_all(ask, short, rows):
             self._serve_running(ask, rows)
+        self._note_gains()
         if not rows.preempted:
             self._serve_waiting(ask, rows)
+            self._note_gains()
         if ask.draft_ends:
             self._serve_drafts(ask, rows)
         return BlockGrant(
@@ -185,6 +188,11 @@ class BlockManager:
                 short.append(at)
         return short
 
+    def _note_gains(self) -> None:
+        gained, self._pool.num_gained = self._pool.num_gained, 0
+        if gained and self._any_refused:
+            self._any_refused = lower_needs(self._sequences.values(), gained)
+
     def _register(self, sequence: SequenceBlocks, computed: int) -> None:
         """Add the newly full blocks to the prefix cache, except those that left a window."""
         chain = sequence.chain
@@ -213,7 +221,7 @@ class BlockManager:
         if sum(counts) > rows.budget or 0 in counts:
             return False
         growing = [(at, self._sequences[ask.request_ids[at]], ask.ends[at]) for at in short]
-        if sum([self._missing(sequence, end) for _, sequence, end in growing]) > self._pool.num_free:
+        if sum([sequence.missing(self.groups, end) for _, sequence, end in growing]) > self._pool.num_free:
             return False
         rows.add_all(ask.request_ids, ask.starts, counts)
         for at, sequence, end in growing:
@@ -241,7 +249,7 @@ class BlockManager:
 
     def _make_room(self, ask: BlockAsk, sequence: SequenceBlocks, end: int, victims: list[int], rows: Rows) -> bool:
         """Preempt from the end of the policy order until the blocks are free; False if `sequence` was preempted."""
-        missing = self._missing(sequence, end)
+        missing = sequence.missing(self.groups, end)
         while missing > self._pool.num_free:
             victim = victims.pop()
             rows.preempt(victim)
@@ -251,13 +259,6 @@ class BlockManager:
                 assert victims, f"sequence {victim} is longer than max_tokens()"
                 return False
         return True
-
-    def _missing(self, sequence: SequenceBlocks, end: int) -> int:
-        """Return how many more blocks a sequence needs for its first `end` tokens."""
-        missing = 0
-        for group, table in zip(self.groups, sequence.tables, strict=True):
-            missing += max(0, blocks_for(end, group) - len(table))
-        return missing
 
     def _leave_windows(self, sequence: SequenceBlocks, position: int) -> None:
         """Release the blocks that neither `position` nor a later position can see."""
@@ -278,26 +279,31 @@ class BlockManager:
             taken = self._pool.take(max(0, blocks_for(end, group) - at), index)
             table.extend(taken)
             grown.append((at, tuple(taken)))
-            self._use_reserve(sequence, len(taken))
         sequence.capacity = min(
             len(table) * group.block_size for group, table in zip(self.groups, sequence.tables, strict=True)
         )
+        if sequence.reserved or sequence.capacity < sequence.admit_tokens:
+            self._reserve_rest(sequence)
         return tuple(grown)
 
-    def _use_reserve(self, sequence: SequenceBlocks, count: int) -> None:
-        count = min(count, sequence.reserved)
-        sequence.reserved -= count
-        self._reserved_blocks -= count
+    def _reserve_rest(self, sequence: SequenceBlocks) -> None:
+        """Reserve the free blocks that the tokens without slots can take at any time.
+
+        What leaves a window until then becomes free for it to take, except blocks that others share.
+        """
+        num_tokens, rest = sequence.admit_tokens, 0
+        for group, table, live_from in zip(self.groups, sequence.tables, sequence.live_from, strict=True):
+            new = max(0, blocks_for(num_tokens, group) - len(table))
+            if new and group.window is not None:
+                own = sum([self._pool.references(block) == 1 for block in table[live_from:]])
+                new = min(new, max_live_blocks(num_tokens, group, self._max_step_tokens) - own)
+            rest += new
+        self._reserved_blocks += rest - sequence.reserved
+        sequence.reserved = rest
 
     def _release_all(self, sequence: SequenceBlocks) -> None:
         """Free a sequence's blocks, the last ones first, because other prompts share the first ones."""
-        held = [
-            (at * group.block_size, table[at])
-            for group, table, live_from in zip(self.groups, sequence.tables, sequence.live_from, strict=True)
-            for at in range(live_from, len(table))
-        ]
-        held.sort(key=itemgetter(0), reverse=True)
-        self._pool.release([block for _, block in held])
+        self._pool.release(sequence.held(self.groups))
         self._reserved_blocks -= sequence.reserved
         sequence.reset()
 
@@ -321,7 +327,7 @@ class BlockManager:
                 num_drafts, draft_end = drafts_of[request_id]
                 if has_spare and draft_end > sequence.capacity:
                     self._leave_windows(sequence, computed.get(request_id, start))
-                    if self._missing(sequence, draft_end) <= self._pool.num_free - self._reserved_blocks:
+                    if sequence.missing(self.groups, draft_end) <= self._pool.num_free - self._reserved_blocks:
                         grown = self._grow(sequence, draft_end)
                 num_drafts = min(num_drafts, rows.budget, sequence.capacity - end)
             rows.extend(at, num_drafts, grown, sequence.capacity)
@@ -339,17 +345,16 @@ class BlockManager:
         if sequence.needs > available:
             return False
         start, hits = self._find_hits(sequence)
-        needs = self._needs(max(sequence.num_tokens, sequence.readmit_tokens), start, hits)
+        needs = self._needs(sequence.admit_tokens, start, hits)
         if needs > available:
             assert needs <= self._pool.total_blocks, f"sequence {sequence.request_id} is longer than max_tokens()"
             sequence.needs = needs
+            self._any_refused = True
             return False
-        free_before = self._pool.num_free
+        sequence.needs = 0
         self._share(sequence, start, hits)
         count = min(sequence.num_tokens - start, max_row_tokens, rows.budget)
         self._grow(sequence, start + count)
-        sequence.reserved = needs - (free_before - self._pool.num_free)
-        self._reserved_blocks += sequence.reserved
         rows.add(sequence.request_id, start, count, tuple([(0, tuple(table)) for table in sequence.tables]))
         rows.num_admitted += 1
         if not sequence.was_admitted and sequence.read_cache:

@@ -46,12 +46,15 @@ class BlockPool:
 
     Attributes:
         moves: What entered and left the prefix cache, in order; None if nobody wants to know.
+        num_gained: How often a block came to be cached and in use, so that a prompt can share it without a free block;
+            set to 0 by who takes note of it.
     """
 
     def __init__(self, num_blocks: int, num_groups: int) -> None:
         self.total_blocks = num_blocks - 1
         self.used_blocks = [0] * num_groups
         self.cached_blocks = 0
+        self.num_gained = 0
         self.moves: list[Stored | Removed] | None = None
         self._references = [0] * num_blocks
         self._group = [0] * num_blocks
@@ -85,6 +88,7 @@ class BlockPool:
         if self._references[block] == 0:
             del self._free[block]
             self.cached_blocks -= 1
+            self.num_gained += 1
             self.used_blocks[self._group[block]] += 1
         self._references[block] += 1
 
@@ -109,6 +113,7 @@ class BlockPool:
         cached = self._cached[group]
         if digest not in cached:
             cached[digest] = block
+            self.num_gained += 1
             self._digest[block] = digest
             self._content[block] = content
             self._after[group][content[:DIGEST_BYTES]] = block

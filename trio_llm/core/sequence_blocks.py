@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from operator import itemgetter
 
 import attrs
 
+from trio_llm.core.block_math import blocks_for
 from trio_llm.core.prefix import Chain
+from trio_llm.model_info import KVGroup
 
 NewBlocks = tuple[tuple[int, tuple[int, ...]], ...]
 """Per KV group: index in the block table, and the block ids from there on. Empty if a row has none."""
@@ -28,8 +31,9 @@ class SequenceBlocks:
         capacity: Number of tokens that have a slot in every group.
         registered: Number of tokens whose blocks were added to the prefix cache.
         register_at: Number of computed tokens at which the next block can be added.
-        reserved: Blocks reserved at admission and not allocated yet.
-        needs: Free blocks that it needed when it was last refused; with fewer, it is refused again at once.
+        reserved: Blocks reserved for the tokens that it was admitted with and that have no slots yet.
+        needs: Free blocks that it needed when it was last refused, less what the prefix cache gained since; with fewer,
+            it is refused again at once.
         readmit_tokens: Length to have blocks for at the next admission: the target when it was preempted, which may be
             one token more than those known. With fewer it would be preempted again before it advances.
     """
@@ -48,11 +52,44 @@ class SequenceBlocks:
     readmit_tokens: int = 0
     was_admitted: bool = False
 
+    @property
+    def admit_tokens(self) -> int:
+        """The number of tokens that it must have room for when it is admitted; until it samples one, the same."""
+        return max(self.num_tokens, self.readmit_tokens)
+
+    def missing(self, groups: Sequence[KVGroup], end: int) -> int:
+        """Return how many more blocks it needs for its first `end` tokens."""
+        missing = 0
+        for group, table in zip(groups, self.tables, strict=True):
+            missing += max(0, blocks_for(end, group) - len(table))
+        return missing
+
+    def held(self, groups: Sequence[KVGroup]) -> list[int]:
+        """Return the blocks that it owns, the last ones first."""
+        held = [
+            (at * group.block_size, table[at])
+            for group, table, live_from in zip(groups, self.tables, self.live_from, strict=True)
+            for at in range(live_from, len(table))
+        ]
+        held.sort(key=itemgetter(0), reverse=True)
+        return [block for _, block in held]
+
     def reset(self) -> None:
         """Forget its released blocks. The next admission sets the rest."""
         self.tables = [[] for _ in self.tables]
         self.register_at = NEVER
         self.reserved = self.needs = 0
+
+
+def lower_needs(sequences: Iterable[SequenceBlocks], gained: int) -> bool:
+    """Note that the prefix cache gained blocks, each of which may save a refused sequence one; return if there are any.
+
+    That may be too much, which costs a look at the cache, or in rare cases too little until the next gain.
+    """
+    refused = [sequence for sequence in sequences if sequence.needs]
+    for sequence in refused:
+        sequence.needs = max(0, sequence.needs - gained)
+    return bool(refused)
 
 
 @attrs.define(eq=False)
