@@ -56,6 +56,12 @@ def test_what_followed_the_same_words_is_the_draft(tokens: list[int], draft: tup
     assert PromptLookup(LookupSizes(2, 3)).propose(tokens, 6) == draft
 
 
+def test_what_was_split_between_two_calls_is_found() -> None:
+    """A text that is asked about after every token has no n-gram that one call saw whole."""
+    tokens, lookup = [1, 2, 3, 1, 2], PromptLookup(LookupSizes(2, 3))
+    assert [lookup.propose(tokens[:length], 1) for length in range(1, 6)] == [(), (), (), (), (3,)]
+
+
 def test_a_long_prompt_is_indexed_over_several_calls() -> None:
     """One call looks at a bounded number of tokens; until it has caught up it proposes nothing."""
     tokens = [at % 97 for at in range(2 * TOKENS_PER_CALL + 5)]
