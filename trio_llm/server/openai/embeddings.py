@@ -92,8 +92,9 @@ async def embed(services: Services, body: EmbeddingBody, caller: Caller) -> Any:
         return vector, usage
 
     with caller.deadline.enforced(), fields_renamed({"prompt": "input"}):
-        for submission in submissions:  # Before any is computed.
+        for submission in submissions:  # Before any is computed. One body may have a million token ids.
             check_pooling(submission, services.engine.limits)
+            await trio.lowlevel.checkpoint()
         results = await _embed_all(submissions, embed_one)
     encode = _base64 if body.encoding_format == "base64" else list[float]
     prompt_tokens = sum(usage.prompt_tokens for _, usage in results)
