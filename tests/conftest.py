@@ -73,12 +73,6 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """Use a worker more than there are processors: tests of ranks, replicas and batches wait two thirds of the time."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return processors + 1
-
-
 _SLOW_TIMEOUT_S = 900.0
 
 
