@@ -29,7 +29,7 @@ def mean_error(runner: Runner, golden: Golden, way: str) -> float:
     """Serve sixteen prompts; return the mean difference of all tokens' log-probabilities from the oracle's."""
     ways = dict(WAYS[way])
     if way == "preemption":
-        ways["num_blocks"] = least_blocks(runner, 61, chunk=7) + 8
+        ways["num_blocks"] = least_blocks(runner, 61, chunk=7) + 4
     # Prompts that are scored do not take part in the prefix cache: half of them, so that some decode out of it.
     unscored = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=0)
     requests = [(prompt, (SCORED, unscored)[i % 2]) for i, prompt in enumerate(make_prompts())]

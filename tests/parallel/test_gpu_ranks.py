@@ -7,6 +7,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 
@@ -61,7 +62,8 @@ def running(directory: Path, size: int = 2, **options: Any) -> Iterator[Runner]:
 
 def outcomes(directory: Path, requests: list[tuple[list[int], Params]], **ways: Any) -> list[Outcome]:
     """Serve requests call by call on one rank, then by graphs on two."""
-    options, longest = ways.pop("options", {}), max(len(prompt) for prompt, _ in requests) + 10
+    options = ways.pop("options", {})
+    longest = max(len(prompt) + (getattr(params, "max_tokens", None) or 10) for prompt, params in requests)
     found: list[Outcome] = []
     for size in (1, 2):
         with running(directory, size, enforce_eager=size == 1, **options) as runner:
@@ -102,7 +104,8 @@ def test_every_kind_of_request_is_told_the_same(checkpoint: Checkpoints, gpus: l
 @pytest.mark.parametrize("family", ["qwen3-moe", "gemma4-26b"])
 def test_drafts_are_verified_by_replays_on_all_ranks(checkpoint: Checkpoints, gpus: list[RankGpu], family: str) -> None:
     """Prompt look-up: rows of several tokens, rolled back where a draft is wrong, preempted in between."""
-    requests: list[tuple[list[int], Params]] = [(prompt * 2, GREEDY) for prompt in make_prompts()[:10]]
+    params = attrs.evolve(GREEDY, max_tokens=40)  # answers for which prompts leave no room
+    requests: list[tuple[list[int], Params]] = [(prompt * 2, params) for prompt in make_prompts()[:10]]
     one, two = outcomes(checkpoint(family), requests, chunk=7, speculation=LOOKUP)
     assert two.token_ids == one.token_ids
     assert two.num_accepted == one.num_accepted > 0
