@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import attrs
@@ -29,6 +29,7 @@ from trio_llm.server.http.json_response import json_response
 from trio_llm.server.http.sse import AnswerFormat
 from trio_llm.server.services import Services
 
+T = TypeVar("T")
 Chunk = TypeVar("Chunk", Completion, ChatCompletionChunk)
 # A log-probability is collected and written in 10 microseconds, a character tokenized in 2.
 _CHARS_PER_LOGPROB = 5
@@ -241,26 +242,31 @@ def _size(streams: Sequence[Stream], deltas: Sequence[Delta]) -> int:
     return sum(map(_num_logprobs, reported)) * _CHARS_PER_LOGPROB + sum(len(delta.text) for delta in deltas)
 
 
-async def _collect(streams: Sequence[Stream]) -> list[Delta]:
-    """Read all streams at once: readers find stop strings, and what nobody reads runs past them."""
-    if len(streams) == 1:
-        return [await streams[0].collect()]
-    deltas: dict[int, Delta] = {}
-    failures: list[Exception] = []
+async def all_of(works: Sequence[Callable[[], Awaitable[T]]], at_once: int | None = None) -> list[T]:
+    """Do all concurrently, at most `at_once` of them; return the results in order.
 
-    async def read(index: int, stream: Stream) -> None:
+    The first failure cancels the others, and is raised as itself: one error is the request's, not a group of them.
+    """
+    results: dict[int, T] = {}
+    failures: list[Exception] = []
+    room = trio.Semaphore(at_once or len(works))
+
+    async def do(index: int, work: Callable[[], Awaitable[T]]) -> None:
         try:
-            deltas[index] = await stream.collect()
-        except Exception as error:  # noqa: BLE001 - one error is the request's, not a group of them
+            results[index] = await work()
+        except Exception as error:  # noqa: BLE001 - raised below
             failures.append(error)
             nursery.cancel_scope.cancel()
+        finally:
+            room.release()
 
     async with trio.open_nursery() as nursery:
-        for index, stream in enumerate(streams):
-            nursery.start_soon(read, index, stream)
+        for index, work in enumerate(works):
+            await room.acquire()
+            nursery.start_soon(do, index, work)
     if failures:
         raise failures[0]
-    return [deltas[index] for index in range(len(streams))]
+    return [results[index] for index in range(len(works))]
 
 
 async def answer(
@@ -278,8 +284,9 @@ async def answer(
         interval: Minimum of tokens per chunk.
     """
     if not streamed:
+        # At once: readers find stop strings, and what nobody reads runs past them.
         with caller.deadline.enforced():
-            deltas = await _collect(streams)
+            deltas = await all_of([stream.collect for stream in streams])
         return await run(services, lambda: caller.encode(form.answer(deltas)), chars=_size(streams, deltas))
     paced = streams if interval == 1 else [_Paced(one, interval) for one in streams]
     feed = sse.DeltaFeed(paced, caller.lifetime, caller.deadline, caller.keep_alive_s)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import secrets
 import struct
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import trio
@@ -21,7 +22,7 @@ from trio_llm.server.answers.models import Embeddings, PromptUsage, Vector
 from trio_llm.server.bodies.error_fields import fields_renamed
 from trio_llm.server.bodies.request_body import read_body
 from trio_llm.server.generation.prompts import encode_texts, kept_tokens, run, split_prompts
-from trio_llm.server.generation.respond import Caller
+from trio_llm.server.generation.respond import Caller, all_of
 from trio_llm.server.services import Services
 
 # Inputs of one request in the engine at once: the rest waits here, not in the shared queue.
@@ -95,7 +96,7 @@ async def embed(services: Services, body: EmbeddingBody, caller: Caller) -> Any:
         for submission in submissions:  # Before any is computed. One body may have a million token ids.
             check_pooling(submission, services.engine.limits)
             await trio.lowlevel.checkpoint()
-        results = await _embed_all(submissions, embed_one)
+        results = await all_of([partial(embed_one, one) for one in submissions], _INPUTS_AT_ONCE)
     encode = _base64 if body.encoding_format == "base64" else list[float]
     prompt_tokens = sum(usage.prompt_tokens for _, usage in results)
 
@@ -131,32 +132,6 @@ def _fit(ids: list[int], longest: int, truncate: int | None) -> list[int]:
         ids = ids[-keep:]
     check_prompt_length(len(ids), longest, generates=False, name="input")
     return ids
-
-
-async def _embed_all(
-    submissions: Sequence[Submission], embed_one: Callable[[Submission], Awaitable[tuple[tuple[float, ...], Usage]]]
-) -> list[tuple[tuple[float, ...], Usage]]:
-    """Embed inputs concurrently; the first failure cancels the others."""
-    results: dict[int, tuple[tuple[float, ...], Usage]] = {}
-    room = trio.Semaphore(_INPUTS_AT_ONCE)
-    failure: list[Exception] = []
-
-    async def one(index: int, submission: Submission) -> None:
-        try:
-            results[index] = await embed_one(submission)
-        except Exception as error:  # noqa: BLE001 - one error is the request's, not a group of them
-            failure.append(error)
-            nursery.cancel_scope.cancel()
-        finally:
-            room.release()
-
-    async with trio.open_nursery() as nursery:
-        for index, submission in enumerate(submissions):
-            await room.acquire()
-            nursery.start_soon(one, index, submission)
-    if failure:
-        raise failure[0]
-    return [results[index] for index in range(len(submissions))]
 
 
 def _base64(vector: Sequence[float]) -> str:
